@@ -1,0 +1,120 @@
+"""What a cached embedding depends on, and the id of the version that follows from it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from .errors import CacheFormatError
+from .layout import FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Everything that changes an embedding's value; each field is an ingredient of the version id.
+
+    Attributes:
+        weights_sha256: over the bytes of the checkpoint's weight files (their keys change between library releases).
+        depth: transformer layers.
+        width: D, the embedding's length.
+        image_size: effective pixels a side after resizing.
+        mean, std: per channel, on pixels scaled to 0..1.
+        resampling: how tiles are resized.
+        pooling: names of the pooled arrays.
+        precision: dtype of the weights in the forward pass, `bf16` or `float32`.
+    """
+
+    weights_sha256: str
+    depth: int
+    width: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resampling: str
+    pooling: tuple[str, ...]
+    precision: str
+
+    def version_id(self, table_digest: bytes) -> str:
+        """The id of the version that holds this table's tiles under this provenance (20 hex digits)."""
+        text = json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode() + table_digest).hexdigest()[:20]
+
+    def differences(self, other: "Provenance") -> list[str]:
+        """One readable line per ingredient that differs, `name: self's, not other's`."""
+        return [
+            f"{field.name}: {getattr(self, field.name)}, not {getattr(other, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Strict: exactly the known fields, each of its own type.
+
+        Raises:
+            CacheFormatError: naming the fields that are missing, unknown or of another type.
+        """
+        raw = _exact_fields(cls, value, "provenance")
+        lists = {"mean": 3, "std": 3, "pooling": None}
+        for name, length in lists.items():
+            if not isinstance(raw[name], list | tuple) or (length and len(raw[name]) != length):
+                raise CacheFormatError(f"provenance.{name} is not a list of {length or 'names'}")
+            raw[name] = tuple(raw[name])
+        for name in ("depth", "width", "image_size"):
+            if not isinstance(raw[name], int) or raw[name] <= 0:
+                raise CacheFormatError(f"provenance.{name} is not a positive integer")
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Written beside the provenance. A difference is worth a warning, it does not make another version.
+
+    Attributes:
+        backbone: the name it was loaded by.
+        tiles: where the tiles were read, `gs://bucket/prefix` or a directory.
+        identity: what stands for a tile's bytes in the table, `crc32c` (bucket) or `mtime` (local files).
+        batch_size: tiles per forward pass; resuming keeps it, since a batch's shape moves its vectors a little.
+        attention: attention backend.
+        hardware: device name.
+        libraries: version by package.
+    """
+
+    backbone: str
+    tiles: str
+    identity: str
+    batch_size: int
+    attention: str
+    hardware: str
+    libraries: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        return cls(**_exact_fields(cls, value, "recorded"))
+
+    def differences(self, other: "Recorded") -> list[str]:
+        """One readable line per entry that can move an embedding by rounding."""
+        names = ("attention", "hardware", "libraries", "batch_size")
+        return [
+            f"{name}: {getattr(self, name)}, not {getattr(other, name)}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+
+def _exact_fields(cls: type[Provenance] | type[Recorded], value: Any, where: str) -> dict[str, Any]:
+    """The fields of `value`, refused unless they are those of `cls`."""
+    known = {field.name for field in fields(cls)}
+    if not isinstance(value, dict) or set(value) != known:
+        found = set(value) if isinstance(value, dict) else set()
+        raise CacheFormatError(
+            f"{where}: missing {sorted(known - found)}, unknown {sorted(found - known)}: "
+            "the cache was written by another release of this program, or is damaged"
+        )
+    return dict(value)

@@ -1,0 +1,160 @@
+"""Which raw label id is which class.
+
+A cache stores raw ids, so these rules apply on reading: another reading never touches a cache. xView's annotations
+use *type ids* (11-94, with gaps); tools that prepare tiles often renumber them to *class ids* (0-59). 39 numbers are
+both, so a wrong guess would mislabel silently; `detect_label_ids` decides only on evidence.
+"""
+
+import csv
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import TaxonomyError
+from .layout import LABEL_ID_COLUMNS, BoolArray, UInt16Array
+
+LabelIds = Literal["type", "class"]
+
+
+@dataclass(frozen=True)
+class DecodedLabels:
+    """Labels of N tiles under one reading of their raw ids.
+
+    Attributes:
+        labels: (N, C) bool, class present in the tile.
+        empty: (N,) bool, the label file names nothing at all.
+        unusable: (N,) bool, the label file names something, but no known class: neither positive nor empty.
+        artefacts: instances dropped as known annotation artefacts.
+        unknown: instances by unknown id.
+        malformed: lines with a malformed or too large id.
+        instances: all counted lines.
+    """
+
+    labels: BoolArray
+    empty: BoolArray
+    unusable: BoolArray
+    artefacts: int
+    unknown: dict[int, int]
+    malformed: int
+    instances: int
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """An ordered class list.
+
+    Attributes:
+        names: C class names, in class-id order.
+        type_ids: C raw type ids, or None where labels can only hold class ids.
+        artefacts: raw type ids that are known not to be classes.
+    """
+
+    names: tuple[str, ...]
+    type_ids: tuple[int, ...] | None
+    artefacts: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def xview(cls) -> Self:
+        """The 60 classes of xView (Lam et al. 2018, "xView: Objects in Context in Overhead Imagery")."""
+        text = resources.files(__package__).joinpath("xview_classes.csv").read_text()
+        return cls._parse(text, "xview_classes.csv", frozenset({75, 82}))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """A user's class list: CSV with the header `class_id,name` or `class_id,type_id,name`.
+
+        Raises:
+            TaxonomyError: unreadable, another header, ids that repeat, leave gaps or exceed 126.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TaxonomyError(f"cannot read the class list {path}: {error}") from error
+        return cls._parse(text, str(path), frozenset())
+
+    @classmethod
+    def _parse(cls, text: str, where: str, artefacts: frozenset[int]) -> Self:
+        rows = list(csv.DictReader(text.splitlines()))
+        if not rows or set(rows[0]) not in ({"class_id", "name"}, {"class_id", "type_id", "name"}):
+            raise TaxonomyError(f"{where}: expected the header class_id,name or class_id,type_id,name")
+        try:
+            class_ids = [int(row["class_id"]) for row in rows]
+            type_ids = tuple(int(row["type_id"]) for row in rows) if "type_id" in rows[0] else None
+        except (TypeError, ValueError) as error:
+            raise TaxonomyError(f"{where}: {error}") from error
+        if class_ids != list(range(len(rows))):
+            raise TaxonomyError(f"{where}: class_id must count 0, 1, 2, … in order")
+        names = tuple(row["name"].strip() for row in rows)
+        if len(set(names)) != len(names) or not all(names):
+            raise TaxonomyError(f"{where}: every class needs a name of its own")
+        for ids in (class_ids, type_ids or ()):
+            if len(set(ids)) != len(ids) or any(not 0 <= i < LABEL_ID_COLUMNS - 1 for i in ids):
+                raise TaxonomyError(f"{where}: ids must be distinct and 0..{LABEL_ID_COLUMNS - 2}")
+        return cls(names, type_ids, artefacts)
+
+    def detect_label_ids(self, histogram: npt.NDArray[np.integer]) -> LabelIds:
+        """Whether raw ids are type ids or class ids, from how often each occurs in the whole set.
+
+        Args:
+            histogram: (128,) instances per raw id.
+
+        Raises:
+            TaxonomyError: ids that only one reading explains occur for both readings, or for neither.
+        """
+        if self.type_ids is None:
+            return "class"
+        class_ids = set(range(len(self)))
+        seen = set(np.flatnonzero(histogram[: LABEL_ID_COLUMNS - 1]).tolist())
+        only_class = sorted(seen & (class_ids - set(self.type_ids) - self.artefacts))
+        only_type = sorted(seen - class_ids)
+        if bool(only_class) == bool(only_type):
+            why = (
+                f"ids {only_class} are class ids only and {only_type} are type ids only"
+                if only_class
+                else "every id found is both a type id and a class id"
+            )
+            raise TaxonomyError(
+                f"cannot tell type ids from class ids: {why}; set --label-ids type or --label-ids class\n"
+                f"instances per raw id: {format_histogram(histogram)}"
+            )
+        return "class" if only_class else "type"
+
+    def decode(self, label_ids: UInt16Array, reading: LabelIds) -> DecodedLabels:
+        """Labels of N tiles.
+
+        Args:
+            label_ids: (N, 128) uint16, instances per raw id.
+            reading: which ids the raw ids are.
+        """
+        columns = list(range(len(self)))
+        if reading == "type":
+            if self.type_ids is None:
+                raise TaxonomyError("this class list has no type_id column: use --label-ids class")
+            columns = list(self.type_ids)
+        totals = label_ids.sum(axis=0, dtype=np.int64)
+        artefacts = sorted(self.artefacts) if reading == "type" else []
+        known = {*columns, *artefacts, LABEL_ID_COLUMNS - 1}
+        labels = label_ids[:, columns] > 0
+        empty = ~label_ids.any(axis=1)
+        return DecodedLabels(
+            labels=labels,
+            empty=empty,
+            unusable=~empty & ~labels.any(axis=1),
+            artefacts=int(totals[artefacts].sum()),
+            unknown={i: int(n) for i, n in enumerate(totals.tolist()) if n and i not in known},
+            malformed=int(totals[-1]),
+            instances=int(totals.sum()),
+        )
+
+
+def format_histogram(histogram: npt.NDArray[np.integer]) -> str:
+    """`11:40 18:2213 … other:3`, the ids that occur."""
+    parts = [f"{i}:{n}" for i, n in enumerate(histogram[:-1].tolist()) if n]
+    return " ".join([*parts, f"other:{int(histogram[-1])}"])
