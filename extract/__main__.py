@@ -1,0 +1,54 @@
+"""python -m extract run"""
+
+from typing import Any
+
+import click
+
+from cache_schema import TileprobeError
+
+from .backbone import DTYPES
+from .config import ExtractConfig
+from .distributed import exit_with
+from .scenes import DEFAULT_SCENE_REGEX
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def main() -> None:
+    """Tiles in a bucket to embeddings in a cache."""
+
+
+@main.command("run")
+@click.option("--tiles", required=True, help="gs://bucket/prefix or a directory holding images/ and labels/.")
+@click.option("--backbone", default="vitl16", help="vitl16, vit7b16, demo, a checkpoint directory or a hub id.")
+@click.option(
+    "--image-size",
+    type=int,
+    help="Pixels a side, a multiple of 16.  [default: 512 for the satellite backbones, else the checkpoint's own]",
+)
+@click.option("--cache", help="Directory or gs://… to write to.  [default: cache/<tiles>-<backbone>-<size>]")
+@click.option("--precision", type=click.Choice(list(DTYPES)), default="bf16", help="Dtype of weights and forward pass.")
+@click.option("--batch-size", type=int, default=32, help="Tiles per forward pass.")
+@click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--limit", type=int, help="A trial: whole scenes up to about this many tiles.")
+@click.option("--scene-regex", default=DEFAULT_SCENE_REGEX, help="Group (?P<scene>…) of a tile's name, for --limit.")
+@click.option("--unlabelled", is_flag=True, help="Embed tiles without a label file too.")
+@click.option("--max-quarantined", type=float, default=0.01, help="Largest share of unreadable tiles to accept.")
+@click.option("--retry-quarantined", is_flag=True, help="Try tiles again that were quarantined before.")
+def run_command(**options: Any) -> None:
+    """Embed every tile once and commit the vectors block by block. Run again, it goes on where it stopped."""
+    from .run import run_extraction
+
+    run_extraction(ExtractConfig(**options))
+
+
+def run() -> None:
+    """Run the command line; an error a user can act on is one line and status 1."""
+    try:
+        main(prog_name="python -m extract", standalone_mode=True)
+    except TileprobeError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,277 @@
+"""DINOv3: find the checkpoint, load it frozen, run it, pool its tokens, unfreeze its last layers.
+
+Source: Siméoni et al. 2025, "DINOv3"; the model code is transformers' `DINOv3ViTModel`.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from .errors import BackboneError
+
+Precision = Literal["bf16", "float32"]
+DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
+POOLING = ("cls", "patch_mean")
+ATTENTION = "sdpa"
+
+_HUB_IDS = {
+    "vitl16": "facebook/dinov3-vitl16-pretrain-sat493m",
+    "vit7b16": "facebook/dinov3-vit7b16-pretrain-sat493m",
+}
+_TRAINED_SIZE = {"vitl16": 512, "vit7b16": 512, **dict.fromkeys(_HUB_IDS.values(), 512)}
+"""Pixels a side the satellite checkpoints were trained at; their own preprocessor says 224."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory and what its files say, before any weight is loaded.
+
+    Attributes:
+        name: as the user gave it.
+        path: directory holding config.json, preprocessor_config.json and *.safetensors.
+        depth, width: transformer layers, embedding length.
+        image_size: effective pixels a side, a multiple of the patch size.
+        mean, std: the preprocessor's, per channel.
+    """
+
+    name: str
+    path: Path
+    depth: int
+    width: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def hash_weights(self) -> str:
+        """sha256 of the weight file's bytes; of several, over their hex digests in name order."""
+        digests = []
+        for file in _weight_files(self.path):
+            with file.open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
+    """Locate `vitl16`, `vit7b16`, `demo`, a local directory or a hub id, and read its configuration.
+
+    Args:
+        name: which one.
+        image_size: pixels a side; default 512 for the satellite backbones, else what the checkpoint's processor says.
+
+    Raises:
+        BackboneError: not found, gated, not a DINOv3 ViT, no safetensors, or an image size it cannot take.
+    """
+    path = _locate(name)
+    config = _read_json(path / "config.json")
+    if config.get("model_type") != "dinov3_vit":
+        raise BackboneError(f"{name} is a {config.get('model_type')!r} checkpoint: BACKBONE must be a DINOv3 ViT")
+    if not _weight_files(path):
+        raise BackboneError(f"{path} has no *.safetensors: save the checkpoint with safe serialization")
+    processor = _read_json(path / "preprocessor_config.json")
+    try:
+        mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
+        size = image_size or _TRAINED_SIZE.get(name) or int(processor["size"]["height"])
+        patch, depth, width = config["patch_size"], config["num_hidden_layers"], config["hidden_size"]
+    except (KeyError, TypeError) as error:
+        raise BackboneError(f"{path}: its configuration lacks {error}: is this a DINOv3 checkpoint?") from error
+    if size <= 0 or size % patch:
+        raise BackboneError(
+            f"IMAGE_SIZE {size} is not a multiple of the {patch} px patch: "
+            f"try {max(patch, size // patch * patch)} or {(size // patch + 1) * patch}"
+        )
+    return Checkpoint(name, path, depth, width, size, mean, std)
+
+
+class Backbone(nn.Module):
+    """A DINOv3 ViT that gives pooled embeddings; frozen, except for the last layers once they are unfrozen.
+
+    Frozen parts stay in eval() whatever `train()` says: in training mode DINOv3 jitters its position embeddings, so
+    even frozen features would be random.
+    """
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.vit = vit
+        self.trained_layers = 0
+        vit.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, *, precision: Precision, device: torch.device) -> Self:
+        """Load weights in `precision` onto `device`.
+
+        Raises:
+            BackboneError: the weights are damaged or do not fill the architecture.
+        """
+        from safetensors import SafetensorError
+        from transformers import AutoModel
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            # The dtype is given here, never by .to(dtype) afterwards, which would also round the RoPE frequencies.
+            vit, loading = AutoModel.from_pretrained(
+                checkpoint.path,
+                dtype=DTYPES[precision],
+                attn_implementation=ATTENTION,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BackboneError(f"cannot load {checkpoint.path}: {error}") from error
+        unfilled = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        if unfilled:  # transformers would leave these at random values with a warning
+            raise BackboneError(
+                f"{checkpoint.path} leaves {len(unfilled)} tensors unfilled, such as {unfilled[0]}: "
+                "it does not belong to this architecture"
+            )
+        return cls(vit.to(device))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers, wherever this release of transformers keeps them."""
+        for owner in (getattr(self.vit, "model", None), self.vit):
+            layers = getattr(owner, "layer", None)
+            if isinstance(layers, nn.ModuleList):
+                return layers
+        raise BackboneError("cannot find the transformer layers in this release of transformers: see constraints.txt")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the frozen part, in which pixel values are expected."""
+        dtype: torch.dtype = self.vit.embeddings.patch_embeddings.weight.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.vit.embeddings.patch_embeddings.weight.device
+        return device
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Pooled embeddings of (B, 3, S, S) pixel values: per name in `POOLING` (B, D) float32."""
+        with torch.no_grad():
+            hidden = self.run_prefix(pixel_values)
+        return self.run_suffix(hidden, pixel_values)
+
+    def run_prefix(self, pixel_values: Tensor) -> Tensor:
+        """Tokens (B, T, D) that enter the first trained layer, in the frozen part's dtype."""
+        pixel_values = pixel_values.to(self.dtype)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            hidden = self.vit.embeddings(pixel_values)
+            rope = self.vit.rope_embeddings(pixel_values)
+            for layer in self.layers[: len(self.layers) - self.trained_layers]:
+                hidden = layer(hidden, position_embeddings=rope)
+        return hidden
+
+    def run_suffix(self, hidden: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
+        """From the prefix's tokens to pooled embeddings; carries gradients where layers are trained.
+
+        Only the shape, device and dtype of `pixel_values` matter here: they make the position embeddings.
+        """
+        if self.trained_layers:
+            hidden = hidden.float()
+            rope = self.vit.rope_embeddings(pixel_values.float())
+            for layer in self.layers[len(self.layers) - self.trained_layers :]:
+                hidden = layer(hidden, position_embeddings=rope)
+        return self._pool(hidden)
+
+    def _pool(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Final norm and means in float32, whatever came before. Tokens are CLS, the registers, then the patches."""
+        norm = self.vit.norm
+        with torch.autocast(hidden.device.type, enabled=False):
+            tokens = layer_norm(hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+            first_patch = 1 + self.vit.config.num_register_tokens
+            return {"cls": tokens[:, 0], "patch_mean": tokens[:, first_patch:].mean(dim=1)}
+
+    def unfreeze_last(self, layers: int) -> list[str]:
+        """Make the last `layers` transformer layers and the final norm trainable, as float32 master weights.
+
+        Returns:
+            Names of the tensors that will train.
+
+        Raises:
+            BackboneError: more layers than there are, fewer than one, or a checkpoint in which none is trainable.
+        """
+        if not 1 <= layers <= len(self.layers):
+            raise BackboneError(
+                f"UNFREEZE={layers}: this backbone has {len(self.layers)} layers: choose 1 to that many"
+            )
+        self.trained_layers = layers
+        for module in (*self.layers[-layers:], self.vit.norm):
+            module.float().requires_grad_(True)
+        names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        if not names:
+            raise BackboneError(f"asked to train {layers} layers, but no tensor of them can be trained")
+        return names
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(False)
+        if self.trained_layers:
+            for layer in self.layers[-self.trained_layers :]:
+                layer.train(mode)
+        return self
+
+
+def _locate(name: str) -> Path:
+    if name == "demo":
+        return Path(str(resources.files("extract.demo").joinpath("backbone")))
+    local = Path(name)
+    if (local / "config.json").is_file():
+        return local
+    if local.is_dir() or name.startswith((".", "/")) or (name.count("/") != 1 and name not in _HUB_IDS):
+        raise BackboneError(
+            f"no checkpoint at {name}: BACKBONE is vitl16, vit7b16, demo, a directory with config.json, or a hub id"
+        )
+    return _download(_HUB_IDS.get(name, name))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        files = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+        return Path(snapshot_download(hub_id, allow_patterns=files))
+    except GatedRepoError as error:
+        token = "the token in HF_TOKEN has no access" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set"
+        raise BackboneError(
+            f"{hub_id} is gated and {token}: accept its licence at https://huggingface.co/{hub_id}, "
+            "then set HF_TOKEN to a token of that account"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise BackboneError(
+            f"no model {hub_id} on the hub, or it is private: check BACKBONE, and set HF_TOKEN for a private model"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BackboneError(
+            f"cannot download {hub_id} ({type(error).__name__}): check the network, or download it elsewhere "
+            "and set BACKBONE to the directory"
+        ) from error
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise BackboneError(
+            f"{path} is missing: copy the checkpoint's configuration files beside its weights"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise BackboneError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,71 @@
+"""Settings of an extraction, checked once and frozen, and where caches lie by default."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .backbone import Precision
+from .errors import ConfigError
+from .scenes import DEFAULT_SCENE_REGEX
+
+CACHE_ROOT = Path("cache")
+DEMO_ROOT = CACHE_ROOT / "demo"
+LAST_CACHE = CACHE_ROOT / "last"
+"""Names the cache that was written last, for trainers that are given none. The demo's caches leave no trace here."""
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What one extraction is asked to do.
+
+    Attributes:
+        tiles: `gs://bucket/prefix` or a directory.
+        backbone: `vitl16`, `vit7b16`, `demo`, a directory or a hub id.
+        image_size: pixels a side, None for the backbone's default.
+        cache: directory or `gs://…`, None for the default name.
+        precision: dtype of weights and forward pass.
+        batch_size: tiles per forward pass.
+        workers: feed processes per rank, None for one per core that computing leaves.
+        device: `auto`, `cpu` or `cuda`.
+        limit: embed whole scenes up to about this many tiles.
+        scene_regex: how a scene is read off a tile's name (only for `limit`).
+        unlabelled: embed tiles without a label object too.
+        max_quarantined: largest share of quarantined tiles a finished cache may hold.
+        retry_quarantined: try tiles again that were quarantined before.
+    """
+
+    tiles: str
+    backbone: str = "vitl16"
+    image_size: int | None = None
+    cache: str | None = None
+    precision: Precision = "bf16"
+    batch_size: int = 32
+    workers: int | None = None
+    device: str = "auto"
+    limit: int | None = None
+    scene_regex: str = DEFAULT_SCENE_REGEX
+    unlabelled: bool = False
+    max_quarantined: float = 0.01
+    retry_quarantined: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_size <= 256:
+            raise ConfigError(f"--batch-size {self.batch_size}: choose 1 to 256, a block's rows")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"LIMIT={self.limit}: choose at least 1 tile")
+        if not 0 <= self.max_quarantined <= 1:
+            raise ConfigError(f"--max-quarantined {self.max_quarantined}: a share between 0 and 1")
+
+    def cache_url(self, image_size: int) -> str:
+        """Where the cache goes: as asked, or `cache/<last two parts of TILES>-<backbone>-<size>[-limitN]`."""
+        if self.cache:
+            return self.cache.rstrip("/")
+        parts = [part for part in self.tiles.removeprefix("gs://").split("/") if part not in ("", ".", "..")]
+        name = "-".join([*parts[-2:], Path(self.backbone).name, str(image_size)])
+        return str(CACHE_ROOT / (f"{name}-limit{self.limit}" if self.limit else name))
+
+
+def remember_cache(cache: str) -> None:
+    """Note `cache` as the one written last."""
+    if DEMO_ROOT not in Path(cache).parents:
+        LAST_CACHE.parent.mkdir(parents=True, exist_ok=True)
+        LAST_CACHE.write_text(cache + "\n")

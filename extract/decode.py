@@ -1,0 +1,57 @@
+"""Image bytes to uint8 RGB."""
+
+import io
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cache_schema import Status
+
+MAX_PIXELS = 64 * 2**20
+"""A tile larger than this is quarantined before a pixel of it is decompressed (Pillow itself only warns at 89 Mpx)."""
+
+_FORMATS = ("PNG", "JPEG", "TIFF")
+
+RGBImage = npt.NDArray[np.uint8]
+
+
+class UndecodableTileError(Exception):
+    """A tile whose own bytes are at fault; carries the status its row gets."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def decode_tile(data: bytes) -> RGBImage:
+    """Decode PNG, JPEG or TIFF bytes to (H, W, 3) uint8 RGB.
+
+    Alpha is dropped, grey is repeated, palettes are looked up. 16-bit grey keeps its high byte, as Pillow does for
+    16-bit colour. Pixels keep the order of the file: an EXIF orientation is ignored, since labels refer to the file's.
+
+    Raises:
+        UndecodableTileError: not an image, truncated, or over `MAX_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own limit is stricter than Pillow's warning
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise UndecodableTileError(Status.OVER_LIMIT, f"{image.width} x {image.height} pixels")
+        return _to_rgb(image)
+    except UndecodableTileError:
+        raise
+    # Pillow's plugins raise what they please on broken files (OSError, SyntaxError, struct.error, ...).
+    except Exception as error:
+        raise UndecodableTileError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> RGBImage:
+    if image.mode.startswith("I;16"):
+        high = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return np.repeat(high[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UndecodableTileError(Status.UNDECODABLE, f"32-bit pixels (mode {image.mode}) have no 8-bit range")
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

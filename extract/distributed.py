@@ -1,0 +1,159 @@
+"""Ranks: the process group, what one rank does for all, and the counter that shares out blocks."""
+
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cache_schema import TileprobeError
+
+from .errors import ConfigError
+
+T = TypeVar("T")
+Counter = Callable[[int], int]
+"""`add(n)` gives the total of all ranks after adding n."""
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another before the job ends with a message; longer than the slowest single block."""
+
+
+class ToldByMainError(TileprobeError):
+    """Rank 0 met an error and tells it; this rank has nothing to add."""
+
+
+def exit_with(error: TileprobeError) -> NoReturn:
+    """End this rank with one line and status 1.
+
+    The first rank to end makes torchrun end the rest, so one with nothing to say lets rank 0 speak first.
+    """
+    if isinstance(error, ToldByMainError):
+        time.sleep(5)
+        sys.exit(1)
+    sys.exit(f"error: {error}")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes:
+        rank, world_size: position in the whole job.
+        local_world_size: ranks on this machine.
+        device: this rank's own.
+        store: the group's key-value store; its counters are atomic across ranks.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    store: dist.Store
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that are this rank's share."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size) if hasattr(os, "sched_getaffinity") else 1
+
+    def choose_workers(self, asked: int | None) -> int:
+        """Feed processes of this rank: as asked, else one per core that computing leaves."""
+        return max(1, self.cores - 1) if asked is None else asked
+
+    def run_on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and give its result to all; an error a user can act on ends every rank.
+
+        Raises:
+            TileprobeError: on rank 0, what `work` raised; on the others `ToldByMainError`.
+        """
+        outcome: list[T | TileprobeError | None] = [None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except TileprobeError as error:
+                outcome[0] = error.with_traceback(None)
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        result = outcome[0]
+        if isinstance(result, TileprobeError):
+            raise result if self.is_main else ToldByMainError(str(result))
+        return result  # type: ignore[return-value]
+
+    def run_everywhere(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank and give each its own result; if it fails on one, all end and rank 0 says why."""
+        failure: TileprobeError | None = None
+        try:
+            result = work()
+        except TileprobeError as error:
+            failure = error.with_traceback(None)
+        failures: list[TileprobeError | None] = [None] * self.world_size
+        dist.all_gather_object(failures, failure)
+        first = next((error for error in failures if error is not None), None)
+        if first is not None:
+            raise first if self.is_main else ToldByMainError(str(first))
+        return result
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def make_counter(self, name: str) -> Counter:
+        """A counter shared by all ranks; its key carries a nonce, so a restarted job starts from zero."""
+        nonce = self.run_on_main(lambda: uuid.uuid4().hex)
+        return lambda amount: self.store.add(f"{name}/{nonce}", amount)
+
+
+@contextmanager
+def join_ranks(device: str = "auto") -> Iterator[Ranks]:
+    """Join the process group torchrun describes, or make one of a single process when there is none.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`. nccl on CUDA, gloo elsewhere. On CPU each rank gets cores / local ranks
+            threads (torchrun alone would give it one).
+
+    Raises:
+        ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
+    """
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen = _choose_device(device, local_rank, local_world)
+    store: dist.Store
+    if "RANK" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=GROUP_TIMEOUT,
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    ranks = Ranks(rank, world_size, local_world, chosen, dist.PrefixStore("tileprobe", store))
+    if chosen.type == "cpu":
+        torch.set_num_threads(ranks.cores)
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(device: str, local_rank: int, local_world: int) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise ConfigError("--device cuda: no CUDA device is visible: use --device cpu, or check the driver")
+    if local_world > gpus:
+        raise ConfigError(f"NPROC={local_world}, but {gpus} GPUs are visible: use NPROC={gpus}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

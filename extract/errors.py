@@ -1,0 +1,41 @@
+"""Errors of extraction. Every message names its remedy.
+
+TileprobeError
+└── ExtractError
+    ├── ConfigError      options that cannot work
+    ├── SourceError      the bucket or directory of tiles
+    │   ├── TransportError   reading kept failing: the block stays pending, the next run goes on
+    │   └── TileGoneError    a listed object is no longer there
+    ├── BackboneError    the checkpoint
+    └── RunError         a run that must not be sealed
+"""
+
+from cache_schema import TileprobeError
+
+
+class ExtractError(TileprobeError):
+    """Something about extraction."""
+
+
+class ConfigError(ExtractError):
+    """Options that cannot work."""
+
+
+class SourceError(ExtractError):
+    """The bucket or directory of tiles."""
+
+
+class TransportError(SourceError):
+    """Reading kept failing past its deadline."""
+
+
+class TileGoneError(SourceError):
+    """A listed object is no longer there."""
+
+
+class BackboneError(ExtractError):
+    """The checkpoint."""
+
+
+class RunError(ExtractError):
+    """A run that must not be sealed."""

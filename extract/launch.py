@@ -1,0 +1,41 @@
+"""torchrun, ending quietly: `python -m extract.launch TORCHRUN-OPTIONS -m extract run …`.
+
+torchrun answers a rank's non-zero status with its own traceback, which would bury the one line a rank printed for
+its user. Everything else is torchrun's: rendezvous, restarts, signals.
+"""
+
+import logging
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+
+def main() -> None:
+    """Run torchrun with this process's arguments; exit with the status of the first rank that failed."""
+    for name in ("torch.distributed.run", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        run(parse_args(sys.argv[1:]))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(
+                f"error: rank {failure.global_rank()} was ended by {_name_signal(-failure.exitcode)}", file=sys.stderr
+            )
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+def _name_signal(number: int) -> str:
+    return signal.Signals(number).name
+
+
+if __name__ == "__main__":
+    main()

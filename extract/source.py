@@ -1,0 +1,280 @@
+"""Where tiles are: list them, and read one object, from `gs://bucket/prefix` or a local directory.
+
+Below TILES lie `images/NAME.png|jpg|jpeg|tif` and `labels/NAME.txt`. The listing alone identifies every tile's bytes;
+a read is checked against it.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import google_crc32c
+import numpy as np
+
+from cache_schema import NO_LABEL, TileTable
+
+from .errors import SourceError, TileGoneError, TransportError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
+CONCURRENT_READS = 16
+"""Requests in flight per process; the HTTP connection pool is as large."""
+_READ_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True)
+class ListedObject:
+    """One object of a listing. `crc32c` of a local file is that of its modification time, which stands in for it."""
+
+    name: str
+    size: int
+    crc32c: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies below TILES.
+
+    Attributes:
+        table: the tiles to embed, sorted by name.
+        unlabelled: tiles without a label object that were left out (0 when they were asked for).
+        other: objects under images/ that are not tiles.
+    """
+
+    table: TileTable
+    unlabelled: int
+    other: int
+
+
+class Source(Protocol):
+    """A place that lists and reads objects by their name below TILES."""
+
+    url: str
+    identity: str
+    """`crc32c` where the listing knows the bytes' checksum, `mtime` where a modification time stands in."""
+
+    def list(self, folder: str) -> Iterator[ListedObject]:
+        """Objects below `folder`, in no particular order."""
+
+    def read(self, name: str, generation: int) -> bytes:
+        """The bytes of one object.
+
+        Raises:
+            TileGoneError: the listed generation does not exist any more.
+            TransportError: reading kept failing past its deadline.
+            SourceError: access refused.
+        """
+
+
+def open_source(url: str) -> Source:
+    """The source behind `gs://bucket/prefix` or a local directory; no request is made yet.
+
+    Raises:
+        SourceError: another kind of URL, or a directory that does not exist.
+    """
+    if url.startswith("gs://"):
+        return GcsSource(url)
+    if "://" in url:
+        raise SourceError(f"cannot read tiles from {url}: TILES is gs://bucket/prefix or a local directory")
+    return LocalSource(url)
+
+
+def list_tiles(source: Source, *, unlabelled: bool = False) -> Listing:
+    """The tile table of a source, from its listing alone: no object is read.
+
+    Args:
+        source: where to look.
+        unlabelled: include tiles that have no label object.
+
+    Raises:
+        SourceError: no tiles, or none with a label.
+    """
+    images: list[ListedObject] = []
+    other = 0
+    for found in source.list("images"):
+        if PurePosixPath(found.name).suffix.lower() in IMAGE_SUFFIXES:
+            images.append(found)
+        else:
+            other += 1
+    if not images:
+        raise SourceError(f"no tiles under {source.url}/images/: check TILES")
+    labels = {_stem(label.name): label for label in source.list("labels") if label.name.endswith(".txt")}
+    pairs = [(image, labels.get(_stem(image.name))) for image in sorted(images, key=lambda found: found.name)]
+    kept = [pair for pair in pairs if unlabelled or pair[1] is not None]
+    if not kept:
+        raise SourceError(
+            f"{len(images):,} tiles under {source.url}/images/, but none has its labels/NAME.txt: "
+            "check TILES, or embed them anyway with --unlabelled"
+        )
+    return Listing(_build_table(kept), len(pairs) - len(kept), other)
+
+
+def label_name(tile: str) -> str:
+    """`images/a/b.png` -> `labels/a/b.txt`."""
+    return f"labels/{_stem(tile)}.txt"
+
+
+def _stem(name: str) -> str:
+    """The name below images/ or labels/, without its suffix: what a tile and its label share."""
+    return name.split("/", 1)[1].rsplit(".", 1)[0]
+
+
+def _build_table(pairs: Iterable[tuple[ListedObject, ListedObject | None]]) -> TileTable:
+    pairs = list(pairs)
+    return TileTable(
+        tile=np.array([image.name for image, _ in pairs], np.dtypes.StringDType()),
+        size=np.array([image.size for image, _ in pairs], np.int64),
+        crc32c=np.array([image.crc32c for image, _ in pairs], np.uint32),
+        generation=np.array([image.generation for image, _ in pairs], np.int64),
+        label_size=np.array([NO_LABEL if label is None else label.size for _, label in pairs], np.int64),
+        label_crc32c=np.array([0 if label is None else label.crc32c for _, label in pairs], np.uint32),
+    )
+
+
+class LocalSource:
+    """A directory of tiles."""
+
+    identity = "mtime"
+
+    def __init__(self, path: str) -> None:
+        self.url = path.rstrip("/") or "/"
+        self._root = Path(path)
+        if not self._root.is_dir():
+            raise SourceError(f"no directory {path}: check TILES")
+
+    def list(self, folder: str) -> Iterator[ListedObject]:
+        for directory, _, files in os.walk(self._root / folder):
+            for file in files:
+                path = Path(directory, file)
+                stat = path.stat()
+                stand_in = google_crc32c.value(stat.st_mtime_ns.to_bytes(8, "little"))
+                name = path.relative_to(self._root).as_posix()
+                yield ListedObject(name, stat.st_size, stand_in, stat.st_mtime_ns)
+
+    def read(self, name: str, generation: int) -> bytes:
+        try:
+            return (self._root / name).read_bytes()
+        except FileNotFoundError as error:
+            raise TileGoneError(f"{self.url}/{name} is gone") from error
+        except OSError as error:
+            raise TransportError(f"cannot read {self.url}/{name}: {error.strerror}") from error
+
+
+class GcsSource:
+    """A prefix of a bucket, through google-cloud-storage.
+
+    The client is made on first use and once per process: it is neither picklable nor safe across a fork.
+    """
+
+    identity = "crc32c"
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        bucket, _, prefix = self.url.removeprefix("gs://").partition("/")
+        if len(bucket) < 3:
+            raise SourceError(f"{url} names no bucket: TILES is gs://bucket/prefix")
+        self._bucket_name = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._client: Any = None
+        self._pid = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None}
+
+    def list(self, folder: str) -> Iterator[ListedObject]:
+        prefix = f"{self._prefix}{folder}/"
+        fields = "items(name,size,crc32c,generation),nextPageToken"
+        with _gcs_errors(self.url):
+            for blob in self._bucket().list_blobs(prefix=prefix, fields=fields):
+                if blob.name.endswith("/"):  # a folder placeholder
+                    continue
+                name = blob.name[len(self._prefix) :]
+                yield ListedObject(name, blob.size, _decode_crc32c(blob.crc32c), blob.generation)
+
+    def read(self, name: str, generation: int) -> bytes:
+        from google.cloud.exceptions import NotFound
+        from google.cloud.storage.exceptions import DataCorruption
+
+        blob = self._bucket().blob(self._prefix + name, generation=generation or None)
+        deadline = time.monotonic() + _READ_DEADLINE_S
+        with _gcs_errors(self.url):
+            while True:
+                try:
+                    # Not checksum="auto": a body that fails its own header is retried below, not by the library.
+                    return bytes(blob.download_as_bytes(checksum="crc32c", single_shot_download=True))
+                except NotFound as error:
+                    raise TileGoneError(f"{self.url}/{name} is gone") from error
+                except DataCorruption as error:
+                    if time.monotonic() > deadline:
+                        raise TransportError(f"{self.url}/{name} keeps arriving damaged") from error
+                    time.sleep(0.2)
+
+    def _bucket(self) -> Any:
+        if self._client is None or self._pid != os.getpid():
+            with _gcs_errors(self.url):
+                self._client = _make_client()
+            self._pid = os.getpid()
+        return self._client.bucket(self._bucket_name)
+
+
+def _make_client() -> Any:
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
+    from requests.adapters import HTTPAdapter
+
+    if os.environ.get("STORAGE_EMULATOR_HOST"):
+        client = storage.Client(project="emulator", credentials=AnonymousCredentials())  # type: ignore[no-untyped-call]
+    else:
+        client = storage.Client()
+    adapter = HTTPAdapter(pool_connections=CONCURRENT_READS, pool_maxsize=CONCURRENT_READS)
+    for scheme in ("https://", "http://"):
+        client._http.mount(scheme, adapter)
+    return client
+
+
+def _decode_crc32c(text: str) -> int:
+    """The listing's base64 of four big-endian bytes."""
+    import base64
+
+    return int.from_bytes(base64.b64decode(text), "big")
+
+
+class _gcs_errors:
+    """Turns the client library's refusals into an error that says what to do."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+        from google.cloud.exceptions import Forbidden, GoogleCloudError, NotFound, Unauthorized
+        from requests.exceptions import RequestException
+
+        if isinstance(error, DefaultCredentialsError):
+            raise SourceError(
+                f"no Google credentials for {self.url}: run `gcloud auth application-default login`, "
+                "or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
+            ) from error
+        if isinstance(error, (Unauthorized, Forbidden)):
+            raise SourceError(
+                f"access to {self.url} refused ({error.code}): the account needs storage.objects.list and "
+                "storage.objects.get on the bucket (role Storage Object Viewer)"
+            ) from error
+        if isinstance(error, NotFound):
+            raise SourceError(f"no bucket for {self.url}: check TILES") from error
+        if isinstance(error, GoogleAuthError):
+            raise SourceError(
+                f"Google credentials were not accepted for {self.url}: run `gcloud auth application-default login`; "
+                "the same command then goes on from the last committed block"
+            ) from error
+        if isinstance(error, (GoogleCloudError, RequestException, ConnectionError)):
+            raise TransportError(
+                f"reading {self.url} kept failing ({type(error).__name__}): check the network; "
+                "the same command goes on from the last committed block"
+            ) from error

@@ -1,0 +1,108 @@
+"""What a run tells its user: where the time went, what was left out, what the whole bucket would take."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_schema import Status, Version
+
+from .feed import TileBatch
+
+_MALFORMED = "malformed line"
+
+
+@dataclass
+class Timing:
+    """Where one rank's seconds went while it embedded, and what it met on the way.
+
+    Attributes:
+        tiles: embedded or quarantined.
+        wall_s: from the first request to the last block handed over.
+        feed_s, device_s, write_s: the main process waiting for a batch, computing it, waiting for a write.
+        fetch_worker_s, decode_worker_s: seconds the feed's workers spent; they divide `feed_s`.
+        label_lines: lines with content in the label files.
+        problems: one line per quarantined tile and malformed label line.
+    """
+
+    tiles: int = 0
+    wall_s: float = 0.0
+    feed_s: float = 0.0
+    device_s: float = 0.0
+    write_s: float = 0.0
+    fetch_worker_s: float = 0.0
+    decode_worker_s: float = 0.0
+    label_lines: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def note_batch(self, batch: TileBatch) -> None:
+        self.tiles += len(batch)
+        self.fetch_worker_s += batch.fetch_s
+        self.decode_worker_s += batch.decode_s
+        self.label_lines += batch.label_lines
+        self.problems += batch.problems
+
+
+def describe_waits(timings: Sequence[Timing]) -> str:
+    """`waiting: fetch 12 %, decode 20 %, device 66 %, write 0 %` of the ranks' time together."""
+    wall = max(sum(t.wall_s for t in timings), 1e-9)
+    fetching = sum(t.fetch_worker_s for t in timings)
+    decoding = sum(t.decode_worker_s for t in timings)
+    fetch_share = fetching / max(fetching + decoding, 1e-9)
+    feed = sum(t.feed_s for t in timings)
+    waits = {
+        "fetch": feed * fetch_share,
+        "decode": feed * (1 - fetch_share),
+        "device": sum(t.device_s for t in timings),
+        "write": sum(t.write_s for t in timings),
+    }
+    return "waiting: " + ", ".join(f"{name} {100 * seconds / wall:.0f} %" for name, seconds in waits.items())
+
+
+def describe_speed(timings: Sequence[Timing], elapsed: float) -> str:
+    tiles = sum(t.tiles for t in timings)
+    slowest = max(t.wall_s for t in timings)
+    per_rank = ", ".join(f"{t.tiles / t.wall_s:.0f}" for t in timings if t.tiles)
+    return (
+        f"{tiles:,} tiles in {slowest:.1f} s: {tiles / slowest:.0f} tiles/s (per rank {per_rank}), "
+        f"{elapsed:.1f} s in all; {describe_waits(timings)}"
+    )
+
+
+def describe_labels(timings: Sequence[Timing]) -> str:
+    lines = sum(t.label_lines for t in timings)
+    malformed = [p.removesuffix(f": {_MALFORMED}") for t in timings for p in t.problems if p.endswith(_MALFORMED)]
+    if not malformed:
+        return f"{lines:,} label lines read"
+    return f"{lines:,} label lines read, malformed ones among them: {show_first(malformed)}"
+
+
+def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str:
+    """Name and reason of the quarantined tiles, the first ten."""
+    rows = np.flatnonzero(status > Status.EMBEDDED).tolist()
+    names = version.read_table().tile
+    lines = [f"\n  {names[row]}: {Status(status[row]).reason}" for row in rows]
+    return f"quarantined {len(rows):,}:{show_first(lines, separator='', limit=10)}"
+
+
+def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) -> str:
+    """What the whole bucket would take, from this trial."""
+    seconds = all_tiles * max(t.wall_s for t in timings) / sum(t.tiles for t in timings)
+    size = all_tiles * (version.layout.width * 2 * len(version.layout.pooling) + 256)
+    return (
+        f"all {all_tiles:,} tiles: about {_format_duration(seconds)} on this hardware and {size / 2**20:,.0f} MiB "
+        "of cache (the same command without LIMIT)"
+    )
+
+
+def show_first(items: Sequence[str], *, separator: str = ", ", limit: int = 5) -> str:
+    """The first few, and how many more there are."""
+    more = [f"{separator or ' '}and {len(items) - limit:,} more"] if len(items) > limit else []
+    return separator.join(items[:limit]) + "".join(more)
+
+
+def _format_duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
