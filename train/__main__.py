@@ -1,0 +1,156 @@
+"""python -m train head|finetune|evaluate|predict"""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from cache_schema import CacheNotFoundError, TileprobeError
+from extract.config import LAST_CACHE
+from extract.distributed import exit_with
+from extract.scenes import DEFAULT_SCENE_REGEX
+
+from .config import DataConfig, TrainConfig
+
+DEFAULTS = {
+    "head": {"epochs": 50, "batch_size": 1024, "lr": 1e-3, "warmup": 0.05},
+    "finetune": {"epochs": 10, "batch_size": 64, "lr": 1e-4, "warmup": 0.1},
+}
+Command = Callable[..., Any]
+
+_TRAINING: list[Callable[[Command], Command]] = [
+    click.option("--cache", help="Cache to train on.  [default: the one written last]"),
+    click.option("--val-cache", help="A validation set of its own, instead of a split of the cache."),
+    click.option("--test-cache", help="A test set, scored once at the end."),
+    click.option("--backbone", help="Refuse a cache of another backbone than this."),
+    click.option(
+        "--label-ids",
+        type=click.Choice(["auto", "type", "class"]),
+        default="auto",
+        help="Whether labels hold xView type ids (11-94) or class ids (0-59).",
+    ),
+    click.option(
+        "--taxonomy",
+        type=click.Path(dir_okay=False),
+        help="CSV of your own classes: class_id,name or class_id,type_id,name.",
+    ),
+    click.option("--exclude", default="", help="Class ids to leave out, separated by commas, such as 5,48."),
+    click.option(
+        "--empty",
+        type=click.Choice(["drop", "val", "keep"]),
+        default="drop",
+        help="Tiles without a known object: leave out, validate on, or train on as well.",
+    ),
+    click.option("--scene-regex", default=DEFAULT_SCENE_REGEX, help="Group (?P<scene>…) of a tile's name."),
+    click.option("--val-fraction", type=float, default=0.2, help="Share of tiles to validate on, in whole scenes."),
+    click.option("--split-file", type=click.Path(dir_okay=False), help="A split.json written before."),
+    click.option(
+        "--like-original",
+        is_flag=True,
+        help="Random tile split (seed 42), no empty tiles, classes 5 and 48 "
+        "left out, 224 px: to compare with the original script's figures only.",
+    ),
+    click.option("--features", default="cls", help="cls, patch_mean or cls+patch_mean."),
+    click.option("--hidden", type=int, default=512, help="Width of the head's hidden layer."),
+    click.option("--dropout", type=float, default=0.1, help="Of the head."),
+    click.option("--weight-decay", type=float, default=0.01, help="Of AdamW."),
+    click.option("--alpha", type=float, default=0.65, help="Focal loss: weight of the positives."),
+    click.option("--gamma", type=float, default=2.0, help="Focal loss: how little easy examples count."),
+    click.option(
+        "--best-by",
+        type=click.Choice(["f1_weighted", "map_macro"]),
+        default="f1_weighted",
+        help="What selects the best epoch.",
+    ),
+    click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
+    click.option("--seed", type=int, default=0, help="Of split, head, order and dropout."),
+    click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: on CUDA]"),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished cache, without its missing rows."),
+    click.option("--resume", is_flag=True, help="Continue the newest run of --run with its own settings."),
+]
+
+
+def _training_options(command: str) -> Callable[[Command], Command]:
+    """The options both trainers share, with this command's defaults."""
+    defaults = DEFAULTS[command]
+    own = [
+        click.option("--run", default=f"runs/{command}", help="Link to the newest run; the run itself is numbered."),
+        click.option("--epochs", type=int, default=defaults["epochs"]),
+        click.option(
+            "--batch-size",
+            type=int,
+            default=defaults["batch_size"],
+            help="Global, whatever the ranks; halved until an epoch has 20 steps.",
+        ),
+        click.option("--lr", type=float, default=defaults["lr"], help="Peak learning rate of the head."),
+        click.option("--warmup", type=float, default=defaults["warmup"], help="Share of steps that warms up."),
+    ]
+
+    def decorate(function: Command) -> Command:
+        for option in reversed([*own, *_TRAINING]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def main() -> None:
+    """Cached embeddings, or streamed tiles, to a multi-label classifier."""
+
+
+@main.command()
+@_training_options("head")
+def head(**options: Any) -> None:
+    """Fit the head on cached embeddings: seconds, not hours."""
+    _train(options)
+
+
+@main.command()
+@_training_options("finetune")
+@click.option("--unfreeze", type=int, default=3, help="Last transformer layers to train; 0 is the cached path.")
+@click.option("--backbone-lr", type=float, default=1e-5, help="Peak learning rate of the unfrozen layers.")
+@click.option("--head-run", help="Run whose head to start from.  [default: runs/head, if it is of this cache]")
+@click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
+def finetune(**options: Any) -> None:
+    """Train the last layers and the head on streamed tiles, starting from the cached head."""
+    _train(options)
+
+
+def _train(options: dict[str, Any]) -> None:
+    from .run import run_training
+
+    options["cache"] = options["cache"] or _last_cache()
+    like_original = options.pop("like_original")
+    names = DataConfig.__dataclass_fields__.keys() & options.keys()
+    data = {name: options.pop(name) for name in names}
+    data["exclude"] = _parse_ids(data["exclude"])
+    config = TrainConfig(data=DataConfig(**data), **options)
+    run_training(config.like_original() if like_original else config)
+
+
+def _parse_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise click.BadParameter(f"--exclude {text}: class ids separated by commas, such as 5,48") from error
+
+
+def _last_cache() -> str:
+    try:
+        return LAST_CACHE.read_text().strip()
+    except OSError as error:
+        raise CacheNotFoundError("no cache was written yet: run `make extract` first, or set CACHE") from error
+
+
+def run() -> None:
+    """Run the command line; an error a user can act on is one line and status 1."""
+    try:
+        main(prog_name="python -m train")
+    except TileprobeError as error:
+        exit_with(error)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,43 @@
+"""Batches from cached embeddings: everything in memory, no Python per row."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extract.distributed import Ranks
+
+from .batches import Batch, epoch_order, take_share
+from .rows import LabelledRows
+
+_EVAL_ROWS = 8192
+
+
+class CachedTiles:
+    """n labelled rows of a cache on the rank's device.
+
+    Every rank holds all rows, so that the order of training does not depend on how many ranks there are.
+    """
+
+    def __init__(self, rows: LabelledRows, features: tuple[str, ...], ranks: Ranks) -> None:
+        joined = np.concatenate([rows.values.pooled[name][rows.index] for name in features], axis=1)
+        self._embeddings = torch.from_numpy(joined).to(ranks.device)
+        self._labels = torch.from_numpy(rows.labels).to(ranks.device)
+        self._ranks = ranks
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """This rank's share of every global batch, in an order that only seed and epoch decide."""
+        order = epoch_order(len(self), seed, epoch)
+        for start in range(0, len(self), batch_size):
+            chosen = order[start : start + batch_size]
+            mine = take_share(chosen, self._ranks).to(self._labels.device)
+            yield Batch(self._embeddings[mine], self._labels[mine], len(chosen))
+
+    def iterate_share(self) -> Iterator[Tensor]:
+        """Inputs of every world_size-th row in order, unpadded, for evaluation."""
+        share = take_share(torch.arange(len(self)), self._ranks).to(self._labels.device)
+        return (self._embeddings[part] for part in share.split(_EVAL_ROWS))

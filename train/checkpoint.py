@@ -1,0 +1,148 @@
+"""Checkpoints: weights in safetensors, optimiser state that loads without pickle, a sha256 beside each file.
+
+A checkpoint is a directory, written whole under a temporary name and renamed. A flipped byte in either file would
+load silently, so digests are checked first; a damaged `last` falls back to `previous`.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+_WEIGHTS, _META, _OPTIMIZER, _DIGESTS = "model.safetensors", "checkpoint.json", "optimizer.pt", "sha256"
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What the tensors beside it belong to.
+
+    Attributes:
+        epoch: epochs finished.
+        unfreeze: trained layers; 0 for a head alone.
+        features: pooled arrays the head was trained on.
+        hidden, dropout: of the head.
+        class_ids, class_names: C each, in the order of the logits.
+        reading: how raw label ids were read, `type` or `class`.
+        thresholds: C decision thresholds tuned on the validation rows; empty before the first evaluation.
+        backbone, image_size, precision, weights_sha256: of the embeddings it was trained on.
+        best: best value of the selecting metric so far, None before the first evaluation.
+        best_epoch: when it was reached.
+    """
+
+    epoch: int
+    unfreeze: int
+    features: tuple[str, ...]
+    hidden: int
+    dropout: float
+    class_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    reading: str
+    thresholds: tuple[float, ...]
+    backbone: str
+    image_size: int
+    precision: str
+    weights_sha256: str
+    best: float | None = None
+    best_epoch: int | None = None
+
+    def at_epoch(self, epoch: int, best: float | None, best_epoch: int | None) -> Self:
+        return replace(self, epoch=epoch, best=best, best_epoch=best_epoch)
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """Tensors by name, what they belong to, and the optimiser's state where it was saved."""
+
+    tensors: dict[str, Tensor]
+    meta: CheckpointMeta
+    optimizer: dict[str, Any] | None
+
+
+def save_checkpoint(
+    directory: Path, tensors: dict[str, Tensor], meta: CheckpointMeta, optimizer: dict[str, Any] | None = None
+) -> None:
+    """Write `directory` whole, keeping the one that was there as `previous` when it is a resumable one."""
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _WEIGHTS)
+    (temporary / _META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
+    if optimizer is not None:
+        torch.save(optimizer, temporary / _OPTIMIZER)
+    digests = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+    (temporary / _DIGESTS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+    for file in temporary.iterdir():
+        _sync(file)
+    _sync(temporary)
+    if directory.exists():
+        previous = directory.with_name("previous" if optimizer is not None else directory.name + ".old")
+        shutil.rmtree(previous, ignore_errors=True)
+        directory.rename(previous)
+    temporary.rename(directory)
+    _sync(directory.parent)
+    shutil.rmtree(directory.with_name(directory.name + ".old"), ignore_errors=True)
+
+
+def load_checkpoint(directory: Path) -> LoadedCheckpoint:
+    """Read a checkpoint after checking its digests.
+
+    Raises:
+        CheckpointError: missing, cut short, altered, or of another release.
+    """
+    found = directory if directory.exists() else directory.with_name(directory.name + ".old")
+    try:
+        for line in (found / _DIGESTS).read_text().splitlines():
+            digest, name = line.split("  ", 1)
+            if _sha256(found / name) != digest:
+                raise CheckpointError(f"{found / name} does not match its sha256: it is damaged")
+        raw = json.loads((found / _META).read_text())
+        for name in ("features", "class_ids", "class_names", "thresholds"):
+            raw[name] = tuple(raw[name])
+        meta = CheckpointMeta(**raw)
+        optimizer = None
+        if (found / _OPTIMIZER).exists():
+            optimizer = torch.load(found / _OPTIMIZER, map_location="cpu", weights_only=True)
+        return LoadedCheckpoint(load_file(found / _WEIGHTS), meta, optimizer)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no checkpoint in {directory}: {error.filename} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{found} cannot be read as a checkpoint: {error}") from error
+
+
+def load_last(run: Path) -> LoadedCheckpoint:
+    """The newest resumable checkpoint of a run that is whole.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    errors = []
+    for name in ("last", "previous"):
+        try:
+            return load_checkpoint(run / name)
+        except CheckpointError as error:
+            errors.append(str(error))
+    raise CheckpointError(f"cannot resume {run}: {'; '.join(errors)}: start a new run without --resume")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

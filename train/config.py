@@ -1,0 +1,121 @@
+"""Settings of a training run, checked once and frozen."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
+
+from cache_schema import LabelIds
+from extract.backbone import POOLING
+from extract.scenes import DEFAULT_SCENE_REGEX
+
+from .errors import TrainError
+
+EmptyTiles = Literal["drop", "val", "keep"]
+ORIGINAL_EXCLUDED = (5, 48)
+"""Class ids the original script left out: Small Car and Building, present nearly everywhere."""
+ORIGINAL_SEED = 42
+ORIGINAL_IMAGE_SIZE = 224
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows train, which validate, and what their labels mean.
+
+    Attributes:
+        label_ids: whether raw label ids are xView type ids or class ids.
+        taxonomy: a class list of the user's own, None for xView's.
+        exclude: class ids left out of model and metrics.
+        empty: what to do with tiles that show no class: leave them out, use them for validation only, or for both.
+        scene_regex: how a scene is read off a tile's name.
+        val_fraction: share of tiles to validate on, in whole scenes.
+        split_file: a split.json written before.
+        split_tiles: split tile by tile, as the original did; neighbours leak, so only for comparison.
+    """
+
+    label_ids: LabelIds | Literal["auto"] = "auto"
+    taxonomy: str | None = None
+    exclude: tuple[int, ...] = ()
+    empty: EmptyTiles = "drop"
+    scene_regex: str = DEFAULT_SCENE_REGEX
+    val_fraction: float = 0.2
+    split_file: str | None = None
+    split_tiles: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise TrainError(f"--val-fraction {self.val_fraction}: a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of the trainer, on cached vectors (`unfreeze` 0) or on streamed tiles.
+
+    Attributes:
+        cache: of the training tiles; tile source, backbone and image size come from it.
+        run: link to the newest run, `runs/head` -> `runs/head-003`.
+        unfreeze: last transformer layers to train.
+        val_cache, test_cache: sets of their own.
+        features: pooled arrays the head sees, joined by `+`.
+        epochs, batch_size: the batch is global, whatever the number of ranks.
+        lr, backbone_lr: peak learning rates of head and layers.
+        weight_decay, warmup: of AdamW; the share of steps that warms up.
+        alpha, gamma: of the focal loss.
+        hidden, dropout: of the head.
+        best_by: metric that selects the best epoch.
+        save_every: epochs between checkpoints.
+        amp: autocast to bf16, by default where the device is CUDA.
+    """
+
+    cache: str
+    run: str
+    unfreeze: int = 0
+    val_cache: str | None = None
+    test_cache: str | None = None
+    data: DataConfig = DataConfig()
+    features: str = "cls"
+    epochs: int = 50
+    batch_size: int = 1024
+    lr: float = 1e-3
+    backbone_lr: float = 1e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    alpha: float = 0.65
+    gamma: float = 2.0
+    hidden: int = 512
+    dropout: float = 0.1
+    best_by: Literal["f1_weighted", "map_macro"] = "f1_weighted"
+    save_every: int = 1
+    seed: int = 0
+    amp: bool | None = None
+    device: str = "auto"
+    workers: int | None = None
+    head_run: str | None = None
+    backbone: str | None = None
+    allow_unsealed: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.run.startswith("gs://"):
+            raise TrainError(f"RUN={self.run}: runs are written to a local directory")
+        unknown = set(self.features.split("+")) - set(POOLING)
+        if unknown or len(set(self.features.split("+"))) != len(self.features.split("+")):
+            raise TrainError(f"--features {self.features}: choose of {', '.join(POOLING)}, joined by +")
+        if self.epochs < 1 or self.batch_size < 1 or self.save_every < 1:
+            raise TrainError("--epochs, --batch-size and --save-every must be at least 1")
+        for name in ("val_cache", "test_cache"):
+            if getattr(self, name) == self.cache:
+                raise TrainError(
+                    f"{name.upper()} is the training cache itself: {self.cache}: set CACHE or {name.upper()}"
+                )
+
+    def like_original(self) -> Self:
+        """The original script's split and classes, for comparison with its figures only."""
+        data = replace(self.data, split_tiles=True, exclude=ORIGINAL_EXCLUDED, empty="drop", val_fraction=0.2)
+        return replace(self, data=data, seed=ORIGINAL_SEED)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        data = {**value["data"], "exclude": tuple(value["data"]["exclude"])}
+        return cls(**{**value, "data": DataConfig(**data)})

@@ -1,0 +1,115 @@
+"""What fine-tuning needs beyond the cached path: the cache's own backbone, its tiles, and a head to start from."""
+
+from collections.abc import Callable
+from typing import Any
+
+from cache_schema import ProvenanceError, Version
+from extract.backbone import Backbone, Checkpoint, find_checkpoint
+from extract.distributed import Ranks
+from extract.feed import TileFeed
+from extract.run import make_provenance
+from extract.source import open_source
+
+from .checkpoint import CheckpointMeta
+from .errors import CheckpointError, TrainError
+from .rows import LabelledRows
+from .step_zero import StepZero
+from .streaming import StreamedTiles, check_tiles_unchanged
+
+
+def check_finetuning(rows: LabelledRows, unfreeze: int) -> None:
+    """Refuse, before anything is written, what would fail or mislead later.
+
+    Raises:
+        TrainError: more layers than there are, or tiles that are not those of the cache.
+        ProvenanceError: the backbone found now is not the one that made the cache.
+    """
+    version = rows.version
+    checkpoint = find_cached_checkpoint(version)
+    if not 1 <= unfreeze <= checkpoint.depth:
+        raise TrainError(
+            f"UNFREEZE={unfreeze}: {checkpoint.name} has {checkpoint.depth} layers: "
+            "choose 1 to that many, or 0 for the cached head"
+        )
+    check_tiles_unchanged(open_source(version.recorded.tiles), rows)
+
+
+def find_cached_checkpoint(version: Version) -> Checkpoint:
+    """The checkpoint a version was made with.
+
+    Raises:
+        ProvenanceError: what lies there now has other weights or settings.
+    """
+    checkpoint = find_checkpoint(version.recorded.backbone, version.provenance.image_size)
+    precision: Any = version.provenance.precision
+    differences = version.provenance.differences(make_provenance(checkpoint, precision))
+    if differences:
+        raise ProvenanceError(
+            f"{checkpoint.name} is not what made {version.root.url} ({'; '.join(differences)}): "
+            "run `make extract` again"
+        )
+    return checkpoint
+
+
+def check_head(meta: CheckpointMeta, rows: LabelledRows) -> None:
+    """A head may only start on embeddings and classes it knows.
+
+    Raises:
+        CheckpointError: it is of another backbone, image size or class list.
+    """
+    provenance = rows.version.provenance
+    if meta.weights_sha256 != provenance.weights_sha256 or meta.image_size != provenance.image_size:
+        raise CheckpointError(
+            f"the head was trained on {meta.backbone} at {meta.image_size} px, the cache is of "
+            f"{rows.version.recorded.backbone} at {provenance.image_size} px: run `make train-head` on this cache first"
+        )
+    if meta.class_names != rows.class_names:
+        raise CheckpointError(
+            f"the head knows {len(meta.class_names)} classes, this run {len(rows.class_names)}, or others: "
+            "use the same --taxonomy and --exclude, or run `make train-head` first"
+        )
+
+
+class TileStream:
+    """A backbone and the feeds of its tiles; every set of a run streams through it."""
+
+    def __init__(self, version: Version, checkpoint: Checkpoint, ranks: Ranks, *, workers: int | None) -> None:
+        precision: Any = version.provenance.precision
+        self.backbone = Backbone.load(checkpoint, precision=precision, device=ranks.device)
+        self._version = version
+        self._checkpoint = checkpoint
+        self._ranks = ranks
+        self._workers = ranks.choose_workers(workers)
+        self._feeds: dict[str, TileFeed] = {}
+
+    def unfreeze(self, layers: int, *, amp: bool, say: Callable[[str], None]) -> None:
+        """Check step 0, then make the last `layers` trainable.
+
+        Raises:
+            StepZeroError: streamed embeddings are not the cache's.
+            BackboneError: there are fewer layers.
+        """
+        tiles = self._version.recorded.tiles
+        step_zero = StepZero(self._version, open_source(tiles), self._open_feed(tiles), self._checkpoint)
+        say(self._ranks.run_on_main(lambda: step_zero.check_reproduction(self.backbone)))
+        trained = self.backbone.unfreeze_last(layers)
+        say(self._ranks.run_on_main(lambda: step_zero.check_training_precision(self.backbone, amp=amp)))
+        count = sum(parameter.numel() for parameter in self.backbone.parameters() if parameter.requires_grad)
+        say(f"training {len(trained)} tensors ({count:,} parameters): the last {layers} layers and the final norm")
+
+    def build(self, rows: LabelledRows) -> StreamedTiles:
+        """`rows` as pixel values, read from where their own cache's tiles came from."""
+        return StreamedTiles(
+            rows,
+            self._open_feed(rows.version.recorded.tiles),
+            self._checkpoint,
+            self._ranks,
+            dtype=self.backbone.dtype,
+            eval_batch=self._version.recorded.batch_size,
+        )
+
+    def _open_feed(self, tiles: str) -> TileFeed:
+        if tiles not in self._feeds:
+            pin = self._ranks.device.type == "cuda"
+            self._feeds[tiles] = TileFeed(open_source(tiles), workers=self._workers, pin_memory=pin)
+        return self._feeds[tiles]

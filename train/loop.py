@@ -1,0 +1,248 @@
+"""The training loop, the same for cached vectors and streamed tiles."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from cache_schema.layout import BoolArray
+from extract.distributed import Ranks
+
+from .batches import Batch, Tiles
+from .checkpoint import CheckpointMeta, LoadedCheckpoint, save_checkpoint
+from .config import TrainConfig
+from .errors import CheckpointError, TrainError
+from .evaluation import predict_logits, score_epoch
+from .loss import focal_loss
+from .model import Classifier
+from .rows import LabelledRows
+from .rundir import RunDirectory
+
+MIN_EPOCH_STEPS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class ValidationSet:
+    """Tiles to select the best epoch by.
+
+    Attributes:
+        tiles: their inputs, empty ones included.
+        rows: their labels and scenes.
+        counted: (n,) bool, the rows of the main figures.
+    """
+
+    tiles: Tiles
+    rows: LabelledRows
+    counted: BoolArray
+
+
+@dataclass
+class EpochTiming:
+    """Seconds of one epoch: in all, waiting for batches, and validating."""
+
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    val_s: float = 0.0
+
+
+def choose_batch_size(rows: int, asked: int) -> int:
+    """The asked global batch, halved until an epoch has 20 steps."""
+    size = asked
+    while size > 1 and rows / size < MIN_EPOCH_STEPS:
+        size //= 2
+    return size
+
+
+def scale_learning_rate(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over a share of all steps, then half a cosine down to zero (Loshchilov & Hutter 2017)."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+class Trainer:
+    """Trains one classifier and leaves its files in a run directory."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        train: Tiles,
+        val: ValidationSet,
+        config: TrainConfig,
+        meta: CheckpointMeta,
+        run: RunDirectory,
+        ranks: Ranks,
+    ) -> None:
+        self.classifier = classifier
+        self.config = config
+        self._train = train
+        self._val = val
+        self._meta = meta
+        self._run = run
+        self._ranks = ranks
+        self._amp = use_amp(config, ranks)
+        self._optimizer = make_optimizer(classifier, config)
+        self._model: nn.Module = classifier
+        if ranks.world_size > 1:
+            self._model = DistributedDataParallel(classifier, broadcast_buffers=False)
+        self._epoch = 0
+        self._best: float | None = None
+        self._best_epoch: int | None = None
+        self._steps = config.epochs * math.ceil(len(train) / config.batch_size)
+
+    def restore(self, checkpoint: LoadedCheckpoint) -> None:
+        """Go on after the epoch a checkpoint was saved at."""
+        if checkpoint.optimizer is None:
+            raise CheckpointError("this checkpoint holds no optimiser state: it cannot be resumed")
+        load_tensors(self.classifier, checkpoint)
+        self._optimizer.load_state_dict(checkpoint.optimizer)
+        self._epoch, self._best, self._best_epoch = (
+            checkpoint.meta.epoch,
+            checkpoint.meta.best,
+            checkpoint.meta.best_epoch,
+        )
+
+    def fit(self, note: Callable[[str], None]) -> None:
+        """Train the remaining epochs; `best/` and `last/` and a history line an epoch are left in the run directory.
+
+        Raises:
+            TrainError: the loss is no longer finite.
+        """
+        total = self.config.epochs * len(self._train)
+        with tqdm(
+            total=total,
+            initial=self._epoch * len(self._train),
+            unit="tile",
+            desc="train",
+            disable=not self._ranks.is_main,
+        ) as bar:
+            while self._epoch < self.config.epochs:
+                timing = EpochTiming()
+                loss = self._train_epoch(bar, timing)
+                started = time.perf_counter()
+                logits = predict_logits(self.classifier, self._val.tiles, self._ranks, amp=self._amp)
+                self._epoch += 1
+                if logits is not None:
+                    metrics = score_epoch(
+                        logits, self._val.rows, self._val.counted, alpha=self.config.alpha, gamma=self.config.gamma
+                    )
+                    timing.val_s = time.perf_counter() - started
+                    self._record(loss, metrics, timing, bar, note)
+                self._ranks.wait()
+
+    def _train_epoch(self, bar: "tqdm[Any]", timing: EpochTiming) -> float:
+        """Mean training loss of one epoch over all ranks."""
+        config, started = self.config, time.perf_counter()
+        # Dropout's draws depend on seed, epoch and rank alone, so a resumed run repeats them.
+        torch.manual_seed((config.seed * 1_000_003 + self._epoch) * 8_191 + self._ranks.rank)
+        self.classifier.train()
+        batches = self._train.iterate_epoch(batch_size=config.batch_size, seed=config.seed, epoch=self._epoch)
+        step = self._epoch * math.ceil(len(self._train) / config.batch_size)
+        total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        classes = len(self._meta.class_ids)
+        for batch in _time_waits(batches, timing):
+            self._set_learning_rate(scale_learning_rate(step, self._steps, config.warmup))
+            total += self._train_step(batch, classes)
+            bar.update(batch.global_size)
+            step += 1
+        dist.all_reduce(total)
+        timing.train_s = time.perf_counter() - started
+        loss = float(total) / (len(self._train) * classes)
+        if not math.isfinite(loss):
+            raise TrainError(f"the loss is not finite in epoch {self._epoch + 1}: lower --lr, or train without --amp")
+        return loss
+
+    def _train_step(self, batch: Batch, classes: int) -> torch.Tensor:
+        """One optimiser step; returns this rank's summed loss, detached."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp):
+            logits = self._model(batch.inputs)
+        summed = focal_loss(logits, batch.labels.float(), alpha=self.config.alpha, gamma=self.config.gamma).sum()
+        # DDP averages over ranks: scaled like this the gradient is that of the mean over the global batch.
+        (summed * self._ranks.world_size / (batch.global_size * classes)).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return summed.detach()
+
+    def _set_learning_rate(self, scale: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+    def _record(
+        self, loss: float, metrics: dict[str, Any], timing: EpochTiming, bar: "tqdm[Any]", note: Callable[[str], None]
+    ) -> None:
+        """Rank 0: history, best and last checkpoints, one line for the user."""
+        figures = {name: value for name, value in metrics.items() if name != "per_class"}
+        self._run.append_history(
+            {"epoch": self._epoch, "lr": self._optimizer.param_groups[0]["lr"], "train_loss": loss, **figures}
+        )
+        self._run.append_timing({"epoch": self._epoch, **timing.__dict__, "tiles": len(self._train)})
+        value = metrics[self.config.best_by]
+        if value is None:
+            raise TrainError("no validation tile shows any class: no epoch can be the best; give a larger VAL_CACHE")
+        if self._best is None or value > self._best:
+            self._best, self._best_epoch = value, self._epoch
+            self._save(self._run.best)
+        if self._epoch % self.config.save_every == 0 or self._epoch == self.config.epochs:
+            self._save(self._run.last, optimizer=True)
+        bar.set_postfix_str(
+            f"loss {loss:.4f}, F1 weighted {metrics['f1_weighted']:.3f}, mAP {metrics['map_macro']:.3f}", refresh=False
+        )
+        if self.config.unfreeze:
+            note(
+                f"epoch {self._epoch}/{self.config.epochs}: loss {loss:.4f}, val F1 weighted "
+                f"{metrics['f1_weighted']:.4f}, mAP {metrics['map_macro']:.4f}; {timing.train_s:.1f} s, "
+                f"{100 * timing.wait_s / max(timing.train_s, 1e-9):.0f} % of it waiting for tiles"
+            )
+
+    def _save(self, directory: Any, *, optimizer: bool = False) -> None:
+        meta = self._meta.at_epoch(self._epoch, self._best, self._best_epoch)
+        state = self._optimizer.state_dict() if optimizer else None
+        save_checkpoint(directory, self.classifier.trained_tensors(), meta, state)
+
+
+def use_amp(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether to autocast: as asked, else where the device is CUDA."""
+    return ranks.device.type == "cuda" if config.amp is None else config.amp
+
+
+def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what requires gradients: the head at `lr`, unfrozen layers at `backbone_lr`."""
+    groups = [{"params": list(classifier.head.parameters()), "peak_lr": config.lr}]
+    if classifier.backbone is not None:
+        layers = [parameter for parameter in classifier.backbone.parameters() if parameter.requires_grad]
+        groups += [{"params": layers, "peak_lr": config.backbone_lr}] if layers else []
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def load_tensors(classifier: Classifier, checkpoint: LoadedCheckpoint) -> None:
+    """Copy a checkpoint's tensors into the classifier.
+
+    Raises:
+        CheckpointError: a name or a shape that this classifier does not have.
+    """
+    state = classifier.state_dict()
+    for name, tensor in checkpoint.tensors.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"tensor {name} {tuple(tensor.shape)} does not fit this model: the checkpoint belongs to another one"
+            )
+    classifier.load_state_dict(checkpoint.tensors, strict=False)
+
+
+def _time_waits(batches: Iterator[Batch], timing: EpochTiming) -> Iterator[Batch]:
+    """The same batches, with the seconds spent waiting for each counted."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        timing.wait_s += time.perf_counter() - started
+        if batch is None:
+            return
+        yield batch

@@ -1,0 +1,219 @@
+"""One training run, from a cache to a run directory.
+
+The cached path (`unfreeze` 0) and the streamed one differ in two things only: where a batch comes from, and whether the
+classifier holds a backbone. Split, loop, metrics, checkpoints and report are the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache_schema import ProvenanceError
+from extract.distributed import Ranks, join_ranks
+
+from .batches import Tiles
+from .cached import CachedTiles
+from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_checkpoint, load_last, save_checkpoint
+from .config import TrainConfig
+from .evaluation import Evaluation, describe_evaluation, evaluate_rows, predict_logits, score_epoch
+from .finetune import TileStream, check_finetuning, check_head, find_cached_checkpoint
+from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
+from .model import Classifier, Head
+from .report import write_report
+from .rows import LabelledRows
+from .rundir import RunDirectory
+from .sets import Sets, read_sets
+
+MakeTiles = Callable[[LabelledRows], Tiles]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What rank 0 decides before training: where files go, and which state to go on from."""
+
+    run: RunDirectory
+    resume: LoadedCheckpoint | None
+    note: str
+
+
+def run_training(config: TrainConfig) -> None:
+    """Train as configured and leave a run directory.
+
+    Raises:
+        TileprobeError: whatever a user can mend; nothing of an earlier run is touched.
+    """
+    with join_ranks(config.device) as ranks:
+        config, head, notes = ranks.run_on_main(lambda: _resolve(config))
+        sets = ranks.run_everywhere(lambda: read_sets(config))
+        config = replace(config, batch_size=choose_batch_size(len(sets.train), config.batch_size))
+        start = ranks.run_on_main(lambda: _open_run(config, head, sets))
+        for line in (*sets.notes, *notes, start.note):
+            _say(ranks, line)
+        trainer, make_tiles = _prepare(config, start.run, sets, ranks)
+        if start.resume is not None:
+            trainer.restore(start.resume)
+        elif head is not None:
+            load_tensors(trainer.classifier, head)
+            _compare_cached_and_streamed(trainer, make_tiles, sets, ranks)
+        trainer.fit(lambda line: _say(ranks, line))
+        _finish(config, start.run, sets, trainer.classifier, make_tiles, ranks)
+
+
+def _say(ranks: Ranks, line: str) -> None:
+    if ranks.is_main:
+        print(line, flush=True)
+
+
+def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
+    """The settings a run really uses: a resumed run's own, or completed from the head it starts from."""
+    if config.resume:
+        stored = RunDirectory.open(config.run).read_config()
+        return replace(stored, run=config.run, resume=True, device=config.device, workers=config.workers), None, ()
+    found = _find_head(config) if config.unfreeze else None
+    if found is None:
+        return config, None, ("no cached head to start from: the head starts at random",) if config.unfreeze else ()
+    run, head = found
+    stored = run.read_config()
+    data, split = config.data, "its own split"
+    if stored.cache == config.cache and not data.split_file and not config.val_cache:
+        # Another split would validate on tiles the head was trained on.
+        data, split = replace(stored.data, split_file=str(run.path / "split.json")), "the split of that run"
+    features = "+".join(head.meta.features)
+    config = replace(config, data=data, features=features, hidden=head.meta.hidden, head_run=str(run))
+    return config, head, (f"head starts from {run}, best epoch {head.meta.epoch}; validates on {split}",)
+
+
+def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | None:
+    """The cached head to start from: the run asked for, else the newest beside this one, if it is of this cache."""
+    path = config.head_run or str(Path(config.run).with_name("head"))
+    if config.head_run is None and not Path(path, "best").is_dir():
+        return None
+    run = RunDirectory.open(path)
+    head = load_checkpoint(run.best)
+    if config.head_run is None and run.read_config().cache != config.cache:
+        return None
+    return run, head
+
+
+def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
+    """Rank 0: check what would fail later, then make or reopen the run directory."""
+    version = sets.train.version
+    if config.backbone and config.backbone != version.recorded.backbone:
+        raise ProvenanceError(
+            f"{config.cache} was made with BACKBONE={version.recorded.backbone}, not {config.backbone}: "
+            f"run `make extract BACKBONE={config.backbone}`, or leave BACKBONE unset"
+        )
+    if head is not None:
+        check_head(head.meta, sets.train)
+    if config.unfreeze:
+        check_finetuning(sets.train, config.unfreeze)
+    if config.resume:
+        run = RunDirectory.open(config.run)
+        resume = load_last(run.path)
+        run.cut_history(resume.meta.epoch)
+        return Start(run, resume, f"resuming {run} after epoch {resume.meta.epoch} of {config.epochs}")
+    run = RunDirectory.create(config.run)
+    run.write_json(
+        "config.json",
+        {
+            "config": config.to_json(),
+            "version": version.id,
+            "provenance": version.provenance.to_json(),
+            "recorded": version.recorded.to_json(),
+        },
+    )
+    run.write_json("split.json", sets.split)
+    return Start(run, None, f"global batch {config.batch_size}; files go to {run}")
+
+
+def _prepare(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -> tuple[Trainer, MakeTiles]:
+    """Model, sets and trainer; on the streamed path the backbone too, once step 0 has passed."""
+    version = sets.train.version
+    features = tuple(config.features.split("+"))
+    make_tiles: MakeTiles = lambda rows: CachedTiles(rows, features, ranks)  # noqa: E731
+    backbone = None
+    if config.unfreeze:
+        checkpoint = ranks.run_on_main(lambda: find_cached_checkpoint(version))
+        stream = TileStream(version, checkpoint, ranks, workers=config.workers)
+        stream.unfreeze(config.unfreeze, amp=use_amp(config, ranks), say=lambda line: _say(ranks, line))
+        backbone, make_tiles = stream.backbone, stream.build
+    meta = _make_meta(config, sets.train)
+    head = make_head(meta, version.layout.width, config.seed)
+    classifier = Classifier(head, backbone, features).to(ranks.device)
+    val = ValidationSet(make_tiles(sets.val), sets.val, sets.counted)
+    return Trainer(classifier, make_tiles(sets.train), val, config, meta, run, ranks), make_tiles
+
+
+def make_head(meta: CheckpointMeta, width: int, seed: int) -> Head:
+    """A fresh head; the same for every rank and run of a seed."""
+    torch.manual_seed(seed)
+    return Head(width * len(meta.features), len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
+
+
+def _make_meta(config: TrainConfig, rows: LabelledRows) -> CheckpointMeta:
+    provenance = rows.version.provenance
+    return CheckpointMeta(
+        epoch=0,
+        unfreeze=config.unfreeze,
+        features=tuple(config.features.split("+")),
+        hidden=config.hidden,
+        dropout=config.dropout,
+        class_ids=rows.class_ids,
+        class_names=rows.class_names,
+        reading=rows.reading,
+        thresholds=(),
+        backbone=rows.version.recorded.backbone,
+        image_size=provenance.image_size,
+        precision=provenance.precision,
+        weights_sha256=provenance.weights_sha256,
+    )
+
+
+def _compare_cached_and_streamed(trainer: Trainer, make_tiles: MakeTiles, sets: Sets, ranks: Ranks) -> None:
+    """The starting head on cached vectors and on streamed tiles, side by side."""
+    config, classifier = trainer.config, trainer.classifier
+    on_cache = Classifier(classifier.head, None, classifier.features)
+    figures = []
+    for model, tiles in (
+        (on_cache, CachedTiles(sets.val, classifier.features, ranks)),
+        (classifier, make_tiles(sets.val)),
+    ):
+        logits = predict_logits(model, tiles, ranks, amp=use_amp(config, ranks))
+        if logits is not None:
+            scored = score_epoch(logits, sets.val, sets.counted, alpha=config.alpha, gamma=config.gamma)
+            figures.append(f"{scored['map_macro']:.4f}")
+    if figures:
+        _say(ranks, f"step 0: mAP of the starting head: cached {figures[0]}, streamed {figures[1]}")
+
+
+def _finish(
+    config: TrainConfig, run: RunDirectory, sets: Sets, classifier: Classifier, make_tiles: MakeTiles, ranks: Ranks
+) -> None:
+    """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
+    best = ranks.run_everywhere(lambda: load_checkpoint(run.best))
+    load_tensors(classifier, best)
+    amp = use_amp(config, ranks)
+    val_logits = predict_logits(classifier, make_tiles(sets.val), ranks, amp=amp)
+    test_logits = None
+    if sets.test is not None:
+        test_logits = predict_logits(classifier, make_tiles(sets.test), ranks, amp=amp)
+    if val_logits is None:
+        return
+    val = evaluate_rows(val_logits, sets.val, sets.counted, alpha=config.alpha, gamma=config.gamma, seed=config.seed)
+    save_checkpoint(run.best, best.tensors, replace(best.meta, thresholds=tuple(map(float, val.thresholds))))
+    run.write_json("metrics.json", val.to_json())
+    results: dict[str, Evaluation] = {f"validation, best epoch {best.meta.epoch}": val}
+    if sets.test is not None and test_logits is not None:
+        counted = ~sets.test.empty if config.data.empty == "drop" else np.ones(len(sets.test), bool)
+        test = evaluate_rows(
+            test_logits, sets.test, counted, alpha=config.alpha, gamma=config.gamma, thresholds=val.thresholds
+        )
+        run.write_json("test_metrics.json", test.to_json())
+        results["test, scored once"] = test
+    write_report(run, config, results)
+    for title, evaluation in results.items():
+        print(f"\n{title}\n{describe_evaluation(evaluation)}")
+    print(f"\nrun: {run} (best/, last/, metrics.json, report.html)", flush=True)

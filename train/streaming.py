@@ -1,0 +1,122 @@
+"""Batches from tiles streamed end to end, through the same feed and transform as extraction."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_schema import NO_LABEL, Status, TileTable
+from extract.backbone import Checkpoint
+from extract.distributed import Ranks
+from extract.feed import TileBatch, TileFeed, TileRequest, make_requests
+from extract.source import Source, list_tiles
+from extract.transform import TileTransform
+
+from .batches import Batch, epoch_order, take_share
+from .errors import TrainError
+from .rows import LabelledRows
+
+
+class StreamedTiles:
+    """n labelled rows of a cache, read from where the cache's tiles came from.
+
+    Args:
+        rows: which tiles, and their labels; label files are not read again.
+        feed: worker processes, shared by the sets of a run.
+        checkpoint: of the backbone; gives size, mean and std.
+        dtype: of the pixel values.
+        eval_batch: tiles per forward pass in evaluation, the cache's own batch size.
+    """
+
+    def __init__(
+        self,
+        rows: LabelledRows,
+        feed: TileFeed,
+        checkpoint: Checkpoint,
+        ranks: Ranks,
+        *,
+        dtype: torch.dtype,
+        eval_batch: int,
+    ) -> None:
+        self._table = rows.version.read_table()
+        self._index = rows.index
+        self._labels = torch.from_numpy(rows.labels)
+        self._feed = feed
+        self._transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
+        self._ranks = ranks
+        self._dtype = dtype
+        self._eval_batch = eval_batch
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """This rank's share of every global batch, in an order that only seed and epoch decide."""
+        order = epoch_order(len(self), seed, epoch)
+        starts = range(0, len(self), batch_size)
+        shares = [take_share(order[start : start + batch_size], self._ranks) for start in starts]
+        # A rank without a row in the last, short batch still takes part in it, with nothing.
+        pixels = self._read([share for share in shares if len(share)])
+        for start, share in zip(starts, shares, strict=True):
+            size = min(batch_size, len(self) - start)
+            inputs = next(pixels) if len(share) else self._no_pixels()
+            yield Batch(inputs, self._labels[share].to(self._ranks.device), size)
+
+    def iterate_share(self) -> Iterator[Tensor]:
+        """Pixel values of every world_size-th row in order, unpadded, for evaluation."""
+        share = take_share(torch.arange(len(self)), self._ranks)
+        return self._read([part for part in share.split(self._eval_batch) if len(part)])
+
+    def _read(self, batches: list[Tensor]) -> Iterator[Tensor]:
+        requests = (make_requests(self._table, self._index[batch.numpy()].tolist(), labels=False) for batch in batches)
+        for batch in self._feed.read(requests):
+            refuse_changed(batch, self._table)
+            yield self._transform(batch.images, device=self._ranks.device, dtype=self._dtype)
+
+    def _no_pixels(self) -> Tensor:
+        size = self._transform.image_size
+        return torch.empty(0, 3, size, size, device=self._ranks.device, dtype=self._dtype)
+
+
+def refuse_changed(batch: TileBatch, table: TileTable) -> None:
+    """A tile that could be embedded once must still be readable, else rows and labels would fall apart.
+
+    Raises:
+        TrainError: naming the tile and what happened to it.
+    """
+    bad = np.flatnonzero(batch.status != Status.EMBEDDED)
+    if len(bad):
+        name, status = table.tile[batch.rows[bad[0]]], Status(batch.status[bad[0]])
+        raise TrainError(f"{name} {status.reason}, but the cache holds its embedding: run `make extract` again")
+
+
+def check_tiles_unchanged(source: Source, rows: LabelledRows) -> None:
+    """Compare the present listing with the cache's table, for the rows in use.
+
+    Raises:
+        TrainError: tiles are gone or changed, counted and named.
+    """
+    cached, listed = rows.version.read_table(), list_tiles(source, unlabelled=True).table
+    position = {str(name): i for i, name in enumerate(listed.tile)}
+    gone, changed = [], []
+    for row in rows.index.tolist():
+        name = str(cached.tile[row])
+        now = position.get(name)
+        if now is None:
+            gone.append(name)
+        elif cached.size[row] != listed.size[now] or cached.crc32c[row] != listed.crc32c[now]:
+            changed.append(name)
+        elif listed.label_size[now] == NO_LABEL or cached.label_crc32c[row] != listed.label_crc32c[now]:
+            changed.append(f"the label of {name}")
+    if gone or changed:
+        raise TrainError(
+            f"{source.url} is not what the cache was made from: {len(gone):,} tiles gone, {len(changed):,} changed "
+            f"(such as {', '.join([*gone, *changed][:3])}): run `make extract` again"
+        )
+
+
+def request_batches(table: TileTable, rows: range, batch_size: int) -> Iterator[list[TileRequest]]:
+    """Consecutive batches of `rows` of a table, tiles only."""
+    for start in range(rows.start, rows.stop, batch_size):
+        yield make_requests(table, range(start, min(start + batch_size, rows.stop)), labels=False)
