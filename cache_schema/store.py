@@ -150,7 +150,7 @@ class CacheRoot:
             with _storage_errors(self.url):
                 _create_arrays(self.store, version_id + _SUFFIX, table, provenance, recorded)
         version = self.open_version(version_id, read_only=False)
-        if not version.sealed and not np.array_equal(version.group["generation"][:], table.generation):
+        if not version.sealed and not np.array_equal(version.read_table().generation, table.generation):
             version.write_generation(table.generation)
         return version
 
@@ -194,7 +194,7 @@ class Version:
     def read_table(self) -> TileTable:
         """The tile table, all columns."""
         with _storage_errors(self.root.url):
-            columns = {name: self.group[name][:] for name in ("tile", *COLUMN_DTYPES)}
+            columns: dict[str, Any] = {name: self._read(name, slice(None)) for name in ("tile", *COLUMN_DTYPES)}
         return TileTable(**columns)
 
     def write_generation(self, generation: npt.NDArray[np.int64]) -> None:
@@ -320,21 +320,24 @@ class Version:
     def _read(self, name: str, rows: slice) -> npt.NDArray[Any]:
         with _storage_errors(self.root.url):
             try:
-                return np.asarray(self.group[name][rows])
+                array: Any = self.group[name]
+                return np.asarray(array[rows])
             except ValueError as error:  # what Zarr raises on a wrong checksum and on a chunk of the wrong length
                 raise IntegrityError(f"array {name} cannot be read: {error}") from error
 
     def _refuse_unstorable(self, values: BlockValues, rows: slice) -> None:
         n = rows.stop - rows.start
-        expected = dict.fromkeys(self.layout.pooling, ((n, self.layout.width), POOLED_DTYPE))
+        expected: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {}
+        expected |= {name: ((n, self.layout.width), POOLED_DTYPE) for name in self.layout.pooling}
         expected |= {"label_ids": ((n, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE), "status": ((n,), STATUS_DTYPE)}
-        arrays: dict[str, npt.NDArray[Any]] = {**values.pooled, "label_ids": values.label_ids, "status": values.status}
+        arrays: dict[str, npt.NDArray[Any]] = dict(values.pooled)
+        arrays |= {"label_ids": values.label_ids, "status": values.status}
         for name, (shape, dtype) in expected.items():
             if name not in arrays or arrays[name].shape != shape or arrays[name].dtype != dtype:
                 raise IntegrityError(f"array {name} of a block must be {dtype} {shape}")
-        embedded = values.status == Status.EMBEDDED
+        embedded = np.asarray(values.status == Status.EMBEDDED)
         for name in self.layout.pooling:
-            finite = np.isfinite(values.pooled[name]).all(axis=1)
+            finite = np.asarray(np.isfinite(values.pooled[name]).all(axis=1))
             if not finite[embedded].all():
                 first = rows.start + int(np.flatnonzero(embedded & ~finite)[0])
                 raise IntegrityError(f"{name} of row {first} is not finite in float16: nothing of its block was stored")

@@ -142,11 +142,11 @@ class Taxonomy:
         artefacts = sorted(self.artefacts) if reading == "type" else []
         known = {*columns, *artefacts, LABEL_ID_COLUMNS - 1}
         labels = label_ids[:, columns] > 0
-        empty = ~label_ids.any(axis=1)
+        empty = np.asarray(~label_ids.any(axis=1))
         return DecodedLabels(
             labels=labels,
             empty=empty,
-            unusable=~empty & ~labels.any(axis=1),
+            unusable=np.asarray(~empty & ~labels.any(axis=1)),
             artefacts=int(totals[artefacts].sum()),
             unknown={i: int(n) for i, n in enumerate(totals.tolist()) if n and i not in known},
             malformed=int(totals[-1]),

@@ -1,5 +1,6 @@
-"""python -m extract run"""
+"""python -m extract run|demo"""
 
+import sys
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ def main() -> None:
 
 
 @main.command("run")
-@click.option("--tiles", required=True, help="gs://bucket/prefix or a directory holding images/ and labels/.")
+@click.option("--tiles", default="", help="gs://bucket/prefix or a directory holding images/ and labels/.")
 @click.option("--backbone", default="vitl16", help="vitl16, vit7b16, demo, a checkpoint directory or a hub id.")
 @click.option(
     "--image-size",
@@ -40,6 +41,18 @@ def run_command(**options: Any) -> None:
     from .run import run_extraction
 
     run_extraction(ExtractConfig(**options))
+
+
+@main.command("demo", context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def demo_command(command: tuple[str, ...]) -> None:
+    """Run COMMAND while the generated demo bucket is served on loopback.
+
+    Every demo:// in COMMAND becomes the bucket's address.
+    """
+    from .demo import run_with_demo_bucket
+
+    sys.exit(run_with_demo_bucket(command))
 
 
 def run() -> None:

@@ -167,7 +167,7 @@ class Backbone(nn.Module):
         """Tokens (B, T, D) that enter the first trained layer, in the frozen part's dtype."""
         pixel_values = pixel_values.to(self.dtype)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            hidden = self.vit.embeddings(pixel_values)
+            hidden: Tensor = self.vit.embeddings(pixel_values)
             rope = self.vit.rope_embeddings(pixel_values)
             for layer in self.layers[: len(self.layers) - self.trained_layers]:
                 hidden = layer(hidden, position_embeddings=rope)
@@ -190,7 +190,7 @@ class Backbone(nn.Module):
         norm = self.vit.norm
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = layer_norm(hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-            first_patch = 1 + self.vit.config.num_register_tokens
+            first_patch: int = 1 + self.vit.config.num_register_tokens
             return {"cls": tokens[:, 0], "patch_mean": tokens[:, first_patch:].mean(dim=1)}
 
     def unfreeze_last(self, layers: int) -> list[str]:

@@ -48,6 +48,8 @@ class ExtractConfig:
     retry_quarantined: bool = False
 
     def __post_init__(self) -> None:
+        if not self.tiles:
+            raise ConfigError("TILES is not set: give gs://bucket/prefix or a directory, holding images/ and labels/")
         if not 1 <= self.batch_size <= 256:
             raise ConfigError(f"--batch-size {self.batch_size}: choose 1 to 256, a block's rows")
         if self.limit is not None and self.limit < 1:

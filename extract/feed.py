@@ -164,7 +164,8 @@ def _make_forkserver() -> multiprocessing.context.BaseContext:
     return context
 
 
-def _pass_through(item: TileBatch | TileprobeError) -> TileBatch | TileprobeError:
+def _pass_through(item: Any) -> Any:
+    """A batch leaves the dataset whole: nothing to collate."""
     return item
 
 

@@ -23,11 +23,9 @@ def main() -> None:
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            print(
-                f"error: rank {failure.global_rank()} was ended by {_name_signal(-failure.exitcode)}", file=sys.stderr
-            )
+            print(f"error: rank {rank} was ended by {_name_signal(-failure.exitcode)}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     except SignalException as error:
         sys.exit(128 + error.sigval)

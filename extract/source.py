@@ -4,9 +4,11 @@ Below TILES lie `images/NAME.png|jpg|jpeg|tif` and `labels/NAME.txt`. The listin
 a read is checked against it.
 """
 
+import base64
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -21,7 +23,8 @@ from .errors import SourceError, TileGoneError, TransportError
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 CONCURRENT_READS = 16
 """Requests in flight per process; the HTTP connection pool is as large."""
-_READ_DEADLINE_S = 120.0
+_TRANSFER_ATTEMPTS = 10
+_TRANSFER_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,7 @@ class LocalSource:
 
 
 class GcsSource:
-    """A prefix of a bucket, through google-cloud-storage.
-
-    The client is made on first use and once per process: it is neither picklable nor safe across a fork.
-    """
+    """A prefix of a bucket, through google-cloud-storage; picklable, since the client belongs to the process."""
 
     identity = "crc32c"
 
@@ -178,103 +178,54 @@ class GcsSource:
             raise SourceError(f"{url} names no bucket: TILES is gs://bucket/prefix")
         self._bucket_name = bucket
         self._prefix = f"{prefix}/" if prefix else ""
-        self._client: Any = None
-        self._pid = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None}
 
     def list(self, folder: str) -> Iterator[ListedObject]:
-        prefix = f"{self._prefix}{folder}/"
+        from cache_schema.gcs_client import GCS_ERRORS
+
         fields = "items(name,size,crc32c,generation),nextPageToken"
-        with _gcs_errors(self.url):
-            for blob in self._bucket().list_blobs(prefix=prefix, fields=fields):
-                if blob.name.endswith("/"):  # a folder placeholder
-                    continue
-                name = blob.name[len(self._prefix) :]
-                yield ListedObject(name, blob.size, _decode_crc32c(blob.crc32c), blob.generation)
+        try:
+            for blob in self._bucket().list_blobs(prefix=f"{self._prefix}{folder}/", fields=fields):
+                if not blob.name.endswith("/"):  # the placeholder that consoles make for a folder
+                    name = blob.name[len(self._prefix) :]
+                    yield ListedObject(name, blob.size, _decode_crc32c(blob.crc32c), blob.generation)
+        except GCS_ERRORS as error:
+            raise self._explain(error) from error
 
     def read(self, name: str, generation: int) -> bytes:
         from google.cloud.exceptions import NotFound
         from google.cloud.storage.exceptions import DataCorruption
 
-        blob = self._bucket().blob(self._prefix + name, generation=generation or None)
-        deadline = time.monotonic() + _READ_DEADLINE_S
-        with _gcs_errors(self.url):
-            while True:
-                try:
-                    # Not checksum="auto": a body that fails its own header is retried below, not by the library.
-                    return bytes(blob.download_as_bytes(checksum="crc32c", single_shot_download=True))
-                except NotFound as error:
-                    raise TileGoneError(f"{self.url}/{name} is gone") from error
-                except DataCorruption as error:
-                    if time.monotonic() > deadline:
-                        raise TransportError(f"{self.url}/{name} keeps arriving damaged") from error
-                    time.sleep(0.2)
+        from cache_schema.gcs_client import GCS_ERRORS
+
+        try:
+            for _ in range(_TRANSFER_ATTEMPTS):
+                blob = self._bucket().blob(self._prefix + name, generation=generation or None)
+                # Unlike other faults of the transport, a damaged body is not read again by the library.
+                with suppress(DataCorruption):
+                    return bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c"))
+                time.sleep(_TRANSFER_PAUSE_S)
+        except NotFound as error:
+            raise TileGoneError(f"{self.url}/{name} is gone") from error
+        except GCS_ERRORS as error:
+            raise self._explain(error) from error
+        raise TransportError(f"{self.url}/{name} arrived damaged {_TRANSFER_ATTEMPTS} times: check the network")
 
     def _bucket(self) -> Any:
-        if self._client is None or self._pid != os.getpid():
-            with _gcs_errors(self.url):
-                self._client = _make_client()
-            self._pid = os.getpid()
-        return self._client.bucket(self._bucket_name)
+        from cache_schema.gcs_client import connect
 
+        return connect(CONCURRENT_READS).client().bucket(self._bucket_name)
 
-def _make_client() -> Any:
-    from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
-    from requests.adapters import HTTPAdapter
+    def _explain(self, error: Exception) -> SourceError:
+        from google.api_core.exceptions import ClientError
+        from google.auth.exceptions import GoogleAuthError
 
-    if os.environ.get("STORAGE_EMULATOR_HOST"):
-        client = storage.Client(project="emulator", credentials=AnonymousCredentials())  # type: ignore[no-untyped-call]
-    else:
-        client = storage.Client()
-    adapter = HTTPAdapter(pool_connections=CONCURRENT_READS, pool_maxsize=CONCURRENT_READS)
-    for scheme in ("https://", "http://"):
-        client._http.mount(scheme, adapter)
-    return client
+        from cache_schema.gcs_client import explain_gcs_error
+
+        refused = isinstance(error, (ClientError, GoogleAuthError))
+        text = explain_gcs_error(error, self.url, setting="TILES", role="Storage Object Viewer")
+        return SourceError(text) if refused else TransportError(text)
 
 
 def _decode_crc32c(text: str) -> int:
     """The listing's base64 of four big-endian bytes."""
-    import base64
-
     return int.from_bytes(base64.b64decode(text), "big")
-
-
-class _gcs_errors:
-    """Turns the client library's refusals into an error that says what to do."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-        from google.cloud.exceptions import Forbidden, GoogleCloudError, NotFound, Unauthorized
-        from requests.exceptions import RequestException
-
-        if isinstance(error, DefaultCredentialsError):
-            raise SourceError(
-                f"no Google credentials for {self.url}: run `gcloud auth application-default login`, "
-                "or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
-            ) from error
-        if isinstance(error, (Unauthorized, Forbidden)):
-            raise SourceError(
-                f"access to {self.url} refused ({error.code}): the account needs storage.objects.list and "
-                "storage.objects.get on the bucket (role Storage Object Viewer)"
-            ) from error
-        if isinstance(error, NotFound):
-            raise SourceError(f"no bucket for {self.url}: check TILES") from error
-        if isinstance(error, GoogleAuthError):
-            raise SourceError(
-                f"Google credentials were not accepted for {self.url}: run `gcloud auth application-default login`; "
-                "the same command then goes on from the last committed block"
-            ) from error
-        if isinstance(error, (GoogleCloudError, RequestException, ConnectionError)):
-            raise TransportError(
-                f"reading {self.url} kept failing ({type(error).__name__}): check the network; "
-                "the same command goes on from the last committed block"
-            ) from error

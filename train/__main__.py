@@ -1,6 +1,7 @@
 """python -m train head|finetune|evaluate|predict"""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,8 +18,9 @@ DEFAULTS = {
     "finetune": {"epochs": 10, "batch_size": 64, "lr": 1e-4, "warmup": 0.1},
 }
 Command = Callable[..., Any]
+Options = list[Callable[[Any], Any]]
 
-_TRAINING: list[Callable[[Command], Command]] = [
+_TRAINING: Options = [
     click.option("--cache", help="Cache to train on.  [default: the one written last]"),
     click.option("--val-cache", help="A validation set of its own, instead of a split of the cache."),
     click.option("--test-cache", help="A test set, scored once at the end."),
@@ -67,15 +69,17 @@ _TRAINING: list[Callable[[Command], Command]] = [
     click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: on CUDA]"),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished cache, without its missing rows."),
-    click.option("--resume", is_flag=True, help="Continue the newest run of --run with its own settings."),
+    click.option("--resume", is_flag=True, help="Continue the newest run of --run-dir with its own settings."),
 ]
 
 
 def _training_options(command: str) -> Callable[[Command], Command]:
     """The options both trainers share, with this command's defaults."""
     defaults = DEFAULTS[command]
-    own = [
-        click.option("--run", default=f"runs/{command}", help="Link to the newest run; the run itself is numbered."),
+    own: Options = [
+        click.option(
+            "--run-dir", "run", default=f"runs/{command}", help="Link to the newest run; the run itself is numbered."
+        ),
         click.option("--epochs", type=int, default=defaults["epochs"]),
         click.option(
             "--batch-size",
@@ -116,6 +120,40 @@ def head(**options: Any) -> None:
 def finetune(**options: Any) -> None:
     """Train the last layers and the head on streamed tiles, starting from the cached head."""
     _train(options)
+
+
+_TARGET: Options = [
+    click.option("--run-dir", "run", default="runs/head", help="The run to use."),
+    click.option("--tiles", help="gs://bucket/prefix or a directory."),
+    click.option("--cache", help="A cache, instead of tiles."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]"),
+]
+
+
+def _target_options(function: Command) -> Command:
+    for option in reversed(_TARGET):
+        function = option(function)
+    return function
+
+
+@main.command()
+@_target_options
+def evaluate(run: str, tiles: str | None, cache: str | None, device: str, workers: int | None) -> None:
+    """Score a run on labelled tiles or a cache: the figures of training and the per-class table."""
+    from .infer import Target, run_evaluation
+
+    run_evaluation(run, Target(tiles, cache), device=device, workers=workers)
+
+
+@main.command()
+@_target_options
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("predictions.csv"))
+def predict(run: str, tiles: str | None, cache: str | None, out: Path, device: str, workers: int | None) -> None:
+    """Write a CSV with every tile's probabilities and decisions, and the thresholds used beside it."""
+    from .infer import Target, run_prediction
+
+    run_prediction(run, Target(tiles, cache), out, device=device, workers=workers)
 
 
 def _train(options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from extract.distributed import Ranks
 
 from .batches import Batch, epoch_order, take_share
-from .rows import LabelledRows
+from .rows import LabelledCache
 
 _EVAL_ROWS = 8192
 
@@ -20,10 +20,10 @@ class CachedTiles:
     Every rank holds all rows, so that the order of training does not depend on how many ranks there are.
     """
 
-    def __init__(self, rows: LabelledRows, features: tuple[str, ...], ranks: Ranks) -> None:
-        joined = np.concatenate([rows.values.pooled[name][rows.index] for name in features], axis=1)
+    def __init__(self, cache: LabelledCache, features: tuple[str, ...], ranks: Ranks) -> None:
+        joined = np.concatenate([cache.values.pooled[name][cache.rows.index] for name in features], axis=1)
         self._embeddings = torch.from_numpy(joined).to(ranks.device)
-        self._labels = torch.from_numpy(rows.labels).to(ranks.device)
+        self._labels = torch.from_numpy(cache.rows.labels).to(ranks.device)
         self._ranks = ranks
 
     def __len__(self) -> int:

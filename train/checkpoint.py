@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cache_schema import LabelIds
+
 from .errors import CheckpointError
 
 _WEIGHTS, _META, _OPTIMIZER, _DIGESTS = "model.safetensors", "checkpoint.json", "optimizer.pt", "sha256"
@@ -47,7 +49,7 @@ class CheckpointMeta:
     dropout: float
     class_ids: tuple[int, ...]
     class_names: tuple[str, ...]
-    reading: str
+    reading: LabelIds
     thresholds: tuple[float, ...]
     backbone: str
     image_size: int

@@ -12,26 +12,26 @@ from extract.source import open_source
 
 from .checkpoint import CheckpointMeta
 from .errors import CheckpointError, TrainError
-from .rows import LabelledRows
+from .rows import LabelledCache
 from .step_zero import StepZero
 from .streaming import StreamedTiles, check_tiles_unchanged
 
 
-def check_finetuning(rows: LabelledRows, unfreeze: int) -> None:
+def check_finetuning(cache: LabelledCache, unfreeze: int) -> None:
     """Refuse, before anything is written, what would fail or mislead later.
 
     Raises:
         TrainError: more layers than there are, or tiles that are not those of the cache.
         ProvenanceError: the backbone found now is not the one that made the cache.
     """
-    version = rows.version
+    version = cache.version
     checkpoint = find_cached_checkpoint(version)
     if not 1 <= unfreeze <= checkpoint.depth:
         raise TrainError(
             f"UNFREEZE={unfreeze}: {checkpoint.name} has {checkpoint.depth} layers: "
             "choose 1 to that many, or 0 for the cached head"
         )
-    check_tiles_unchanged(open_source(version.recorded.tiles), rows)
+    check_tiles_unchanged(open_source(version.recorded.tiles), cache)
 
 
 def find_cached_checkpoint(version: Version) -> Checkpoint:
@@ -51,21 +51,22 @@ def find_cached_checkpoint(version: Version) -> Checkpoint:
     return checkpoint
 
 
-def check_head(meta: CheckpointMeta, rows: LabelledRows) -> None:
+def check_head(meta: CheckpointMeta, cache: LabelledCache) -> None:
     """A head may only start on embeddings and classes it knows.
 
     Raises:
         CheckpointError: it is of another backbone, image size or class list.
     """
-    provenance = rows.version.provenance
+    provenance = cache.version.provenance
     if meta.weights_sha256 != provenance.weights_sha256 or meta.image_size != provenance.image_size:
         raise CheckpointError(
             f"the head was trained on {meta.backbone} at {meta.image_size} px, the cache is of "
-            f"{rows.version.recorded.backbone} at {provenance.image_size} px: run `make train-head` on this cache first"
+            f"{cache.version.recorded.backbone} at {provenance.image_size} px: "
+            "run `make train-head` on this cache first"
         )
-    if meta.class_names != rows.class_names:
+    if meta.class_names != cache.rows.class_names:
         raise CheckpointError(
-            f"the head knows {len(meta.class_names)} classes, this run {len(rows.class_names)}, or others: "
+            f"the head knows {len(meta.class_names)} classes, this run {len(cache.rows.class_names)}, or others: "
             "use the same --taxonomy and --exclude, or run `make train-head` first"
         )
 
@@ -97,11 +98,11 @@ class TileStream:
         count = sum(parameter.numel() for parameter in self.backbone.parameters() if parameter.requires_grad)
         say(f"training {len(trained)} tensors ({count:,} parameters): the last {layers} layers and the final norm")
 
-    def build(self, rows: LabelledRows) -> StreamedTiles:
-        """`rows` as pixel values, read from where their own cache's tiles came from."""
+    def build(self, cache: LabelledCache) -> StreamedTiles:
+        """The cache's rows as pixel values, read from where their own cache's tiles came from."""
         return StreamedTiles(
-            rows,
-            self._open_feed(rows.version.recorded.tiles),
+            cache,
+            self._open_feed(cache.version.recorded.tiles),
             self._checkpoint,
             self._ranks,
             dtype=self.backbone.dtype,

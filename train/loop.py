@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ class Trainer:
         self._optimizer = make_optimizer(classifier, config)
         self._model: nn.Module = classifier
         if ranks.world_size > 1:
-            self._model = DistributedDataParallel(classifier, broadcast_buffers=False)
+            self._model = DistributedDataParallel(classifier, forward_sync_buffers=False)
         self._epoch = 0
         self._best: float | None = None
         self._best_epoch: int | None = None
@@ -102,7 +102,7 @@ class Trainer:
         """Go on after the epoch a checkpoint was saved at."""
         if checkpoint.optimizer is None:
             raise CheckpointError("this checkpoint holds no optimiser state: it cannot be resumed")
-        load_tensors(self.classifier, checkpoint)
+        load_tensors(self.classifier, checkpoint.tensors)
         self._optimizer.load_state_dict(checkpoint.optimizer)
         self._epoch, self._best, self._best_epoch = (
             checkpoint.meta.epoch,
@@ -167,7 +167,7 @@ class Trainer:
             logits = self._model(batch.inputs)
         summed = focal_loss(logits, batch.labels.float(), alpha=self.config.alpha, gamma=self.config.gamma).sum()
         # DDP averages over ranks: scaled like this the gradient is that of the mean over the global batch.
-        (summed * self._ranks.world_size / (batch.global_size * classes)).backward()  # type: ignore[no-untyped-call]
+        (summed * self._ranks.world_size / (batch.global_size * classes)).backward()
         self._optimizer.step()
         return summed.detach()
 
@@ -222,19 +222,19 @@ def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.A
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def load_tensors(classifier: Classifier, checkpoint: LoadedCheckpoint) -> None:
+def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor]) -> None:
     """Copy a checkpoint's tensors into the classifier.
 
     Raises:
         CheckpointError: a name or a shape that this classifier does not have.
     """
     state = classifier.state_dict()
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in tensors.items():
         if name not in state or state[name].shape != tensor.shape:
             raise CheckpointError(
                 f"tensor {name} {tuple(tensor.shape)} does not fit this model: the checkpoint belongs to another one"
             )
-    classifier.load_state_dict(checkpoint.tensors, strict=False)
+    classifier.load_state_dict(dict(tensors), strict=False)
 
 
 def _time_waits(batches: Iterator[Batch], timing: EpochTiming) -> Iterator[Batch]:

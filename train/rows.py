@@ -1,13 +1,24 @@
 """Rows of a cache with their labels: what a trainer may use, and what it leaves out and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from cache_schema import CacheRows, LabelIds, Status, Taxonomy, TaxonomyError, TileTable, Version, open_cache
-from cache_schema.layout import BoolArray
+from cache_schema import (
+    LABEL_ID_COLUMNS,
+    CacheRows,
+    DecodedLabels,
+    LabelIds,
+    Status,
+    Taxonomy,
+    TaxonomyError,
+    TileTable,
+    Version,
+    open_cache,
+)
+from cache_schema.layout import BoolArray, UInt8Array, UInt16Array
 from extract.scenes import find_scenes
 
 from .config import DataConfig
@@ -19,12 +30,10 @@ MAX_MEANINGLESS = 0.01
 
 @dataclass(frozen=True, eq=False)
 class LabelledRows:
-    """n usable rows of one version.
+    """n usable rows of a table and what their labels say.
 
     Attributes:
-        version: of the cache they are from.
-        values: all rows of that version in memory.
-        index: (n,) int64 rows of the version.
+        index: (n,) int64 rows of the table.
         tiles: (n,) names.
         scenes: (n,) scene of each tile.
         labels: (n, C) bool.
@@ -33,8 +42,6 @@ class LabelledRows:
         notes: lines for the user: what was left out, and why.
     """
 
-    version: Version
-    values: CacheRows
     index: npt.NDArray[np.int64]
     tiles: npt.NDArray[np.str_]
     scenes: npt.NDArray[np.str_]
@@ -52,15 +59,34 @@ class LabelledRows:
         """(n,) bool: tiles that show none of the classes."""
         return np.asarray(~self.labels.any(axis=1))
 
-    def select(self, chosen: npt.NDArray[np.bool_]) -> Self:
+    def select(self, chosen: BoolArray) -> Self:
         """The rows where `chosen` (n,) is true."""
-        kept = {name: getattr(self, name)[chosen] for name in ("index", "tiles", "scenes", "labels")}
-        return type(self)(**{**self.__dict__, **kept})
+        return replace(
+            self,
+            index=self.index[chosen],
+            tiles=self.tiles[chosen],
+            scenes=self.scenes[chosen],
+            labels=self.labels[chosen],
+        )
 
 
-def read_labelled_rows(
+@dataclass(frozen=True, eq=False)
+class LabelledCache:
+    """Usable rows of one version, with its vectors in memory."""
+
+    version: Version
+    table: TileTable
+    values: CacheRows
+    rows: LabelledRows
+
+    def select(self, chosen: BoolArray) -> Self:
+        """The same version with the rows where `chosen` is true."""
+        return replace(self, rows=self.rows.select(chosen))
+
+
+def read_labelled_cache(
     cache: str, config: DataConfig, *, allow_unsealed: bool = False, reading: LabelIds | None = None
-) -> LabelledRows:
+) -> LabelledCache:
     """Open a cache, read it into memory and decide what each row's labels are.
 
     Args:
@@ -74,44 +100,64 @@ def read_labelled_rows(
         TaxonomyError: labels that fit neither reading, or too many that mean nothing.
     """
     version = open_cache(cache, allow_unsealed=allow_unsealed)
-    values = version.read_rows()
+    values, table = version.read_rows(), version.read_table()
     if values.missing and not allow_unsealed:
         raise TrainError(
             f"{values.missing:,} rows of {cache} are missing or damaged: `python -m cache_schema verify {cache}` "
             "names the blocks; run `make extract` again, or pass --allow-unsealed to train without them"
         )
+    rows = label_rows(table, values.label_ids, values.status, config, reading=reading)
+    return LabelledCache(version, table, values, replace(rows, notes=(f"cache {cache}", *rows.notes)))
+
+
+def label_rows(
+    table: TileTable,
+    label_ids: UInt16Array,
+    status: UInt8Array,
+    config: DataConfig,
+    *,
+    reading: LabelIds | None = None,
+) -> LabelledRows:
+    """Decide which of N rows are usable and what their labels are.
+
+    Args:
+        table: the tiles.
+        label_ids: (N, 128) uint16 instances per raw id.
+        status: (N,) uint8, see `Status`.
+        config: classes and label rules.
+        reading: of the raw ids, where it is known; else as `config` says.
+
+    Raises:
+        TaxonomyError: ids that fit neither reading, or too many lines that mean nothing.
+    """
     taxonomy = Taxonomy.from_file(config.taxonomy) if config.taxonomy else Taxonomy.xview()
-    table = version.read_table()
     if reading is None:
-        histogram = values.label_ids.sum(axis=0, dtype=np.int64)
+        histogram = label_ids.sum(axis=0, dtype=np.int64)
         reading = taxonomy.detect_label_ids(histogram) if config.label_ids == "auto" else config.label_ids
-    decoded = taxonomy.decode(values.label_ids, reading)
+    decoded = taxonomy.decode(label_ids, reading)
     meaningless = sum(decoded.unknown.values()) + decoded.malformed
     if meaningless > MAX_MEANINGLESS * max(decoded.instances, 1):
-        raise TaxonomyError(_describe_meaningless(values, table, decoded.unknown, decoded.malformed, reading))
+        raise TaxonomyError(_describe_meaningless(label_ids, table, decoded, reading))
     kept = [i for i in range(len(taxonomy)) if i not in config.exclude]
-    labels = decoded.labels[:, kept]
-    usable = values.embedded & table.labelled & ~decoded.unusable
+    embedded = status == Status.EMBEDDED
     left_out = {
-        "without embedding (quarantined)": int((values.status > Status.EMBEDDED).sum()),
-        "not embedded yet": values.missing,
-        "without a label file": int((values.embedded & ~table.labelled).sum()),
-        "with labels of no known class only": int((values.embedded & decoded.unusable).sum()),
+        "are quarantined": int((status > Status.EMBEDDED).sum()),
+        "are not embedded yet": int((status == Status.PENDING).sum()),
+        "have no label file": int((embedded & ~table.labelled).sum()),
+        "have labels, but of no known class": int((embedded & decoded.unusable).sum()),
     }
-    notes = [f"{cache}: {len(table):,} rows, label ids read as {reading} ids"]
+    notes = [f"{len(table):,} rows, label ids read as {reading} ids"]
     notes += [f"{count:,} tiles {what}: left out" for what, count in left_out.items() if count]
     if decoded.artefacts:
         notes.append(f"{decoded.artefacts:,} instances of annotation artefacts dropped")
     if meaningless:
-        notes.append(_describe_meaningless(values, table, decoded.unknown, decoded.malformed, reading))
-    index = np.flatnonzero(usable)
+        notes.append(_describe_meaningless(label_ids, table, decoded, reading))
+    index = np.flatnonzero(embedded & table.labelled & ~decoded.unusable)
     return LabelledRows(
-        version=version,
-        values=values,
         index=index,
         tiles=table.tile[index],
         scenes=find_scenes(table.tile[index], config.scene_regex),
-        labels=labels[index],
+        labels=decoded.labels[index][:, kept],
         reading=reading,
         class_ids=tuple(kept),
         class_names=tuple(taxonomy.names[i] for i in kept),
@@ -119,17 +165,17 @@ def read_labelled_rows(
     )
 
 
-def _describe_meaningless(
-    values: CacheRows, table: TileTable, unknown: dict[int, int], malformed: int, reading: LabelIds
-) -> str:
+def _describe_meaningless(label_ids: UInt16Array, table: TileTable, decoded: DecodedLabels, reading: LabelIds) -> str:
     """Which label lines mean nothing, where the first of them are, and what to do."""
-    columns = [*unknown, values.label_ids.shape[1] - 1]
-    rows = np.flatnonzero(values.label_ids[:, columns].any(axis=1))[:3].tolist()
-    ids = ", ".join(f"{label_id} ({count:,}x)" for label_id, count in unknown.items())
-    parts = [f"ids {ids} are no xView {reading} ids" if reading and unknown else "", f"{malformed:,} malformed lines"]
-    share = (sum(unknown.values()) + malformed) / max(int(values.label_ids.sum(dtype=np.int64)), 1)
+    rows = np.flatnonzero(label_ids[:, [*decoded.unknown, LABEL_ID_COLUMNS - 1]].any(axis=1))[:3].tolist()
+    ids = ", ".join(f"{label_id} ({count:,}x)" for label_id, count in decoded.unknown.items())
+    parts = [f"no {reading} ids of this class list: {ids}"] if ids else []
+    parts += (
+        [f"{decoded.malformed:,} malformed or with an id above {LABEL_ID_COLUMNS - 2}"] if decoded.malformed else []
+    )
+    share = (sum(decoded.unknown.values()) + decoded.malformed) / decoded.instances
     return (
-        f"{share:.2%} of all label lines are ignored: {'; '.join(p for p in parts if p)} "
-        f"(first in the labels of {', '.join(str(table.tile[row]) for row in rows)}); above {MAX_MEANINGLESS:.0%} "
-        "a run ends here: mend the files, set --label-ids, or give a --taxonomy"
+        f"{share:.2%} of all label lines are ignored: {'; '.join(parts)} (first in the labels of "
+        f"{', '.join(str(table.tile[row]) for row in rows)}); above {MAX_MEANINGLESS:.0%} a run ends here: "
+        "mend the files, set --label-ids, or give a --taxonomy"
     )

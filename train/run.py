@@ -23,11 +23,11 @@ from .finetune import TileStream, check_finetuning, check_head, find_cached_chec
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
 from .model import Classifier, Head
 from .report import write_report
-from .rows import LabelledRows
+from .rows import LabelledCache
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
 
-MakeTiles = Callable[[LabelledRows], Tiles]
+MakeTiles = Callable[[LabelledCache], Tiles]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def run_training(config: TrainConfig) -> None:
     with join_ranks(config.device) as ranks:
         config, head, notes = ranks.run_on_main(lambda: _resolve(config))
         sets = ranks.run_everywhere(lambda: read_sets(config))
-        config = replace(config, batch_size=choose_batch_size(len(sets.train), config.batch_size))
+        config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
         start = ranks.run_on_main(lambda: _open_run(config, head, sets))
         for line in (*sets.notes, *notes, start.note):
             _say(ranks, line)
@@ -56,7 +56,7 @@ def run_training(config: TrainConfig) -> None:
         if start.resume is not None:
             trainer.restore(start.resume)
         elif head is not None:
-            load_tensors(trainer.classifier, head)
+            load_tensors(trainer.classifier, head.tensors)
             _compare_cached_and_streamed(trainer, make_tiles, sets, ranks)
         trainer.fit(lambda line: _say(ranks, line))
         _finish(config, start.run, sets, trainer.classifier, make_tiles, ranks)
@@ -133,7 +133,7 @@ def _prepare(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -
     """Model, sets and trainer; on the streamed path the backbone too, once step 0 has passed."""
     version = sets.train.version
     features = tuple(config.features.split("+"))
-    make_tiles: MakeTiles = lambda rows: CachedTiles(rows, features, ranks)  # noqa: E731
+    make_tiles: MakeTiles = lambda cache: CachedTiles(cache, features, ranks)  # noqa: E731
     backbone = None
     if config.unfreeze:
         checkpoint = ranks.run_on_main(lambda: find_cached_checkpoint(version))
@@ -143,7 +143,7 @@ def _prepare(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -
     meta = _make_meta(config, sets.train)
     head = make_head(meta, version.layout.width, config.seed)
     classifier = Classifier(head, backbone, features).to(ranks.device)
-    val = ValidationSet(make_tiles(sets.val), sets.val, sets.counted)
+    val = ValidationSet(make_tiles(sets.val), sets.val.rows, sets.counted)
     return Trainer(classifier, make_tiles(sets.train), val, config, meta, run, ranks), make_tiles
 
 
@@ -153,8 +153,8 @@ def make_head(meta: CheckpointMeta, width: int, seed: int) -> Head:
     return Head(width * len(meta.features), len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
 
 
-def _make_meta(config: TrainConfig, rows: LabelledRows) -> CheckpointMeta:
-    provenance = rows.version.provenance
+def _make_meta(config: TrainConfig, cache: LabelledCache) -> CheckpointMeta:
+    provenance, rows = cache.version.provenance, cache.rows
     return CheckpointMeta(
         epoch=0,
         unfreeze=config.unfreeze,
@@ -165,7 +165,7 @@ def _make_meta(config: TrainConfig, rows: LabelledRows) -> CheckpointMeta:
         class_names=rows.class_names,
         reading=rows.reading,
         thresholds=(),
-        backbone=rows.version.recorded.backbone,
+        backbone=cache.version.recorded.backbone,
         image_size=provenance.image_size,
         precision=provenance.precision,
         weights_sha256=provenance.weights_sha256,
@@ -183,7 +183,7 @@ def _compare_cached_and_streamed(trainer: Trainer, make_tiles: MakeTiles, sets: 
     ):
         logits = predict_logits(model, tiles, ranks, amp=use_amp(config, ranks))
         if logits is not None:
-            scored = score_epoch(logits, sets.val, sets.counted, alpha=config.alpha, gamma=config.gamma)
+            scored = score_epoch(logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma)
             figures.append(f"{scored['map_macro']:.4f}")
     if figures:
         _say(ranks, f"step 0: mAP of the starting head: cached {figures[0]}, streamed {figures[1]}")
@@ -194,7 +194,7 @@ def _finish(
 ) -> None:
     """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
     best = ranks.run_everywhere(lambda: load_checkpoint(run.best))
-    load_tensors(classifier, best)
+    load_tensors(classifier, best.tensors)
     amp = use_amp(config, ranks)
     val_logits = predict_logits(classifier, make_tiles(sets.val), ranks, amp=amp)
     test_logits = None
@@ -202,14 +202,17 @@ def _finish(
         test_logits = predict_logits(classifier, make_tiles(sets.test), ranks, amp=amp)
     if val_logits is None:
         return
-    val = evaluate_rows(val_logits, sets.val, sets.counted, alpha=config.alpha, gamma=config.gamma, seed=config.seed)
+    val = evaluate_rows(
+        val_logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma, seed=config.seed
+    )
     save_checkpoint(run.best, best.tensors, replace(best.meta, thresholds=tuple(map(float, val.thresholds))))
     run.write_json("metrics.json", val.to_json())
     results: dict[str, Evaluation] = {f"validation, best epoch {best.meta.epoch}": val}
     if sets.test is not None and test_logits is not None:
-        counted = ~sets.test.empty if config.data.empty == "drop" else np.ones(len(sets.test), bool)
+        rows = sets.test.rows
+        counted = ~rows.empty if config.data.empty == "drop" else np.ones(len(rows), bool)
         test = evaluate_rows(
-            test_logits, sets.test, counted, alpha=config.alpha, gamma=config.gamma, thresholds=val.thresholds
+            test_logits, rows, counted, alpha=config.alpha, gamma=config.gamma, thresholds=val.thresholds
         )
         run.write_json("test_metrics.json", test.to_json())
         results["test, scored once"] = test

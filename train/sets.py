@@ -9,7 +9,7 @@ from cache_schema.layout import BoolArray
 
 from .config import ORIGINAL_IMAGE_SIZE, TrainConfig
 from .errors import TrainError
-from .rows import LabelledRows, read_labelled_rows
+from .rows import LabelledCache, read_labelled_cache
 from .scenes import split_rows
 
 
@@ -20,42 +20,44 @@ class Sets:
     `split` is what split.json holds: every usable tile of either side, empty ones too.
     """
 
-    train: LabelledRows
-    val: LabelledRows
+    train: LabelledCache
+    val: LabelledCache
     counted: BoolArray
-    test: LabelledRows | None
+    test: LabelledCache | None
     notes: tuple[str, ...]
     split: dict[str, list[str]]
 
 
 def read_sets(config: TrainConfig) -> Sets:
-    """Rows of all caches in use, split, with empty tiles where they belong."""
+    """Rows of all caches in use, split, with empty tiles where they belong.
+
+    Raises:
+        TileprobeError: a cache, its labels, or the split asked for cannot serve.
+    """
     if config.data.split_tiles:
         _refuse_unlike_original(config)
-    rows = read_labelled_rows(config.cache, config.data, allow_unsealed=config.allow_unsealed)
-    notes = list(rows.notes)
+    whole = read_labelled_cache(config.cache, config.data, allow_unsealed=config.allow_unsealed)
+    notes = list(whole.rows.notes)
     if config.val_cache:
-        train = rows
-        val = _read_other(config, config.val_cache, rows)
-        notes += val.notes
+        train, val = whole, _read_other(config, config.val_cache, whole)
+        notes += val.rows.notes
     else:
-        split = split_rows(rows.tiles, rows.scenes, config.data, config.seed)
-        train, val = rows.select(~split.val), rows.select(split.val)
+        split = split_rows(whole.rows.tiles, whole.rows.scenes, config.data, config.seed)
+        train, val = whole.select(~split.val), whole.select(split.val)
         notes += split.notes
-    sides = {"train": train.tiles.tolist(), "val": val.tiles.tolist()}
-    dropped = train.empty if config.data.empty != "keep" else np.zeros(len(train), bool)
-    train = train.select(~dropped)
-    counted = np.ones(len(val), bool) if config.data.empty != "drop" else ~val.empty
-    if not len(train) or not counted.any():
+    sides = {"train": train.rows.tiles.tolist(), "val": val.rows.tiles.tolist()}
+    left_out = train.rows.empty if config.data.empty != "keep" else np.zeros(len(train.rows), bool)
+    train = train.select(~left_out)
+    counted = ~val.rows.empty if config.data.empty == "drop" else np.ones(len(val.rows), bool)
+    if not len(train.rows) or not counted.any():
         raise TrainError("no tile with a known class is left to train or to validate on: check labels and --exclude")
-    test = None
-    if config.test_cache:
-        test = _read_other(config, config.test_cache, rows)
-        notes += test.notes
+    test = _read_other(config, config.test_cache, whole) if config.test_cache else None
+    notes += test.rows.notes if test else ()
+    empty = int(left_out.sum() + (~counted).sum())
     notes.append(
-        f"{len(train):,} tiles train, {int(counted.sum()):,} validate"
-        + (f", {len(test):,} test" if test else "")
-        + f"; {int(dropped.sum() + (~counted).sum()):,} empty ones left out (--empty {config.data.empty})"
+        f"{len(train.rows):,} tiles train, {int(counted.sum()):,} validate"
+        + (f", {len(test.rows):,} test" if test else "")
+        + (f"; {empty:,} empty ones left out (--empty {config.data.empty})" if empty else "")
     )
     return Sets(train, val, counted, test, tuple(notes), sides)
 
@@ -69,13 +71,14 @@ def _refuse_unlike_original(config: TrainConfig) -> None:
         )
 
 
-def _read_other(config: TrainConfig, cache: str, rows: LabelledRows) -> LabelledRows:
+def _read_other(config: TrainConfig, url: str, whole: LabelledCache) -> LabelledCache:
     """A validation or test set: the same embeddings and label rules, or an error."""
-    other = read_labelled_rows(cache, config.data, allow_unsealed=config.allow_unsealed, reading=rows.reading)
-    differences = other.version.provenance.differences(rows.version.provenance)
+    reading = whole.rows.reading
+    other = read_labelled_cache(url, config.data, allow_unsealed=config.allow_unsealed, reading=reading)
+    differences = other.version.provenance.differences(whole.version.provenance)
     if differences:
         raise ProvenanceError(
-            f"{cache} and {config.cache} hold different embeddings ({'; '.join(differences)}): "
+            f"{url} and {config.cache} hold different embeddings ({'; '.join(differences)}): "
             "extract both with the same BACKBONE, IMAGE_SIZE and --precision"
         )
     return other

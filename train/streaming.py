@@ -15,14 +15,14 @@ from extract.transform import TileTransform
 
 from .batches import Batch, epoch_order, take_share
 from .errors import TrainError
-from .rows import LabelledRows
+from .rows import LabelledCache
 
 
 class StreamedTiles:
     """n labelled rows of a cache, read from where the cache's tiles came from.
 
     Args:
-        rows: which tiles, and their labels; label files are not read again.
+        cache: which tiles, and their labels; label files are not read again.
         feed: worker processes, shared by the sets of a run.
         checkpoint: of the backbone; gives size, mean and std.
         dtype: of the pixel values.
@@ -31,7 +31,7 @@ class StreamedTiles:
 
     def __init__(
         self,
-        rows: LabelledRows,
+        cache: LabelledCache,
         feed: TileFeed,
         checkpoint: Checkpoint,
         ranks: Ranks,
@@ -39,9 +39,9 @@ class StreamedTiles:
         dtype: torch.dtype,
         eval_batch: int,
     ) -> None:
-        self._table = rows.version.read_table()
-        self._index = rows.index
-        self._labels = torch.from_numpy(rows.labels)
+        self._table = cache.table
+        self._index = cache.rows.index
+        self._labels = torch.from_numpy(cache.rows.labels)
         self._feed = feed
         self._transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
         self._ranks = ranks
@@ -91,16 +91,16 @@ def refuse_changed(batch: TileBatch, table: TileTable) -> None:
         raise TrainError(f"{name} {status.reason}, but the cache holds its embedding: run `make extract` again")
 
 
-def check_tiles_unchanged(source: Source, rows: LabelledRows) -> None:
+def check_tiles_unchanged(source: Source, cache: LabelledCache) -> None:
     """Compare the present listing with the cache's table, for the rows in use.
 
     Raises:
         TrainError: tiles are gone or changed, counted and named.
     """
-    cached, listed = rows.version.read_table(), list_tiles(source, unlabelled=True).table
+    cached, listed = cache.table, list_tiles(source, unlabelled=True).table
     position = {str(name): i for i, name in enumerate(listed.tile)}
     gone, changed = [], []
-    for row in rows.index.tolist():
+    for row in cache.rows.index.tolist():
         name = str(cached.tile[row])
         now = position.get(name)
         if now is None:
