@@ -328,7 +328,7 @@ class Version:
     def _refuse_unstorable(self, values: BlockValues, rows: slice) -> None:
         n = rows.stop - rows.start
         expected: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {}
-        expected |= {name: ((n, self.layout.width), POOLED_DTYPE) for name in self.layout.pooling}
+        expected |= dict.fromkeys(self.layout.pooling, ((n, self.layout.width), POOLED_DTYPE))
         expected |= {"label_ids": ((n, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE), "status": ((n,), STATUS_DTYPE)}
         arrays: dict[str, npt.NDArray[Any]] = dict(values.pooled)
         arrays |= {"label_ids": values.label_ids, "status": values.status}

@@ -49,12 +49,11 @@ def test_demo_classes_are_xview_classes_by_type_id() -> None:
     assert ARTEFACT_ID in (75, 82)
 
 
-@pytest.mark.parametrize("vocabulary", [DEMO, PRETRAIN], ids=lambda v: v.name)
-def test_boxes_lie_where_objects_were_drawn(vocabulary: Vocabulary) -> None:
+def test_boxes_lie_where_objects_were_drawn() -> None:
     """One object on plain ground at a time, in a tile or across a border: labels against the pixels that changed."""
     rng = np.random.default_rng(0)
     whole = 0
-    for wanted in vocabulary.classes:
+    for wanted in DEMO.classes:
         for x, y in rng.uniform(40, 2 * TILE_SIZE - 40, (6, 2)):
             sprite = replace(wanted.draw(rng), height=0.0)
             for tile in _draw_alone(sprite, x, y, rng.uniform(0, 6)):
@@ -65,10 +64,10 @@ def test_boxes_lie_where_objects_were_drawn(vocabulary: Vocabulary) -> None:
                 tolerance = 1.6
                 inwards = (drawn - box) * (1, 1, -1, -1)
                 assert inwards.min() >= -tolerance, wanted.name
-                if 0 < box.min() and box.max() < TILE_SIZE:  # else the object may be narrower where the border cuts it
+                if box.min() > 0 and box.max() < TILE_SIZE:  # else the object may be narrower where the border cuts it
                     assert inwards.max() <= tolerance, wanted.name
                     whole += 1
-    assert whole >= 3 * len(vocabulary.classes)
+    assert whole >= 3 * len(DEMO.classes)
 
 
 def _draw_alone(sprite: Sprite, x: float, y: float, angle: float) -> list[Scene]:
