@@ -1,4 +1,4 @@
-"""torchrun, ending quietly: `python -m extract.launch TORCHRUN-OPTIONS -m extract run …`.
+"""torchrun, one rank per GPU and ending quietly: `python -m extract.launch TORCHRUN-OPTIONS -m extract run …`.
 
 torchrun answers a rank's non-zero status with its own traceback, which would bury the one line a rank printed for
 its user. Everything else is torchrun's: rendezvous, restarts, signals.
@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
@@ -20,8 +21,11 @@ def main() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = sys.argv[1:]
+    if not any(option.startswith("--nproc") for option in options):
+        options = [f"--nproc-per-node={max(1, torch.cuda.device_count())}", *options]
     try:
-        run(parse_args(sys.argv[1:]))
+        run(parse_args(options))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -156,6 +156,16 @@ def predict(run: str, tiles: str | None, cache: str | None, out: Path, device: s
     run_prediction(run, Target(tiles, cache), out, device=device, workers=workers)
 
 
+@main.command()
+@click.option("--tiles", required=True, help="Address of the demo bucket, ending in a slash.")
+@click.argument("finetune_options", nargs=-1, type=click.UNPROCESSED)
+def demo(tiles: str, finetune_options: tuple[str, ...]) -> None:
+    """Run the three targets on the demo bucket and compare them (`make demo`)."""
+    from .demo import run_demo
+
+    run_demo(tiles, finetune_options=finetune_options)
+
+
 def _train(options: dict[str, Any]) -> None:
     from .run import run_training
 

@@ -3,18 +3,25 @@
 import base64
 import io
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from torch.utils.tensorboard import SummaryWriter
 
+from cache_schema.layout import BoolArray
+
 from .config import TrainConfig
 from .evaluation import Evaluation
+from .rows import LabelledRows
 from .rundir import RunDirectory
 
 _FIGURES = (
@@ -45,6 +52,36 @@ def write_report(run: RunDirectory, config: TrainConfig, results: Mapping[str, E
         settings=json.dumps(run.read_json("config.json"), indent=2, ensure_ascii=False),
     )
     (run.path / "report.html").write_text(page)
+
+
+def draw_tiles(path: Path, images: Sequence[npt.NDArray[np.uint8]], rows: LabelledRows, preds: BoolArray) -> None:
+    """Save a picture of n tiles, each with its classes and what a model says of it.
+
+    Args:
+        path: PNG to write.
+        images: n (H, W, 3) uint8.
+        rows: their names and labels.
+        preds: (n, C) bool decisions.
+    """
+    columns = 4
+    height = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(4 * columns, 4.6 * height), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, tile, labels, decided in zip(axes.flat, images, rows.tiles, rows.labels, preds, strict=False):
+        axis.imshow(image)
+        right = bool((labels == decided).all())
+        lines = [str(tile), f"truth: {_name(rows, labels)}", f"says: {_name(rows, decided)}"]
+        text = "\n".join(textwrap.fill(line, 44) for line in lines)
+        axis.set_title(text, fontsize=9, loc="left", color="#14532d" if right else "#7f1d1d", parse_math=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _name(rows: LabelledRows, chosen: BoolArray) -> str:
+    return ", ".join(rows.class_names[c] for c in np.flatnonzero(chosen)) or "nothing"
 
 
 def _tabulate(title: str, evaluation: Evaluation) -> dict[str, Any]:

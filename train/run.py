@@ -140,7 +140,7 @@ def _prepare(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -
         stream = TileStream(version, checkpoint, ranks, workers=config.workers)
         stream.unfreeze(config.unfreeze, amp=use_amp(config, ranks), say=lambda line: _say(ranks, line))
         backbone, make_tiles = stream.backbone, stream.build
-    meta = _make_meta(config, sets.train)
+    meta = make_meta(config, sets.train)
     head = make_head(meta, version.layout.width, config.seed)
     classifier = Classifier(head, backbone, features).to(ranks.device)
     val = ValidationSet(make_tiles(sets.val), sets.val.rows, sets.counted)
@@ -153,7 +153,8 @@ def make_head(meta: CheckpointMeta, width: int, seed: int) -> Head:
     return Head(width * len(meta.features), len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
 
 
-def _make_meta(config: TrainConfig, cache: LabelledCache) -> CheckpointMeta:
+def make_meta(config: TrainConfig, cache: LabelledCache) -> CheckpointMeta:
+    """What a checkpoint of this run belongs to, before its first epoch."""
     provenance, rows = cache.version.provenance, cache.rows
     return CheckpointMeta(
         epoch=0,

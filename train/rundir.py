@@ -84,6 +84,9 @@ class RunDirectory:
         with (self.path / "timings.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
+    def read_timings(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "timings.jsonl").read_text().splitlines()]
+
     def read_history(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.history.read_text().splitlines()] if self.history.exists() else []
 

@@ -1,0 +1,76 @@
+# tileprobe: embed tiles once with DINOv3, then train classifiers on the cached vectors.
+# Variables a user sets are listed by `make help`; README.md explains each.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help help-all demo extract train-head finetune evaluate predict info check test
+
+VENV ?= .venv
+PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
+READY := $(if $(VENV),$(VENV)/.ready)
+UNFREEZE ?= 3
+NNODES ?= 1
+NODE_RANK ?= 0
+
+# With nothing set and nothing of the user's own extracted yet, targets run on the demo's bucket and backbone.
+DEMO := $(if $(TILES)$(CACHE)$(BACKBONE)$(wildcard cache/last),,yes)
+RUNS := $(if $(DEMO),runs/demo,runs)
+CACHE_USED := $(if $(DEMO),cache/demo/train,$(CACHE))
+SERVED := $(if $(DEMO),$(PYTHON) -m extract demo --)
+# The stand-in backbone is 500 times smaller than vitl16, and wants larger steps.
+DEMO_FINETUNE := --lr 1e-3 --backbone-lr 3e-4
+
+LAUNCH = $(PYTHON) -m extract.launch $(if $(NPROC),--nproc-per-node=$(NPROC)) \
+	$(if $(RDZV),--nnodes=$(NNODES) --node-rank=$(NODE_RANK) --rdzv-backend=c10d --rdzv-endpoint=$(RDZV),--standalone)
+TRAIN = $(if $(CACHE_USED),--cache '$(CACHE_USED)') $(if $(BACKBONE),--backbone '$(BACKBONE)') \
+	$(if $(VAL_CACHE),--val-cache '$(VAL_CACHE)') $(if $(TEST_CACHE),--test-cache '$(TEST_CACHE)') $(ARGS)
+TARGET = --run-dir '$(or $(RUN),$(RUNS)/head)' $(if $(TILES),--tiles '$(TILES)',$(if $(CACHE),--cache '$(CACHE)')) $(ARGS)
+
+help: ## show this help
+	@echo "tileprobe: embed tiles once with DINOv3, train classifiers on the cached vectors"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -v '## (more)' | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@echo "variables: TILES BACKBONE IMAGE_SIZE CACHE VAL_CACHE TEST_CACHE RUN UNFREEZE LIMIT NPROC VENV ARGS (see README.md)"
+
+help-all: ## (more) show every target and every command's options
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
+	@for command in "extract run" "train head" "train finetune" "train evaluate" "train predict" "cache_schema info" "cache_schema verify"; do \
+		echo; $(PYTHON) -m $$command --help; done
+
+demo: $(READY) ## the whole pipeline on a generated bucket: no account, no GPU
+	@$(PYTHON) -m extract demo -- $(PYTHON) -m train demo --tiles demo:// -- $(DEMO_FINETUNE)
+
+extract: $(READY) ## embed every tile under TILES=gs://bucket/prefix once [BACKBONE=vitl16 IMAGE_SIZE=512 LIMIT=500 NPROC=8]
+	@$(SERVED) $(LAUNCH) -m extract run --tiles '$(if $(DEMO),demo://train,$(TILES))' \
+		--backbone '$(if $(DEMO),demo,$(or $(BACKBONE),vitl16))' $(if $(CACHE_USED),--cache '$(CACHE_USED)') \
+		$(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
+
+train-head: $(READY) ## fit the head on cached vectors [CACHE VAL_CACHE TEST_CACHE]
+	@$(LAUNCH) -m train head --run-dir '$(or $(RUN),$(RUNS)/head)' $(TRAIN)
+
+finetune: $(READY) ## train the last UNFREEZE=3 layers on streamed tiles, from the cached head
+	@$(SERVED) $(LAUNCH) -m train finetune --run-dir '$(or $(RUN),$(RUNS)/finetune)' --unfreeze $(UNFREEZE) \
+		$(if $(DEMO),$(DEMO_FINETUNE)) $(TRAIN)
+
+predict: $(READY) ## write predictions.csv for TILES with RUN=runs/head
+	@$(LAUNCH) -m train predict $(TARGET)
+
+evaluate: $(READY) ## score RUN on labelled TILES or a CACHE
+	@$(LAUNCH) -m train evaluate $(TARGET)
+
+info: $(READY) ## (more) say what CACHE holds
+	@$(PYTHON) -m cache_schema info '$(or $(CACHE_USED),$(shell cat cache/last 2>/dev/null))'
+
+check: $(READY) ## (more) lint, types, import contract
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+	@$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+test: $(READY) ## run the tests
+	@$(PYTHON) -m pytest tests $(ARGS)
+
+$(VENV)/.ready: constraints.txt pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
