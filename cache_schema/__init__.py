@@ -7,6 +7,7 @@ rows = version.read_rows()                    # rows.pooled["cls"]: (N, D) float
 labels = Taxonomy.xview().decode(rows.label_ids, "type").labels[rows.embedded]
 """
 
+from .block import BlockValues
 from .errors import (
     CacheError,
     CacheFormatError,
@@ -19,9 +20,10 @@ from .errors import (
 )
 from .layout import LABEL_ID_COLUMNS, Layout, Status
 from .provenance import Provenance, Recorded
-from .store import BlockValues, CacheRoot, CacheRows, Version, open_cache
+from .root import CacheRoot, open_cache
 from .table import NO_LABEL, TileTable
 from .taxonomy import DecodedLabels, LabelIds, Taxonomy, format_histogram
+from .version import CacheRows, Version
 
 __all__ = [
     "LABEL_ID_COLUMNS",

@@ -8,10 +8,11 @@ from typing import Any
 import click
 import numpy as np
 
-from .errors import TileprobeError
-from .layout import Status
-from .store import Version, open_cache
+from .errors import IntegrityError, TileprobeError
+from .layout import Status, UInt8Array
+from .root import open_cache
 from .taxonomy import format_histogram
+from .version import Version
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,13 +28,12 @@ def info(cache: str, version_id: str | None, as_json: bool) -> None:
     """Say what CACHE holds and what it was made from."""
     version = open_cache(cache, version=version_id, allow_unsealed=True)
     rows = version.read_rows()
-    counts = Counter(Status(code) for code in rows.status.tolist())
     summary: dict[str, Any] = {
         "cache": cache,
         "version": version.id,
         "sealed": version.sealed,
         "rows": version.layout.rows,
-        "status": {status.name.lower(): counts[status] for status in Status if counts[status]},
+        "status": _count_status(rows.status),
         "blocks": version.layout.blocks,
         "block_rows": version.layout.block_rows,
         "bytes": int(sum(array.nbytes for array in rows.pooled.values())),
@@ -55,11 +55,13 @@ def verify(cache: str, version_id: str | None) -> None:
     problems = _find_problems(version)
     for problem in problems:
         click.echo(problem)
-    table = version.read_table()
     if problems:
-        click.echo(f"{cache}: {len(problems)} problems: `make extract` redoes the blocks of an unfinished version")
+        click.echo(f"{cache}: {len(problems)} problems: `make extract` redoes what is missing or damaged")
         sys.exit(1)
-    click.echo(f"{cache}: version {version.id} is sound: {len(table):,} rows in {version.layout.blocks} blocks, sealed")
+    stored: Any = version.group["status"]
+    counts = _describe_status(_count_status(stored[:]))
+    rows, blocks = version.layout.rows, version.layout.blocks
+    click.echo(f"{cache}: version {version.id} is sound: {rows:,} rows ({counts}) in {blocks:,} blocks, sealed")
 
 
 def _find_problems(version: Version) -> list[str]:
@@ -70,18 +72,30 @@ def _find_problems(version: Version) -> list[str]:
         wrong = version.check_block(block) if committed[block] else "is not committed"
         if wrong:
             problems.append(f"block {block} (rows {rows.start}-{rows.stop - 1}): {wrong}")
-    if version.provenance.version_id(version.read_table().identity_digest()) != version.id:
-        problems.append("the tile table or the provenance is not the one this version's id was made from")
     if not version.sealed:
         problems.append("the version is not sealed")
-    elif not version.check_seal():
-        problems.append("the seal contradicts the table or the commits")
+    try:
+        if version.provenance.version_id(version.read_table().identity_digest()) != version.id:
+            problems.append("the tile table or the provenance is not the one this version's id was made from")
+        if version.sealed and not version.check_seal():
+            problems.append("the seal contradicts the table or the commits")
+    except IntegrityError as error:
+        problems.append(str(error))
     return problems
+
+
+def _count_status(status: UInt8Array) -> dict[str, int]:
+    counts = Counter(status.tolist())
+    return {code.name.lower(): counts[code] for code in Status if counts[code]}
+
+
+def _describe_status(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def _describe(summary: dict[str, Any]) -> str:
     provenance, recorded = summary["provenance"], summary["recorded"]
-    status = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in summary["status"].items())
+    status = _describe_status(summary["status"])
     lines = [
         ("cache", summary["cache"]),
         ("version", f"{summary['version']} ({'sealed' if summary['sealed'] else 'NOT FINISHED'})"),

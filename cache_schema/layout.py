@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 FORMAT_VERSION = 1
+ATTRIBUTE = "tileprobe"
+"""The group attribute that holds everything about a version."""
 LABEL_ID_COLUMNS = 128
 """Width of `label_ids`; the last column counts every larger id and every malformed line."""
 
@@ -15,6 +17,7 @@ POOLED_DTYPE = np.dtype("<f2")
 LABEL_IDS_DTYPE = np.dtype("<u2")
 STATUS_DTYPE = np.dtype("u1")
 DIGEST_BYTES = 32
+TABLE_CHUNK_ROWS = 65_536
 
 Float16Array = npt.NDArray[np.float16]
 UInt16Array = npt.NDArray[np.uint16]

@@ -36,7 +36,10 @@ class Provenance:
 
     def version_id(self, table_digest: bytes) -> str:
         """The id of the version that holds this table's tiles under this provenance (20 hex digits)."""
-        text = json.dumps({"format": FORMAT_VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+        ingredients = {"format": FORMAT_VERSION, **asdict(self)}
+        for name in ("mean", "std"):  # 0 and 0.0 are the same number, but not the same text
+            ingredients[name] = [float(x) for x in ingredients[name]]
+        text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode() + table_digest).hexdigest()[:20]
 
     def differences(self, other: "Provenance") -> list[str]:
@@ -58,14 +61,18 @@ class Provenance:
             CacheFormatError: naming the fields that are missing, unknown or of another type.
         """
         raw = _exact_fields(cls, value, "provenance")
-        lists = {"mean": 3, "std": 3, "pooling": None}
-        for name, length in lists.items():
-            if not isinstance(raw[name], list | tuple) or (length and len(raw[name]) != length):
-                raise CacheFormatError(f"provenance.{name} is not a list of {length or 'names'}")
-            raw[name] = tuple(raw[name])
+        for name in ("weights_sha256", "resampling", "precision"):
+            _require(isinstance(raw[name], str), f"provenance.{name} is not a string")
         for name in ("depth", "width", "image_size"):
-            if not isinstance(raw[name], int) or raw[name] <= 0:
-                raise CacheFormatError(f"provenance.{name} is not a positive integer")
+            _require(_is_positive_int(raw[name]), f"provenance.{name} is not a positive integer")
+        for name in ("mean", "std"):
+            three = isinstance(raw[name], list | tuple) and len(raw[name]) == 3
+            _require(three and all(type(x) in (int, float) for x in raw[name]), f"provenance.{name} is not 3 numbers")
+            raw[name] = tuple(raw[name])
+        names = raw["pooling"]
+        some = isinstance(names, list | tuple) and names and all(isinstance(x, str) and x for x in names)
+        _require(bool(some) and len(set(names)) == len(names), "provenance.pooling is not a list of distinct names")
+        raw["pooling"] = tuple(names)
         return cls(**raw)
 
 
@@ -96,7 +103,15 @@ class Recorded:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        return cls(**_exact_fields(cls, value, "recorded"))
+        """Strict, as `Provenance.from_json`."""
+        raw = _exact_fields(cls, value, "recorded")
+        for name in ("backbone", "tiles", "identity", "attention", "hardware"):
+            _require(isinstance(raw[name], str), f"recorded.{name} is not a string")
+        _require(_is_positive_int(raw["batch_size"]), "recorded.batch_size is not a positive integer")
+        libraries = raw["libraries"]
+        texts = isinstance(libraries, dict) and all(isinstance(text, str) for text in libraries.values())
+        _require(texts, "recorded.libraries is not a version by package")
+        return cls(**raw)
 
     def differences(self, other: "Recorded") -> list[str]:
         """One readable line per entry that can move an embedding by rounding."""
@@ -111,10 +126,18 @@ class Recorded:
 def _exact_fields(cls: type[Provenance] | type[Recorded], value: Any, where: str) -> dict[str, Any]:
     """The fields of `value`, refused unless they are those of `cls`."""
     known = {field.name for field in fields(cls)}
-    if not isinstance(value, dict) or set(value) != known:
-        found = set(value) if isinstance(value, dict) else set()
-        raise CacheFormatError(
-            f"{where}: missing {sorted(known - found)}, unknown {sorted(found - known)}: "
-            "the cache was written by another release of this program, or is damaged"
-        )
+    found = set(value) if isinstance(value, dict) else set()
+    _require(found == known, f"{where}: missing {sorted(known - found)}, unknown {sorted(found - known)}")
     return dict(value)
+
+
+def _is_positive_int(value: Any) -> bool:
+    return type(value) is int and value > 0  # True is an int, too
+
+
+def _require(condition: bool, why: str) -> None:
+    if not condition:
+        raise CacheFormatError(
+            f"{why}: the cache was written by another release of this program, or is damaged: "
+            "remove it and run `make extract` again"
+        )

@@ -6,6 +6,7 @@ both, so a wrong guess would mislabel silently; `detect_label_ids` decides only 
 """
 
 import csv
+import io
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -81,17 +82,23 @@ class Taxonomy:
 
     @classmethod
     def _parse(cls, text: str, where: str, artefacts: frozenset[int]) -> Self:
-        rows = list(csv.DictReader(text.splitlines()))
-        if not rows or set(rows[0]) not in ({"class_id", "name"}, {"class_id", "type_id", "name"}):
-            raise TaxonomyError(f"{where}: expected the header class_id,name or class_id,type_id,name")
         try:
-            class_ids = [int(row["class_id"]) for row in rows]
-            type_ids = tuple(int(row["type_id"]) for row in rows) if "type_id" in rows[0] else None
-        except (TypeError, ValueError) as error:
+            header, *rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row] or [[]]
+        except csv.Error as error:
+            raise TaxonomyError(f"{where}: {error}") from error
+        if not rows or header not in (["class_id", "name"], ["class_id", "type_id", "name"]):
+            raise TaxonomyError(f"{where}: expected the header class_id,name or class_id,type_id,name, then classes")
+        for row in rows:
+            if len(row) != len(header):
+                raise TaxonomyError(f"{where}: {','.join(row)} has {len(row)} fields, not {len(header)}")
+        try:
+            class_ids = [int(row[0]) for row in rows]
+            type_ids = tuple(int(row[1]) for row in rows) if "type_id" in header else None
+        except ValueError as error:
             raise TaxonomyError(f"{where}: {error}") from error
         if class_ids != list(range(len(rows))):
             raise TaxonomyError(f"{where}: class_id must count 0, 1, 2, … in order")
-        names = tuple(row["name"].strip() for row in rows)
+        names = tuple(row[-1].strip() for row in rows)
         if len(set(names)) != len(names) or not all(names):
             raise TaxonomyError(f"{where}: every class needs a name of its own")
         for ids in (class_ids, type_ids or ()):

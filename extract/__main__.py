@@ -11,6 +11,7 @@ from .backbone import DTYPES
 from .config import ExtractConfig
 from .distributed import exit_with
 from .scenes import DEFAULT_SCENE_REGEX
+from .stop import Stopped
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -56,11 +57,13 @@ def demo_command(command: tuple[str, ...]) -> None:
 
 
 def run() -> None:
-    """Run the command line; an error a user can act on is one line and status 1."""
+    """Run the command line; an error a user can act on is one line and status 1, a signal 128 and its number."""
     try:
         main(prog_name="python -m extract", standalone_mode=True)
     except TileprobeError as error:
         exit_with(error)
+    except Stopped as stop:
+        sys.exit(stop.status)
 
 
 if __name__ == "__main__":

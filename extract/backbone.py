@@ -78,14 +78,19 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     processor = _read_json(path / "preprocessor_config.json")
     try:
         mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
-        size = image_size or _TRAINED_SIZE.get(name) or int(processor["size"]["height"])
+        size = _TRAINED_SIZE.get(name) or int(processor["size"]["height"])
+        size = size if image_size is None else image_size
         patch, depth, width = config["patch_size"], config["num_hidden_layers"], config["hidden_size"]
-    except (KeyError, TypeError) as error:
-        raise BackboneError(f"{path}: its configuration lacks {error}: is this a DINOv3 checkpoint?") from error
-    if size <= 0 or size % patch:
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"{len(mean)} means and {len(std)} deviations for 3 channels")
+    except (KeyError, TypeError, ValueError) as error:
         raise BackboneError(
-            f"IMAGE_SIZE {size} is not a multiple of the {patch} px patch: "
-            f"try {max(patch, size // patch * patch)} or {(size // patch + 1) * patch}"
+            f"{path}: its configuration cannot be used ({type(error).__name__}: {error}): is this a DINOv3 checkpoint?"
+        ) from error
+    if size <= 0 or size % patch:
+        below = max(patch, size // patch * patch)
+        raise BackboneError(
+            f"IMAGE_SIZE {size} is not a multiple of the {patch} px patch: try {below} or {below + patch}"
         )
     return Checkpoint(name, path, depth, width, size, mean, std)
 
@@ -126,10 +131,12 @@ class Backbone(nn.Module):
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name the tensor below, where the library would refer to its log
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BackboneError(f"cannot load {checkpoint.path}: {error}") from error
-        unfilled = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+        mismatched = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]
+        unfilled = sorted([*loading["missing_keys"], *mismatched])
         if unfilled:  # transformers would leave these at random values with a warning
             raise BackboneError(
                 f"{checkpoint.path} leaves {len(unfilled)} tensors unfilled, such as {unfilled[0]}: "
@@ -229,15 +236,24 @@ def _locate(name: str) -> Path:
     if (local / "config.json").is_file():
         return local
     if local.is_dir() or name.startswith((".", "/")) or (name.count("/") != 1 and name not in _HUB_IDS):
-        raise BackboneError(
-            f"no checkpoint at {name}: BACKBONE is vitl16, vit7b16, demo, a directory with config.json, or a hub id"
-        )
+        raise _no_checkpoint(name)
     return _download(_HUB_IDS.get(name, name))
+
+
+def _no_checkpoint(name: str) -> BackboneError:
+    return BackboneError(
+        f"no checkpoint at {name}: BACKBONE is vitl16, vit7b16, demo, a directory with config.json, or a hub id"
+    )
 
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
 
     try:
         files = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -252,7 +268,14 @@ def _download(hub_id: str) -> Path:
         raise BackboneError(
             f"no model {hub_id} on the hub, or it is private: check BACKBONE, and set HF_TOKEN for a private model"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise _no_checkpoint(hub_id) from error
+    # A connection that breaks during the download comes as an exception of the hub client's own HTTP library.
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+            raise BackboneError(
+                f"the hub does not accept the token in HF_TOKEN for {hub_id}: set HF_TOKEN to a valid one, or unset it"
+            ) from error
         raise BackboneError(
             f"cannot download {hub_id} ({type(error).__name__}): check the network, or download it elsewhere "
             "and set BACKBONE to the directory"

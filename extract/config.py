@@ -52,6 +52,8 @@ class ExtractConfig:
             raise ConfigError("TILES is not set: give gs://bucket/prefix or a directory, holding images/ and labels/")
         if not 1 <= self.batch_size <= 256:
             raise ConfigError(f"--batch-size {self.batch_size}: choose 1 to 256, a block's rows")
+        if self.workers is not None and self.workers < 0:
+            raise ConfigError(f"--workers {self.workers}: choose 0 (read in the rank's own process) or more")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"LIMIT={self.limit}: choose at least 1 tile")
         if not 0 <= self.max_quarantined <= 1:

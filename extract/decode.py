@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cache_schema import Status
 
@@ -43,6 +43,10 @@ def decode_tile(data: bytes) -> RGBImage:
         return _to_rgb(image)
     except UndecodableTileError:
         raise
+    except Image.DecompressionBombError as error:  # raised on opening, before our own limit is asked
+        raise UndecodableTileError(Status.OVER_LIMIT, str(error)) from error
+    except UnidentifiedImageError as error:  # its own text is the address of our buffer
+        raise UndecodableTileError(Status.UNDECODABLE, "not a PNG, JPEG or TIFF image") from error
     # Pillow's plugins raise what they please on broken files (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
         raise UndecodableTileError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error

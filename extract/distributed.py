@@ -29,14 +29,18 @@ class ToldByMainError(TileprobeError):
     """Rank 0 met an error and tells it; this rank has nothing to add."""
 
 
+class PeerLostError(TileprobeError):
+    """Another rank ended in the middle of what all do together; it has said why, or torchrun will."""
+
+
 def exit_with(error: TileprobeError) -> NoReturn:
     """End this rank with one line and status 1.
 
-    The first rank to end makes torchrun end the rest, so one with nothing to say lets rank 0 speak first.
+    The first rank to end makes torchrun end the rest, so one with nothing to say lets the one that has speak first.
     """
-    if isinstance(error, ToldByMainError):
+    if isinstance(error, (ToldByMainError, PeerLostError)):
         time.sleep(5)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, ToldByMainError) else f"error: {error}")
     sys.exit(f"error: {error}")
 
 
@@ -143,6 +147,10 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         torch.set_num_threads(ranks.cores)
     try:
         yield ranks
+    except RuntimeError as error:
+        if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise PeerLostError(f"rank {rank} lost touch with the other ranks: see their messages") from error
+        raise
     finally:
         dist.destroy_process_group()
 

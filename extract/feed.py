@@ -4,10 +4,12 @@ What is to be read travels with the request, so a worker needs no table and its 
 """
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.forkserver import ensure_running
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -161,6 +163,12 @@ class _TileDataset(Dataset[TileBatch | TileprobeError]):
 def _make_forkserver() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["extract.feed"])
+    # Ctrl-C goes to every process of a terminal. The rank answers it; its workers end with it, and keep quiet.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        ensure_running()  # inherits the mask, and its workers from it
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -257,4 +265,4 @@ def _stack(images: Sequence[RGBImage | None]) -> TileImages:
     filled = [blank if image is None else image for image in images]
     if len(shapes) <= 1:
         return torch.from_numpy(np.stack(filled))
-    return [torch.from_numpy(np.ascontiguousarray(image)) for image in filled]
+    return [torch.from_numpy(np.array(image)) for image in filled]  # copied: Pillow's arrays are read-only

@@ -10,7 +10,8 @@ from cache_schema.layout import UInt16Array
 
 MAX_LABEL_BYTES = 16 * 2**20
 _ID = re.compile(rb"\d{1,9}")
-_NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+# The point is not optional between two runs of digits: a long run could then be cut anywhere, in quadratic time.
+_NUMBER = re.compile(rb"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ takes fewer, and what a block holds does not depend on who computed it.
 """
 
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cache_schema import CacheRoot, Provenance, Recorded, Status, Version
+from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version
 
 from .backbone import ATTENTION, POOLING, Backbone, Checkpoint, Precision, find_checkpoint
 from .config import ExtractConfig, remember_cache
@@ -24,6 +25,7 @@ from .errors import RunError
 from .feed import TileFeed, TileRequest, make_requests
 from .scenes import choose_whole_scenes, find_scenes
 from .source import Source, list_tiles, open_source
+from .stop import Stopped, stop_on_signals
 from .summary import Timing, describe_labels, describe_quarantined, describe_speed, describe_waits, estimate_whole
 from .transform import RESAMPLING, describe_scale
 from .writer import BlockWriter
@@ -58,18 +60,25 @@ def run_extraction(config: ExtractConfig) -> None:
 
     Raises:
         TileprobeError: whatever a user can mend; committed blocks stay.
+        Stopped: SIGTERM or SIGINT came; committed blocks stay, and one line has said how many.
     """
-    with join_ranks(config.device) as ranks:
-        started = time.perf_counter()
-        plan = ranks.run_on_main(lambda: _plan(config, ranks))
-        for note in plan.notes if ranks.is_main else ():
-            print(note, flush=True)
-        timing = _embed(config, plan, ranks) if plan.pending else Timing()
-        timings: list[Timing] = [timing] * ranks.world_size
-        torch.distributed.all_gather_object(timings, timing)
-        summary = ranks.run_on_main(lambda: _finish(config, plan, timings, time.perf_counter() - started))
-        if ranks.is_main:
-            print(summary, flush=True)
+    with stop_on_signals(), join_ranks(config.device) as ranks:
+        plan = None
+        try:
+            started = time.perf_counter()
+            plan = ranks.run_on_main(lambda: _plan(config, ranks))
+            for note in plan.notes if ranks.is_main else ():
+                print(note, flush=True)
+            timing = _embed(config, plan, ranks) if plan.pending else Timing()
+            timings: list[Timing] = [timing] * ranks.world_size
+            torch.distributed.all_gather_object(timings, timing)
+            summary = ranks.run_on_main(lambda: _finish(config, plan, timings, time.perf_counter() - started))
+            if ranks.is_main:
+                print(summary, flush=True)
+        except Stopped as stop:
+            if ranks.is_main:
+                print(_describe_stop(stop, plan), file=sys.stderr, flush=True)
+            raise
 
 
 def make_provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
@@ -121,7 +130,7 @@ def _plan(config: ExtractConfig, ranks: Ranks) -> Plan:
     version = CacheRoot(cache).create_version(table, provenance, recorded)
     notes += [f"differs from the run that began this version: {d}" for d in version.recorded.differences(recorded)]
     if config.retry_quarantined:
-        notes.append(_reopen_quarantined(version))
+        notes.append(_reopen_quarantined(version, table))
     pending = tuple(np.flatnonzero(~version.committed()).tolist())
     if pending:
         notes.append(f"{_count_rows(version, pending):,} to do -> {cache} (version {version.id})")
@@ -133,10 +142,13 @@ def _count_rows(version: Version, blocks: Sequence[int]) -> int:
     return sum(rows.stop - rows.start for rows in slices)
 
 
-def _reopen_quarantined(version: Version) -> str:
+def _reopen_quarantined(version: Version, table: TileTable) -> str:
     """Take back the commits of blocks that hold quarantined rows, so that this run tries them again."""
     rows = np.flatnonzero(version.read_rows().status > Status.EMBEDDED)
-    version.reopen_blocks(sorted(set((rows // version.layout.block_rows).tolist())))
+    if len(rows):
+        version.reopen_blocks(sorted(set((rows // version.layout.block_rows).tolist())))
+        # A mended tile may be the same bytes in a new generation, and while sealed the version kept the old one.
+        version.write_generation(table.generation)
     return f"{len(rows):,} quarantined tiles are tried again"
 
 
@@ -154,11 +166,12 @@ def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
         BlockWriter(version) as writer,
         tqdm(total=total, unit="tile", desc="extract", disable=not ranks.is_main) as bar,
     ):
-        asked = started
+        asked, described = started, False
         for batch in feed.read(_draw_batches(version, plan, draw)):
             got = time.perf_counter()
-            if not timing.tiles and ranks.is_main:
-                bar.write(describe_scale(batch.images[0].shape[0], plan.checkpoint.image_size))
+            if not described and ranks.is_main and (embedded := np.flatnonzero(batch.status == Status.EMBEDDED)).size:
+                bar.write(describe_scale(batch.images[embedded[0]].shape[0], plan.checkpoint.image_size))
+                described = True
             vectors = embedder.embed(batch)
             computed = time.perf_counter()
             writer.add(batch, vectors)
@@ -170,6 +183,14 @@ def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
             bar.set_postfix_str(describe_waits([timing]), refresh=False)
             bar.update(count_done(len(batch)) - bar.n)
     return timing
+
+
+def _describe_stop(stop: Stopped, plan: Plan | None) -> str:
+    done = "before the first block"
+    if plan:
+        committed = CacheRoot(plan.cache).open_version(plan.version_id).committed()
+        done = f"{int(committed.sum()):,} of {len(committed):,} blocks of {plan.cache} are committed"
+    return f"stopped by {stop}: {done}; the same command goes on from there"
 
 
 def _draw_batches(version: Version, plan: Plan, draw: Counter) -> Iterator[list[TileRequest]]:

@@ -149,13 +149,22 @@ class LocalSource:
             raise SourceError(f"no directory {path}: check TILES")
 
     def list(self, folder: str) -> Iterator[ListedObject]:
-        for directory, _, files in os.walk(self._root / folder):
+        for directory, _, files in os.walk(self._root / folder, onerror=self._refuse_folder):
             for file in files:
                 path = Path(directory, file)
-                stat = path.stat()
-                stand_in = google_crc32c.value(stat.st_mtime_ns.to_bytes(8, "little"))
                 name = path.relative_to(self._root).as_posix()
+                try:
+                    name.encode()
+                    stat = path.stat()
+                except (OSError, UnicodeEncodeError) as error:
+                    raise SourceError(f"cannot list {str(path)!r}: {error.args[-1]}: mend or remove it") from error
+                stand_in = google_crc32c.value(stat.st_mtime_ns.to_bytes(8, "little"))
                 yield ListedObject(name, stat.st_size, stand_in, stat.st_mtime_ns)
+
+    def _refuse_folder(self, error: OSError) -> None:
+        """A folder that cannot be listed would leave its tiles out without a word."""
+        if not isinstance(error, FileNotFoundError):
+            raise SourceError(f"cannot list {error.filename}: {error.strerror}: check TILES and its permissions")
 
     def read(self, name: str, generation: int) -> bytes:
         try:
@@ -172,8 +181,8 @@ class GcsSource:
     identity = "crc32c"
 
     def __init__(self, url: str) -> None:
+        bucket, _, prefix = url.removeprefix("gs://").rstrip("/").partition("/")
         self.url = url.rstrip("/")
-        bucket, _, prefix = self.url.removeprefix("gs://").partition("/")
         if len(bucket) < 3:
             raise SourceError(f"{url} names no bucket: TILES is gs://bucket/prefix")
         self._bucket_name = bucket

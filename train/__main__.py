@@ -169,11 +169,13 @@ def demo(tiles: str, finetune_options: tuple[str, ...]) -> None:
 def _train(options: dict[str, Any]) -> None:
     from .run import run_training
 
-    options["cache"] = options["cache"] or _last_cache()
+    if not options["resume"]:  # a resumed run knows its own
+        options["cache"] = options["cache"] or _last_cache()
     like_original = options.pop("like_original")
     names = DataConfig.__dataclass_fields__.keys() & options.keys()
     data = {name: options.pop(name) for name in names}
     data["exclude"] = _parse_ids(data["exclude"])
+    options["cache"] = options["cache"] or ""
     config = TrainConfig(data=DataConfig(**data), **options)
     run_training(config.like_original() if like_original else config)
 

@@ -7,7 +7,6 @@ load silently, so digests are checked first; a damaged `last` falls back to `pre
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -104,22 +103,32 @@ def load_checkpoint(directory: Path) -> LoadedCheckpoint:
     """
     found = directory if directory.exists() else directory.with_name(directory.name + ".old")
     try:
-        for line in (found / _DIGESTS).read_text().splitlines():
-            digest, name = line.split("  ", 1)
-            if _sha256(found / name) != digest:
+        lines = (found / _DIGESTS).read_text().splitlines()
+        digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        # A list of digests that was cut short would vouch for nothing.
+        for name in {_WEIGHTS, _META, *digests, *(file.name for file in found.iterdir())} - {_DIGESTS}:
+            if _sha256(found / name) != digests.get(name):
                 raise CheckpointError(f"{found / name} does not match its sha256: it is damaged")
         raw = json.loads((found / _META).read_text())
         for name in ("features", "class_ids", "class_names", "thresholds"):
             raw[name] = tuple(raw[name])
         meta = CheckpointMeta(**raw)
-        optimizer = None
-        if (found / _OPTIMIZER).exists():
-            optimizer = torch.load(found / _OPTIMIZER, map_location="cpu", weights_only=True)
+        optimizer = _load_optimizer(found / _OPTIMIZER) if (found / _OPTIMIZER).exists() else None
         return LoadedCheckpoint(load_file(found / _WEIGHTS), meta, optimizer)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint in {directory}: {error.filename} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{found} cannot be read as a checkpoint: {error}") from error
+
+
+def _load_optimizer(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    # The unpickler raises what it pleases on bytes that are no checkpoint (IndexError, RuntimeError, EOFError, ...).
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    return state
 
 
 def load_last(run: Path) -> LoadedCheckpoint:

@@ -1,5 +1,6 @@
 """Settings of a training run, checked once and frozen."""
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
@@ -101,11 +102,29 @@ class TrainConfig:
             raise TrainError(f"--features {self.features}: choose of {', '.join(POOLING)}, joined by +")
         if self.epochs < 1 or self.batch_size < 1 or self.save_every < 1:
             raise TrainError("--epochs, --batch-size and --save-every must be at least 1")
+        for name, (value, fits, range_) in self._ranges().items():
+            if not fits:
+                raise TrainError(f"--{name} {value}: {range_}")
         for name in ("val_cache", "test_cache"):
             if getattr(self, name) == self.cache:
                 raise TrainError(
                     f"{name.upper()} is the training cache itself: {self.cache}: set CACHE or {name.upper()}"
                 )
+
+    def _ranges(self) -> dict[str, tuple[float, bool, str]]:
+        """By option: its value, whether that can work, and what can."""
+        return {
+            "lr": (self.lr, 0 < self.lr < math.inf, "above 0"),
+            "backbone-lr": (self.backbone_lr, 0 < self.backbone_lr < math.inf, "above 0"),
+            "weight-decay": (self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more"),
+            "warmup": (self.warmup, 0 <= self.warmup < 1, "a share from 0 to below 1"),
+            "alpha": (self.alpha, 0 <= self.alpha <= 1, "0 to 1"),
+            "gamma": (self.gamma, 0 <= self.gamma < math.inf, "0 or more"),
+            "hidden": (self.hidden, self.hidden >= 1, "at least 1"),
+            "dropout": (self.dropout, 0 <= self.dropout < 1, "0 to below 1"),
+            "seed": (self.seed, 0 <= self.seed < 2**31, "0 to 2147483647"),
+            "workers": (self.workers or 0, (self.workers or 0) >= 0, "0 or more"),
+        }
 
     def like_original(self) -> Self:
         """The original script's split and classes, for comparison with its figures only."""

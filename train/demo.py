@@ -141,14 +141,14 @@ def _compare(extracted: Step, again: Step, head: Step, ranks: Ranks) -> str:
     return "\n".join(
         [
             "",
-            f"test: {len(rows)} tiles of {len(set(rows.scenes.tolist()))} scenes that nothing was trained or selected on",
+            f"test: {len(rows)} tiles of {len(set(rows.scenes.tolist()))} scenes that served for nothing else",
             "figures [95 % intervals, bootstrap over scenes]",
             "",
             *_format_table(table, rows),
             "",
             *_describe_gains(rows, np.asarray(frequency), head_probs, tuned_probs),
             "frozen, streamed is the original way, one epoch of it measured: the same vectors, so the same figures",
-            f"largest difference between streamed and cached vectors, over their norm: {_measure_difference(ranks):.1e}",
+            f"largest difference of streamed and cached vectors, over their norm: {_measure_difference(ranks):.1e}",
             f"second extraction: {zero}; {again.seconds:.0f} s with the start of the process",
             f"twelve validation tiles with truth and prediction: {picture}; reports: {head_run}/report.html, "
             f"{tuned_run}/report.html",

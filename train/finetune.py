@@ -1,6 +1,6 @@
 """What fine-tuning needs beyond the cached path: the cache's own backbone, its tiles, and a head to start from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cache_schema import ProvenanceError, Version
@@ -17,21 +17,26 @@ from .step_zero import StepZero
 from .streaming import StreamedTiles, check_tiles_unchanged
 
 
-def check_finetuning(cache: LabelledCache, unfreeze: int) -> None:
+def check_finetuning(caches: Sequence[LabelledCache], unfreeze: int) -> None:
     """Refuse, before anything is written, what would fail or mislead later.
+
+    Args:
+        caches: the sets of the run, the training rows first.
+        unfreeze: layers to train.
 
     Raises:
         TrainError: more layers than there are, or tiles that are not those of the cache.
         ProvenanceError: the backbone found now is not the one that made the cache.
     """
-    version = cache.version
+    version = caches[0].version
     checkpoint = find_cached_checkpoint(version)
     if not 1 <= unfreeze <= checkpoint.depth:
         raise TrainError(
             f"UNFREEZE={unfreeze}: {checkpoint.name} has {checkpoint.depth} layers: "
             "choose 1 to that many, or 0 for the cached head"
         )
-    check_tiles_unchanged(open_source(version.recorded.tiles), cache)
+    for tiles in sorted({cache.version.recorded.tiles for cache in caches}):
+        check_tiles_unchanged(open_source(tiles), [cache for cache in caches if cache.version.recorded.tiles == tiles])
 
 
 def find_cached_checkpoint(version: Version) -> Checkpoint:
@@ -55,9 +60,14 @@ def check_head(meta: CheckpointMeta, cache: LabelledCache) -> None:
     """A head may only start on embeddings and classes it knows.
 
     Raises:
-        CheckpointError: it is of another backbone, image size or class list.
+        CheckpointError: it is of another backbone, image size or class list, or of fine-tuned embeddings.
     """
     provenance = cache.version.provenance
+    if meta.unfreeze:
+        raise CheckpointError(
+            f"the head was trained with {meta.unfreeze} unfrozen layers, so it does not fit the cache's embeddings: "
+            "give a run of `make train-head`"
+        )
     if meta.weights_sha256 != provenance.weights_sha256 or meta.image_size != provenance.image_size:
         raise CheckpointError(
             f"the head was trained on {meta.backbone} at {meta.image_size} px, the cache is of "

@@ -1,6 +1,8 @@
 """A trained run on a cache or on tiles: `evaluate` scores it, `predict` writes what it says of each tile."""
 
 import csv
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +54,14 @@ class Inference:
     """What a run says of N tiles, on rank 0.
 
     Attributes:
+        tiles: where they lie, `gs://bucket/prefix` or a directory.
         table: the tiles.
         logits: (N, C) float32, NaN in rows without an embedding.
         label_ids: (N, 128) uint16, zeros where labels were not read.
         status: (N,) uint8, see `Status`.
     """
 
+    tiles: str
     table: TileTable
     logits: FloatArray
     label_ids: UInt16Array
@@ -68,6 +72,7 @@ class Inference:
 class LoadedRun:
     """The best epoch of a run: its settings, what its tensors belong to, and the classifier without its backbone."""
 
+    directory: RunDirectory
     config: TrainConfig
     meta: CheckpointMeta
     tensors: dict[str, torch.Tensor]
@@ -76,7 +81,7 @@ class LoadedRun:
     def load(cls, run: str) -> "LoadedRun":
         directory = RunDirectory.open(run)
         best = load_checkpoint(directory.best)
-        return cls(directory.read_config(), best.meta, best.tensors)
+        return cls(directory, directory.read_config(), best.meta, best.tensors)
 
     @property
     def thresholds(self) -> FloatArray:
@@ -115,7 +120,7 @@ def run_evaluation(run: str, target: Target, *, device: str, workers: int | None
         device, workers: as in training.
     """
     with join_ranks(device) as ranks:
-        loaded = ranks.run_everywhere(lambda: LoadedRun.load(run))
+        loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
         inference = infer(loaded, target, ranks, workers=workers, labels=True)
         report = ranks.run_on_main(lambda: _score(loaded, inference))
         if ranks.is_main:
@@ -125,7 +130,7 @@ def run_evaluation(run: str, target: Target, *, device: str, workers: int | None
 def run_prediction(run: str, target: Target, out: Path, *, device: str, workers: int | None) -> None:
     """Write a CSV of probabilities and decisions for every tile, and the thresholds used beside it."""
     with join_ranks(device) as ranks:
-        loaded = ranks.run_everywhere(lambda: LoadedRun.load(run))
+        loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
         inference = infer(loaded, target, ranks, workers=workers, labels=False)
         report = ranks.run_on_main(lambda: _write_predictions(loaded, inference, out))
         if ranks.is_main:
@@ -143,7 +148,7 @@ def infer(loaded: LoadedRun, target: Target, ranks: Ranks, *, workers: int | Non
             return ranks.run_everywhere(lambda: _infer_cached(loaded, version, ranks))
         tiles, table = version.recorded.tiles, version.read_table()
     else:
-        tiles = str(target.tiles)
+        tiles = open_source(str(target.tiles)).url
         table = ranks.run_on_main(lambda: list_tiles(open_source(tiles), unlabelled=not labels).table)
     return _infer_streamed(loaded, table, tiles, ranks, workers=workers, labels=labels)
 
@@ -166,7 +171,7 @@ def _infer_cached(loaded: LoadedRun, version: Version, ranks: Ranks) -> Inferenc
     vectors = join_features(pooled, meta.features)
     with torch.inference_mode():
         logits = torch.cat([classifier(part.to(ranks.device)).float().cpu() for part in vectors.split(_HEAD_ROWS)])
-    return Inference(version.read_table(), logits.numpy(), values.label_ids, values.status)
+    return Inference(version.recorded.tiles, version.read_table(), logits.numpy(), values.label_ids, values.status)
 
 
 def _infer_streamed(
@@ -196,7 +201,7 @@ def _infer_streamed(
             logits[batch.rows[batch.status != Status.EMBEDDED]] = np.nan
             label_ids[batch.rows], status[batch.rows] = batch.label_ids, batch.status
             bar.update(len(batch))
-    return _gather(Inference(table, logits, label_ids, status), ranks)
+    return _gather(Inference(tiles, table, logits, label_ids, status), ranks)
 
 
 def _gather(mine: Inference, ranks: Ranks) -> Inference | None:
@@ -228,7 +233,19 @@ def _score(loaded: LoadedRun, inference: Inference | None) -> str:
         gamma=loaded.config.gamma,
         thresholds=loaded.thresholds,
     )
-    return "\n".join([*rows.notes, "", describe_evaluation(evaluation, per_class=True)])
+    notes = [*rows.notes, *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted])]
+    return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)])
+
+
+def _warn_of_training_tiles(loaded: LoadedRun, tiles: str, names: npt.NDArray[np.str_]) -> list[str]:
+    """A line for the user when some of the scored tiles are those the run was trained on."""
+    trained_on = loaded.directory.read_json("config.json")["recorded"]["tiles"]
+    if os.path.abspath(trained_on) != os.path.abspath(tiles):
+        return []
+    seen = len(set(loaded.directory.read_json("split.json")["train"]) & {str(name) for name in names})
+    if not seen:
+        return []
+    return [f"warning: {seen:,} of the {len(names):,} tiles scored here trained this run: its figures flatter it"]
 
 
 def _write_predictions(loaded: LoadedRun, inference: Inference | None, out: Path) -> str:
@@ -245,12 +262,13 @@ def _write_predictions(loaded: LoadedRun, inference: Inference | None, out: Path
             writer.writerow(["tile", "status", "preds", *names])
             for i, tile in enumerate(inference.table.tile.tolist()):
                 decided = ";".join(names[c] for c in np.flatnonzero(preds[i]))
-                cells = ["" if np.isnan(p) else f"{p:.6f}" for p in probs[i]]
+                # Every digit of a float32, so that comparing the two files gives the decisions.
+                cells = ["" if math.isnan(p) else f"{p:.9g}" for p in probs[i].tolist()]
                 writer.writerow([tile, Status(inference.status[i]).name.lower(), decided, *cells])
         with sidecar.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["class_id", "class", "threshold"])
-            writer.writerows(zip(loaded.meta.class_ids, names, (f"{t:.6f}" for t in thresholds), strict=True))
+            writer.writerows(zip(loaded.meta.class_ids, names, (f"{t:.9g}" for t in thresholds.tolist()), strict=True))
     except OSError as error:
         raise TrainError(f"cannot write {out}: {error.strerror}: choose another --out") from error
     skipped = int((inference.status != Status.EMBEDDED).sum())

@@ -131,6 +131,7 @@ class Trainer:
                 logits = predict_logits(self.classifier, self._val.tiles, self._ranks, amp=self._amp)
                 self._epoch += 1
                 if logits is not None:
+                    _refuse_diverged(logits, self._epoch)
                     metrics = score_epoch(
                         logits, self._val.rows, self._val.counted, alpha=self.config.alpha, gamma=self.config.gamma
                     )
@@ -235,6 +236,12 @@ def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor]) ->
                 f"tensor {name} {tuple(tensor.shape)} does not fit this model: the checkpoint belongs to another one"
             )
     classifier.load_state_dict(dict(tensors), strict=False)
+
+
+def _refuse_diverged(logits: torch.Tensor, epoch: int) -> None:
+    """The very last step of an epoch can spoil the weights after its loss was still finite."""
+    if logits.isnan().any():
+        raise TrainError(f"the model gives NaN after epoch {epoch}: lower --lr, or train without --amp")
 
 
 def _time_waits(batches: Iterator[Batch], timing: EpochTiming) -> Iterator[Batch]:

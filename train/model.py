@@ -32,6 +32,9 @@ class Classifier(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, F) float embeddings, or (B, 3, S, S) pixel values, to (B, C) logits."""
+        if self.backbone is not None and not len(inputs):
+            # A rank without a row in the last batch: transformers' attention cannot reshape nothing.
+            return self(inputs.new_zeros(1, *inputs.shape[1:]))[:0]  # type: ignore[no-any-return]
         embeddings = inputs if self.backbone is None else join_features(self.backbone(inputs), self.features)
         logits: Tensor = self.head(embeddings.float())
         return logits

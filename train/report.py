@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from cache_schema.layout import BoolArray
@@ -113,6 +114,7 @@ def _draw_curves(history: list[dict[str, Any]]) -> str:
         for key, label in names.items():
             axis.plot(epochs, [line[key] for line in history], label=label)
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
     left.set_ylabel("focal loss")
     buffer = io.BytesIO()

@@ -129,6 +129,7 @@ def label_rows(
 
     Raises:
         TaxonomyError: ids that fit neither reading, or too many lines that mean nothing.
+        TrainError: classes to leave out that are none, or all of them.
     """
     taxonomy = Taxonomy.from_file(config.taxonomy) if config.taxonomy else Taxonomy.xview()
     if reading is None:
@@ -139,6 +140,10 @@ def label_rows(
     if meaningless > MAX_MEANINGLESS * max(decoded.instances, 1):
         raise TaxonomyError(_describe_meaningless(label_ids, table, decoded, reading))
     kept = [i for i in range(len(taxonomy)) if i not in config.exclude]
+    if not kept or set(config.exclude) - set(range(len(taxonomy))):
+        raise TrainError(
+            f"--exclude {','.join(map(str, config.exclude))}: class ids of 0 to {len(taxonomy) - 1}, but not all"
+        )
     embedded = status == Status.EMBEDDED
     left_out = {
         "are quarantined": int((status > Status.EMBEDDED).sum()),

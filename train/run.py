@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache_schema import ProvenanceError
+from cache_schema import ProvenanceError, open_cache
 from extract.distributed import Ranks, join_ranks
 
 from .batches import Tiles
 from .cached import CachedTiles
 from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_checkpoint, load_last, save_checkpoint
 from .config import TrainConfig
+from .errors import CheckpointError, TrainError
 from .evaluation import Evaluation, describe_evaluation, evaluate_rows, predict_logits, score_epoch
 from .finetune import TileStream, check_finetuning, check_head, find_cached_checkpoint
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
@@ -79,8 +80,17 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None,
     stored = run.read_config()
     data, split = config.data, "its own split"
     if stored.cache == config.cache and not data.split_file and not config.val_cache:
+        version = open_cache(config.cache, allow_unsealed=config.allow_unsealed).id
+        if run.read_version() != version:
+            raise CheckpointError(
+                f"{run} was trained on version {run.read_version()} of {config.cache}, which holds {version} now: "
+                "run `make train-head` again"
+            )
         # Another split would validate on tiles the head was trained on.
-        data, split = replace(stored.data, split_file=str(run.path / "split.json")), "the split of that run"
+        if stored.val_cache:
+            data, split, config = stored.data, stored.val_cache, replace(config, val_cache=stored.val_cache)
+        else:
+            data, split = replace(stored.data, split_file=str(run.path / "split.json")), "the split of that run"
     features = "+".join(head.meta.features)
     config = replace(config, data=data, features=features, hidden=head.meta.hidden, head_run=str(run))
     return config, head, (f"head starts from {run}, best epoch {head.meta.epoch}; validates on {split}",)
@@ -109,9 +119,10 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
     if head is not None:
         check_head(head.meta, sets.train)
     if config.unfreeze:
-        check_finetuning(sets.train, config.unfreeze)
+        check_finetuning([cache for cache in (sets.train, sets.val, sets.test) if cache is not None], config.unfreeze)
     if config.resume:
         run = RunDirectory.open(config.run)
+        _refuse_other_tiles(run, config.cache, sets)
         resume = load_last(run.path)
         run.cut_history(resume.meta.epoch)
         return Start(run, resume, f"resuming {run} after epoch {resume.meta.epoch} of {config.epochs}")
@@ -127,6 +138,20 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
     )
     run.write_json("split.json", sets.split)
     return Start(run, None, f"global batch {config.batch_size}; files go to {run}")
+
+
+def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
+    """A run goes on with the rows it began with, or not at all."""
+    began, now = run.read_version(), sets.train.version.id
+    if began != now:
+        raise TrainError(
+            f"{run} was trained on version {began} of {cache}, which holds {now} now: start a new run without --resume"
+        )
+    if run.read_json("split.json") != sets.split:
+        raise TrainError(
+            f"{run}/split.json is not the split its settings lead to now: another --split-file or VAL_CACHE lies "
+            "there: start a new run without --resume"
+        )
 
 
 def _prepare(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -> tuple[Trainer, MakeTiles]:
@@ -194,7 +219,7 @@ def _finish(
     config: TrainConfig, run: RunDirectory, sets: Sets, classifier: Classifier, make_tiles: MakeTiles, ranks: Ranks
 ) -> None:
     """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
-    best = ranks.run_everywhere(lambda: load_checkpoint(run.best))
+    best = ranks.run_on_main(lambda: load_checkpoint(run.best))
     load_tensors(classifier, best.tensors)
     amp = use_amp(config, ranks)
     val_logits = predict_logits(classifier, make_tiles(sets.val), ranks, amp=amp)

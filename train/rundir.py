@@ -24,19 +24,22 @@ class RunDirectory:
         """Make `runs/head-004` for the link `runs/head` and point the link at it.
 
         Raises:
-            TrainError: `link` is a directory, not a link.
+            TrainError: `link` is a directory, not a link, or nothing can be written there.
         """
         base = Path(link)
         if base.exists() and not base.is_symlink():
             raise TrainError(f"{link} is a directory, not a link to the newest run: choose another RUN")
-        base.parent.mkdir(parents=True, exist_ok=True)
-        numbers = [int(match[1]) for path in base.parent.iterdir() if (match := _numbered(base.name, path.name))]
-        path = base.with_name(f"{base.name}-{max(numbers, default=0) + 1:03d}")
-        path.mkdir()
-        temporary = base.with_name(base.name + ".tmp")
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(path.name)
-        temporary.rename(base)
+        try:
+            base.parent.mkdir(parents=True, exist_ok=True)
+            numbers = [int(match[1]) for path in base.parent.iterdir() if (match := _numbered(base.name, path.name))]
+            path = base.with_name(f"{base.name}-{max(numbers, default=0) + 1:03d}")
+            path.mkdir()
+            temporary = base.with_name(base.name + ".tmp")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(path.name)
+            temporary.rename(base)
+        except OSError as error:
+            raise TrainError(f"cannot make a run directory for {link}: {error.strerror}: choose another RUN") from error
         return cls(path)
 
     @classmethod
@@ -75,6 +78,17 @@ class RunDirectory:
         except (KeyError, TypeError) as error:
             raise TrainError(f"{self}/config.json is not of this release: {error}") from error
 
+    def read_version(self) -> str:
+        """Id of the cache version it was trained on.
+
+        Raises:
+            TrainError: it cannot be read, or is another release's.
+        """
+        try:
+            return str(self.read_json("config.json")["version"])
+        except (KeyError, TypeError) as error:
+            raise TrainError(f"{self}/config.json is not of this release: {error}") from error
+
     def append_history(self, line: dict[str, Any]) -> None:
         with self.history.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
@@ -92,8 +106,11 @@ class RunDirectory:
 
     def cut_history(self, epochs: int) -> None:
         """Keep the first `epochs` lines: a resumed run writes the others anew."""
-        kept = self.read_history()[:epochs]
-        self.history.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        # A line that a stopped run left unfinished is not JSON; it is not among the first `epochs`.
+        kept = self.history.read_text().splitlines(keepends=True)[:epochs] if self.history.exists() else []
+        temporary = self.history.with_name("history.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        temporary.rename(self.history)
 
 
 def _numbered(base: str, name: str) -> re.Match[str] | None:

@@ -66,6 +66,9 @@ def _read_split(tiles: npt.NDArray[np.str_], path: str) -> Split:
         sides = dict.fromkeys(stored["val"], "val") | dict.fromkeys(stored["train"], "train")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SplitError(f"--split-file {path} is not a split.json: {error}") from error
+    both = sorted(set(stored["val"]) & set(stored["train"]))
+    if both:
+        raise SplitError(f"--split-file {path} has {len(both):,} tiles on both sides, such as {both[0]}")
     unknown = [str(tile) for tile in tiles if str(tile) not in sides]
     if unknown:
         raise SplitError(

@@ -75,6 +75,8 @@ def _read_other(config: TrainConfig, url: str, whole: LabelledCache) -> Labelled
     """A validation or test set: the same embeddings and label rules, or an error."""
     reading = whole.rows.reading
     other = read_labelled_cache(url, config.data, allow_unsealed=config.allow_unsealed, reading=reading)
+    if other.version.id == whole.version.id:
+        raise TrainError(f"{url} holds the very tiles of {config.cache}: a set to score on needs tiles of its own")
     differences = other.version.provenance.differences(whole.version.provenance)
     if differences:
         raise ProvenanceError(

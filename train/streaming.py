@@ -1,6 +1,6 @@
 """Batches from tiles streamed end to end, through the same feed and transform as extraction."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -91,16 +91,16 @@ def refuse_changed(batch: TileBatch, table: TileTable) -> None:
         raise TrainError(f"{name} {status.reason}, but the cache holds its embedding: run `make extract` again")
 
 
-def check_tiles_unchanged(source: Source, cache: LabelledCache) -> None:
-    """Compare the present listing with the cache's table, for the rows in use.
+def check_tiles_unchanged(source: Source, caches: Sequence[LabelledCache]) -> None:
+    """Compare the present listing with the tables of caches made from this source, for the rows in use.
 
     Raises:
         TrainError: tiles are gone or changed, counted and named.
     """
-    cached, listed = cache.table, list_tiles(source, unlabelled=True).table
+    listed = list_tiles(source, unlabelled=True).table
     position = {str(name): i for i, name in enumerate(listed.tile)}
     gone, changed = [], []
-    for row in cache.rows.index.tolist():
+    for cached, row in ((cache.table, row) for cache in caches for row in cache.rows.index.tolist()):
         name = str(cached.tile[row])
         now = position.get(name)
         if now is None:

@@ -18,7 +18,7 @@ def run_with_demo_bucket(command: Sequence[str]) -> int:
     from .server import DEMO_BUCKET, find_server_binary, serve_bucket
 
     print(
-        "demo: TILES, CACHE and BACKBONE are not set, so this runs on a generated bucket with a small stand-in backbone; "
+        "demo: TILES, CACHE and BACKBONE are not set, so this runs on a generated bucket with a stand-in backbone; "
         f"everything it writes lies under {DEMO_ROOT} and runs/demo",
         flush=True,
     )

@@ -1,0 +1,153 @@
+"""A cache: immutable versions side by side and one pointer to the version in use."""
+
+import json
+
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from .creation import create_arrays
+from .errors import CacheFormatError, CacheNotFoundError
+from .provenance import Provenance, Recorded
+from .store import open_store, storage_errors
+from .table import TileTable
+from .version import Version
+
+_SUFFIX = ".zarr"
+_CURRENT = "current"
+
+
+class CacheRoot:
+    """The versions of a cache and `current`, the pointer to the one in use."""
+
+    def __init__(self, url: str, *, read_only: bool = False) -> None:
+        """`url` is a directory or `gs://bucket/prefix`; nothing is created or read yet."""
+        self.url = url
+        self.store = open_store(url, read_only=read_only)
+
+    def current(self) -> str | None:
+        """Id of the version in use, None before the first one is sealed."""
+        raw = self._get(_CURRENT)
+        if raw is None:
+            return None
+        try:
+            version = json.loads(raw)["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CacheFormatError(
+                f"{self.url}/{_CURRENT} is not a version pointer ({error}): check CACHE, or remove that file "
+                "and run `make extract` again"
+            ) from error
+        return str(version)
+
+    def set_current(self, version_id: str) -> None:
+        """Point the cache at a sealed version, in one put."""
+        self._set(_CURRENT, json.dumps({"version": version_id}).encode() + b"\n")
+
+    def versions(self) -> list[str]:
+        """Ids of all versions, finished or not."""
+
+        async def names() -> list[str]:
+            return [name async for name in self.store.list_dir("")]
+
+        with storage_errors(self.url):
+            found = sync(names())
+        return sorted(name.rstrip("/").removesuffix(_SUFFIX) for name in found if name.rstrip("/").endswith(_SUFFIX))
+
+    def open_version(self, version_id: str, *, read_only: bool = True) -> Version:
+        """Open one version.
+
+        Raises:
+            CacheNotFoundError: there is no such version, or its creation was interrupted.
+            CacheFormatError: it is not one this program reads.
+        """
+        path = version_id + _SUFFIX
+        with storage_errors(self.url):
+            try:
+                group = zarr.open_group(self.store, path=path, mode="r" if read_only else "r+", zarr_format=3)
+            except FileNotFoundError as error:
+                there = ", ".join(self.versions()) or "none"
+                raise CacheNotFoundError(f"no version {version_id} in {self.url}; versions there: {there}") from error
+            except (ValueError, TypeError) as error:  # what Zarr raises on metadata that is cut or not a group's
+                raise CacheFormatError(
+                    f"{self.url}/{path} is damaged ({error}): remove it and run `make extract` again"
+                ) from error
+        version = Version(self, version_id, group)
+        if not self._is_created(version_id):
+            raise CacheNotFoundError(
+                f"version {version_id} of {self.url} was not created completely: run `make extract` again"
+            )
+        return version
+
+    def create_version(self, table: TileTable, provenance: Provenance, recorded: Recorded) -> Version:
+        """Open the version of this table and provenance for writing; create it where it does not exist.
+
+        An existing version keeps what it recorded (its batch size above all) and its committed blocks; see
+        `Version.follow_listing` for what may change in it. Two processes must not create one version at a time.
+        """
+        version_id = provenance.version_id(table.identity_digest())
+        if not self._is_created(version_id):
+            with storage_errors(self.url):
+                create_arrays(self.store, version_id + _SUFFIX, table, provenance, recorded)
+        version = self.open_version(version_id, read_only=False)
+        version.follow_listing(table)
+        return version
+
+    def _is_created(self, version_id: str) -> bool:
+        """Whether `commit` is there, the array that creation makes last."""
+        return self._get(f"{version_id}{_SUFFIX}/commit/zarr.json") is not None
+
+    def _get(self, key: str) -> bytes | None:
+        with storage_errors(self.url):
+            try:
+                buffer = sync(self.store.get(key, default_buffer_prototype()))
+            except FileNotFoundError:  # the whole directory is missing
+                return None
+        return None if buffer is None else buffer.to_bytes()
+
+    def _set(self, key: str, value: bytes) -> None:
+        with storage_errors(self.url):
+            sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(value)))
+
+
+def open_cache(url: str, *, version: str | None = None, allow_unsealed: bool = False) -> Version:
+    """The version in use of the cache at `url`, for reading.
+
+    Args:
+        url: directory or `gs://bucket/prefix`.
+        version: another version's id instead of the one in use.
+        allow_unsealed: accept a version whose extraction has not finished; its missing rows read as pending.
+
+    Raises:
+        CacheNotFoundError: nothing finished there; says how far an unfinished extraction came.
+        CacheFormatError: not a cache, or of a format this program does not read.
+    """
+    root = CacheRoot(url, read_only=True)
+    chosen = version or root.current()
+    if chosen is None:
+        unfinished = root.versions()
+        if not unfinished:
+            raise CacheNotFoundError(f"no cache at {url}: run `make extract` first, or check CACHE")
+        if not allow_unsealed or len(unfinished) > 1:
+            raise CacheNotFoundError(f"no finished version in {url}: {_describe_unfinished(root, unfinished)}")
+        chosen = unfinished[0]
+    opened = root.open_version(chosen)
+    if not opened.sealed and not allow_unsealed:
+        raise CacheNotFoundError(f"version {chosen} of {url} is not finished: {_describe_unfinished(root, [chosen])}")
+    return opened
+
+
+def _describe_unfinished(root: CacheRoot, versions: list[str]) -> str:
+    parts = []
+    for version_id in versions:
+        try:
+            version = root.open_version(version_id)
+        except CacheNotFoundError:  # its creation was interrupted
+            parts.append(f"all rows are missing in {version_id}")
+            continue
+        missing = sum(
+            rows.stop - rows.start
+            for rows, done in zip(version.layout.block_slices(), version.committed(), strict=True)
+            if not done
+        )
+        parts.append(f"{missing:,} of {version.layout.rows:,} rows are missing in {version_id}")
+    return "; ".join(parts) + ": run `make extract` again to finish it"

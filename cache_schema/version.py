@@ -1,0 +1,285 @@
+"""One version of a cache: write a block, read what can be trusted, seal."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from .block import BlockValues
+from .errors import CacheFormatError, IntegrityError
+from .layout import (
+    ATTRIBUTE,
+    DIGEST_BYTES,
+    FORMAT_VERSION,
+    LABEL_ID_COLUMNS,
+    LABEL_IDS_DTYPE,
+    POOLED_DTYPE,
+    STATUS_DTYPE,
+    BoolArray,
+    Float16Array,
+    Layout,
+    Status,
+    UInt8Array,
+    UInt16Array,
+)
+from .provenance import Provenance, Recorded
+from .store import storage_errors
+from .table import COLUMN_DTYPES, TileTable
+
+if TYPE_CHECKING:
+    from .root import CacheRoot
+
+
+@dataclass(frozen=True, eq=False)
+class CacheRows:
+    """A whole version in memory, digests checked.
+
+    Attributes:
+        pooled: per pooling (N, D) float16, NaN in rows that are not embedded.
+        label_ids: (N, 128) uint16, 0 in pending rows.
+        status: (N,) uint8; 0 in rows whose block is missing or contradicts its digest.
+    """
+
+    pooled: dict[str, Float16Array]
+    label_ids: UInt16Array
+    status: UInt8Array
+
+    @property
+    def embedded(self) -> BoolArray:
+        return np.asarray(self.status == Status.EMBEDDED)
+
+    @property
+    def missing(self) -> int:
+        return int((self.status == Status.PENDING).sum())
+
+
+class Version:
+    """One version of a cache. Reading verifies digests; writing goes block by block."""
+
+    def __init__(self, root: "CacheRoot", version_id: str, group: zarr.Group) -> None:
+        self.root = root
+        self.id = version_id
+        self.group = group
+        attributes = _read_attributes(group, root.url)
+        self.provenance = Provenance.from_json(attributes["provenance"])
+        self.recorded = Recorded.from_json(attributes["recorded"])
+        self.layout = Layout(
+            rows=attributes["rows"],
+            width=self.provenance.width,
+            pooling=self.provenance.pooling,
+            block_rows=attributes["block_rows"],
+        )
+
+    def __repr__(self) -> str:
+        return f"Version({self.root.url!r}, {self.id!r})"
+
+    # The tile table
+
+    def read_table(self) -> TileTable:
+        """The tile table, all columns.
+
+        Raises:
+            IntegrityError: it cannot be read.
+        """
+        try:
+            columns: dict[str, Any] = {name: self._read(name) for name in ("tile", *COLUMN_DTYPES)}
+            return TileTable(**columns)
+        except (IntegrityError, CacheFormatError) as error:
+            raise IntegrityError(f"tile table of {self.root.url}: {error}: `make extract` mends it") from error
+
+    def write_generation(self, generation: npt.NDArray[np.int64]) -> None:
+        with storage_errors(self.root.url):
+            self._array("generation")[:] = generation
+
+    def follow_listing(self, table: TileTable) -> None:
+        """Take over `generation` from the present listing, and mend the stored table where it is damaged.
+
+        A sealed version stays as it is, unless its seal contradicts it: that one loses the seal, to be earned anew.
+
+        Args:
+            table: one that leads to this version's id, so what differs besides `generation` is damage.
+        """
+        try:
+            damaged = self.read_table().identity_digest() != table.identity_digest()
+            damaged = damaged or (self.sealed and not self.check_seal())
+        except IntegrityError:
+            damaged = True
+        if damaged:
+            self.reopen_blocks([])
+            with storage_errors(self.root.url):
+                for name in ("tile", *COLUMN_DTYPES):
+                    self._array(name)[:] = getattr(table, name)
+        elif not self.sealed and not np.array_equal(self._read("generation"), table.generation):
+            self.write_generation(table.generation)
+
+    # Blocks
+
+    def committed(self) -> BoolArray:
+        """(blocks,) bool: blocks with a commit record. Whether a block's values agree is `check_block`'s question."""
+        return np.asarray(self._commits().any(axis=1))
+
+    def write_block(self, block: int, values: BlockValues) -> None:
+        """Write one block, then its commit record; until that last put the block counts as pending.
+
+        Raises:
+            IntegrityError: values that no block may hold, see `BlockValues.refuse_unstorable`.
+        """
+        rows = self.layout.block_slice(block)
+        values.refuse_unstorable(self.layout, rows)
+        with storage_errors(self.root.url):
+            for name in self.layout.pooling:
+                self._array(name)[rows] = values.pooled[name]
+            self._array("label_ids")[rows] = values.label_ids
+            self._array("status")[rows] = values.status
+            self._array("commit")[block] = np.frombuffer(values.digest(self.layout.pooling), np.uint8)
+
+    def read_block(self, block: int) -> BlockValues:
+        """One block as stored, not checked against its commit.
+
+        Raises:
+            IntegrityError: a chunk of it is cut or flipped.
+        """
+        return self._read_values(self.layout.block_slice(block))
+
+    def check_block(self, block: int) -> str | None:
+        """What is wrong with a committed block, None if nothing."""
+        try:
+            values = self.read_block(block)
+            commit = self._read("commit", slice(block, block + 1)).tobytes()
+            if values.digest(self.layout.pooling) != commit:
+                return "its values contradict its digest"
+            values.refuse_unstorable(self.layout, self.layout.block_slice(block))
+        except IntegrityError as error:
+            return str(error)
+        return None
+
+    def read_rows(self) -> CacheRows:
+        """Everything into memory, in one read per array; a block that contradicts its commit reads as pending."""
+        try:
+            values = self._read_values(slice(None))
+        except IntegrityError:
+            values = self._read_block_by_block()
+        pooled = dict(values.pooled)
+        commits = self._commits()
+        for block, rows in enumerate(self.layout.block_slices()):
+            part = BlockValues({k: v[rows] for k, v in pooled.items()}, values.label_ids[rows], values.status[rows])
+            if part.digest(self.layout.pooling) != commits[block].tobytes():
+                for vectors in pooled.values():
+                    vectors[rows] = np.nan
+                values.label_ids[rows], values.status[rows] = 0, Status.PENDING
+        return CacheRows(pooled, values.label_ids, values.status)
+
+    def _read_values(self, rows: slice) -> BlockValues:
+        return BlockValues(
+            pooled={name: self._read(name, rows) for name in self.layout.pooling},
+            label_ids=self._read("label_ids", rows),
+            status=self._read("status", rows),
+        )
+
+    def _read_block_by_block(self) -> BlockValues:
+        """All rows when some chunk cannot be read: only its block is lost, and stays blank."""
+        rows = self.layout.rows
+        pooled = {name: np.full((rows, self.layout.width), np.nan, POOLED_DTYPE) for name in self.layout.pooling}
+        label_ids = np.zeros((rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE)
+        status = np.zeros(rows, STATUS_DTYPE)
+        for block, where in enumerate(self.layout.block_slices()):
+            try:
+                values = self.read_block(block)
+            except IntegrityError:
+                continue
+            for name, vectors in values.pooled.items():
+                pooled[name][where] = vectors
+            label_ids[where], status[where] = values.label_ids, values.status
+        return BlockValues(pooled, label_ids, status)
+
+    # Commit records and the seal: one that cannot be read is not there, so that the next extraction writes it anew
+
+    @property
+    def sealed(self) -> bool:
+        return bool(self._read_seal().any())
+
+    def seal(self) -> None:
+        """Record that every block is committed; afterwards the version never changes.
+
+        Raises:
+            IntegrityError: blocks are still pending.
+        """
+        pending = int((~self.committed()).sum())
+        if pending:
+            raise IntegrityError(f"{pending} of {self.layout.blocks} blocks are not committed: nothing to seal")
+        with storage_errors(self.root.url):
+            self._array("seal")[:] = np.frombuffer(self._seal_digest(), np.uint8)
+
+    def reopen_blocks(self, blocks: Sequence[int]) -> None:
+        """Take back the seal, then the commits of `blocks`, so that the next extraction redoes them."""
+        with storage_errors(self.root.url):
+            self._array("seal")[:] = 0
+            for block in blocks:
+                self._array("commit")[block] = 0
+
+    def check_seal(self) -> bool:
+        """Whether the seal is that of the present table and commits."""
+        return self._read_seal().tobytes() == self._seal_digest()
+
+    def _seal_digest(self) -> bytes:
+        return hashlib.sha256(self.read_table().full_digest() + self._commits().tobytes()).digest()
+
+    def _read_seal(self) -> UInt8Array:
+        try:
+            return self._read("seal")
+        except IntegrityError:
+            return np.zeros(DIGEST_BYTES, np.uint8)
+
+    def _commits(self) -> UInt8Array:
+        """(blocks, 32) uint8, zeros where there is no record."""
+        try:
+            return self._read("commit")
+        except IntegrityError:
+            commits = np.zeros((self.layout.blocks, DIGEST_BYTES), np.uint8)
+        for block in range(self.layout.blocks):
+            try:
+                commits[block] = self._read("commit", slice(block, block + 1))[0]
+            except IntegrityError:
+                continue
+        return commits
+
+    # Arrays
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        array: Any = self.group[name]
+        # A chunk equal to the fill value must be written too, and Zarr does not remember that it should.
+        return array.with_config({"order": "C", "write_empty_chunks": True})  # type: ignore[no-any-return]
+
+    def _read(self, name: str, rows: slice = slice(None)) -> npt.NDArray[Any]:
+        with storage_errors(self.root.url):
+            try:
+                array: Any = self.group[name]
+                return np.asarray(array[rows])
+            # Zarr raises ValueError for a wrong checksum or length of a chunk, KeyError where there is no array, and
+            # any of them on broken metadata.
+            except (ValueError, KeyError, TypeError) as error:
+                raise IntegrityError(f"array {name} cannot be read ({error})") from error
+
+
+def _read_attributes(group: zarr.Group, url: str) -> dict[str, Any]:
+    """What `create_arrays` wrote, refused unless it is of this program's format and whole."""
+    attributes: Any = group.attrs.asdict().get(ATTRIBUTE)
+    if not isinstance(attributes, dict) or "format" not in attributes:
+        raise CacheFormatError(f"{url}/{group.path} is a Zarr group, but not a version of a cache: check CACHE")
+    if attributes["format"] != FORMAT_VERSION:
+        raise CacheFormatError(
+            f"{url}: format {attributes['format']}, this program reads {FORMAT_VERSION}: "
+            "update it, or run `make extract` again"
+        )
+    known = {"format", "rows", "block_rows", "provenance", "recorded"}
+    counts = (attributes.get("rows"), attributes.get("block_rows"))
+    if set(attributes) != known or not all(type(count) is int and count > 0 for count in counts):
+        raise CacheFormatError(
+            f"{url}/{group.path}: its attributes are not those of format {FORMAT_VERSION}: it is damaged; "
+            "remove it and run `make extract` again"
+        )
+    return attributes
