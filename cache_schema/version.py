@@ -260,8 +260,8 @@ class Version:
                 array: Any = self.group[name]
                 return np.asarray(array[rows])
             # Zarr raises ValueError for a wrong checksum or length of a chunk, KeyError where there is no array, and
-            # any of them on broken metadata.
-            except (ValueError, KeyError, TypeError) as error:
+            # either of them on broken metadata.
+            except (ValueError, KeyError) as error:
                 raise IntegrityError(f"array {name} cannot be read ({error})") from error
 
 

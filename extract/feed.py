@@ -123,8 +123,10 @@ class TileFeed:
                 if isinstance(item, TileprobeError):
                     raise item
                 yield _pin(item) if self._pin_memory else item
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # Most often the loader notices; but a worker may also die while this process takes over its shared memory.
+            in_transfer = self._loader.num_workers > 0 and not isinstance(error, RuntimeError)
+            if "DataLoader worker" not in str(error) and not in_transfer:
                 raise
             raise RunError(
                 f"a feed worker died ({error}); out of memory, most often: lower --workers or --batch-size; "

@@ -116,6 +116,14 @@ class Trainer:
         Raises:
             TrainError: the loss is no longer finite.
         """
+        try:
+            self._fit(note)
+        finally:
+            # DDP must go before the process group does. Were it the group's last owner, the group's threads would be
+            # joined with the GIL held, and one that needs the GIL to free a tensor would never end (torch 2.13, gloo).
+            self._model = self.classifier
+
+    def _fit(self, note: Callable[[str], None]) -> None:
         total = self.config.epochs * len(self._train)
         with tqdm(
             total=total,

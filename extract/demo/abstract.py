@@ -1,13 +1,18 @@
 """What the demo backbone was pre-trained on: twenty-four abstract shapes, none of them a class of the demo."""
 
+from collections.abc import Callable
+
 import numpy as np
 
-from .sprites import Colour, DrawSprite, Part, Points, Sprite, ellipse, jitter_colour, rectangle, rotate, scale, shade
+from .sprites import Colour, Part, Points, Sprite, ellipse, jitter_colour, rectangle, rotate, scale, shade
 from .vocabulary import Habitat, ObjectClass, Vocabulary
 
+_PAINTS = [(222, 220, 214), (52, 54, 62), (176, 62, 50), (58, 92, 160), (208, 172, 62), (70, 140, 96)]
+_SIZES = [(8, 14), (12, 22), (18, 36)]
+_ODD_PAINT = 0.2
+"""Share of objects in a colour that is not their class's."""
 
-def _paint(rng: np.random.Generator) -> Colour:
-    return jitter_colour(rng, rng.uniform(30, 235, 3) * 0.5 + rng.uniform(30, 235) * 0.5, 10)
+Draw = Callable[[Colour, np.random.Generator], Sprite]
 
 
 def _fan(angles: list[float], radii: list[float]) -> Points:
@@ -19,51 +24,56 @@ def _star(points: int, inner: float) -> Points:
     return _fan(angles, [0.5 if i % 2 == 0 else inner for i in range(2 * points)])
 
 
-def _stencil(*outlines: Points) -> DrawSprite:
-    """A class of one colour: these outlines, in units of its size."""
+def _stencil(*outlines: Points) -> Draw:
+    """A shape of one colour: these outlines, in units of its size."""
 
-    def draw(rng: np.random.Generator) -> Sprite:
-        paint = _paint(rng)
+    def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
         return Sprite(tuple(Part(outline, paint) for outline in outlines), height=rng.uniform(0, 0.5))
 
-    return _resize(draw)
+    return draw
 
 
-def _two_tone(ground: Points, *marks: Points) -> DrawSprite:
-    """A class of two colours: marks on a ground."""
+def _two_tone(ground: Points, *marks: Points) -> Draw:
+    """A shape of two colours: marks on a ground."""
 
-    def draw(rng: np.random.Generator) -> Sprite:
-        paint = _paint(rng)
-        other = _paint(rng) if rng.random() < 0.5 else shade(paint, rng.choice([0.5, 0.65, 1.4]))
+    def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
+        other = shade(paint, rng.choice([0.5, 0.65, 1.4]))
         parts = (Part(ground, paint), *(Part(mark, other) for mark in marks))
         return Sprite(parts, height=rng.uniform(0, 0.4))
 
-    return _resize(draw)
+    return draw
 
 
-def _cut(ground: Points, *holes: Points) -> DrawSprite:
-    """A class of one colour with holes in it."""
+def _cut(ground: Points, *holes: Points) -> Draw:
+    """A shape of one colour with holes in it."""
 
-    def draw(rng: np.random.Generator) -> Sprite:
-        parts = (Part(ground, _paint(rng)), *(Part(hole, None) for hole in holes))
+    def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
+        parts = (Part(ground, paint), *(Part(hole, None) for hole in holes))
         return Sprite(parts, height=rng.uniform(0, 0.3))
 
-    return _resize(draw)
+    return draw
 
 
-def _resize(draw: DrawSprite) -> DrawSprite:
-    """Small ones are common: sizes are even on a logarithmic scale, proportions vary a little."""
+def _make_class(label_id: int, name: str, draw: Draw) -> ObjectClass:
+    """A class has a shape, a range of sizes and a usual colour, as vehicles and buildings do.
 
-    def draw_sized(rng: np.random.Generator) -> Sprite:
-        sized = scale(draw(rng), float(np.exp(rng.uniform(np.log(7), np.log(30)))))
+    No colour and no size belongs to one class alone, so shape decides in the end; but from shape alone, so small a
+    transformer learns nothing in the time it has.
+    """
+    usual, low, high = _PAINTS[label_id % len(_PAINTS)], *_SIZES[label_id // len(_PAINTS) % len(_SIZES)]
+
+    def draw_one(rng: np.random.Generator) -> Sprite:
+        odd = rng.random() < _ODD_PAINT
+        paint = jitter_colour(rng, _PAINTS[rng.integers(len(_PAINTS))] if odd else usual)
+        sized = scale(draw(paint, rng), float(np.exp(rng.uniform(np.log(low), np.log(high)))))
         stretch = (1.0, rng.uniform(0.8, 1.2))
         return Sprite(tuple(Part(part.points * stretch, part.colour) for part in sized.parts), sized.height)
 
-    return draw_sized
+    return ObjectClass(label_id, name, draw_one, Habitat.ANYWHERE, rate=0.2, extra=0.4)
 
 
 _BAR = rectangle(1, 0.2)
-_SHAPES: dict[str, DrawSprite] = {
+_SHAPES: dict[str, Draw] = {
     "cross": _stencil(_BAR, rotate(_BAR, np.pi / 2)),
     "tee": _stencil(_BAR, rectangle(0.2, 0.7, y=0.3)),
     "ell": _stencil(_BAR, rectangle(0.2, 0.7, x=-0.4, y=0.3)),
@@ -94,11 +104,5 @@ _SHAPES: dict[str, DrawSprite] = {
     "split": _two_tone(rectangle(0.9, 0.6), np.array([(-0.45, -0.3), (0.45, 0.3), (-0.45, 0.3)])),
 }
 
-PRETRAIN = Vocabulary(
-    "pretrain",
-    tuple(
-        ObjectClass(label_id, name, draw, Habitat.ANYWHERE, rate=0.14, extra=0.4)
-        for label_id, (name, draw) in enumerate(_SHAPES.items())
-    ),
-)
+PRETRAIN = Vocabulary("pretrain", tuple(_make_class(i, name, draw) for i, (name, draw) in enumerate(_SHAPES.items())))
 """Label ids count from 0 and mean nothing outside pre-training."""

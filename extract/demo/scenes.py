@@ -23,6 +23,8 @@ MIN_VISIBLE = 0.35
 _ATTEMPTS = 8
 _GAP = 2
 _CELL = 4
+_ZOOM = 1.6
+"""Pixels per unit of the sprites: small ones stay at 7 to 20 px, and still show at half the resolution."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _place_one(
 ) -> Box | None:
     """Stamp one object in a free place of its habitat within the tile; None when none is found soon."""
     size = len(terrain.pixels)
-    sprite = scale(wanted.draw(rng), rng.uniform(0.8, 1.2))
+    sprite = scale(wanted.draw(rng), _ZOOM * rng.uniform(0.8, 1.2))
     reach = max(float(np.abs(part.points).max()) for part in sprite.parts) + _GAP
     for _ in range(_ATTEMPTS):
         x, y, angle = _choose_spot(rng, terrain, wanted.habitat, left, top)

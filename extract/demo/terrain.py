@@ -15,7 +15,7 @@ _GREENS = [(92, 108, 62), (66, 86, 50), (108, 98, 72)]
 _GROUNDS = [*_GREENS, (150, 138, 98), (132, 104, 78), (140, 138, 134), (176, 162, 130)]
 _WATERS = [(38, 62, 76), (52, 78, 74), (30, 44, 60), (70, 88, 84)]
 _ASPHALTS = [(88, 88, 90), (112, 110, 106), (140, 134, 124)]
-_CLUTTER_PER_TILE = 5.0
+_CLUTTER_PER_TILE = 3.0
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def _paint_fields(rng: np.random.Generator, size: int) -> Pixels:
     plots = (u.astype(np.int32) * 31 + (v / height).astype(np.int32) * 17) & 63
     chosen = rng.choice(len(_GROUNDS), 3, replace=False)
     colours = np.array([jitter_colour(rng, _GROUNDS[rng.choice(chosen)], 9) for _ in range(64)], np.float32)
-    furrows = (rng.uniform(0, 9, 64) * (rng.random(64) < 0.5)).astype(np.float32)
+    furrows = (rng.uniform(0, 5, 64) * (rng.random(64) < 0.5)).astype(np.float32)
     relief = np.sin(v * np.float32(rng.uniform(0.5, 1.3))) * furrows[plots]
-    for cells, strength in ((12, 7), (90, 6), (400, 5)):
+    for cells, strength in ((12, 7), (90, 3), (400, 3)):
         relief += strength * make_noise(rng, size, cells)
     pixels: Pixels = colours[plots]
     pixels += relief[..., None]

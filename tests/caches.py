@@ -1,0 +1,99 @@
+"""Small caches with made-up values, and their chunks as bytes, on disk or in a bucket."""
+
+from typing import Any
+
+import numpy as np
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from cache_schema import LABEL_ID_COLUMNS, NO_LABEL, BlockValues, CacheRoot, Layout, Provenance, Recorded, TileTable
+from cache_schema import Status as S
+
+WIDTH = 8
+
+
+def make_table(rows: int, *, generation: int = 1) -> TileTable:
+    """Tiles of scenes of 7; every fifth has no label object."""
+    tile = sorted(f"images/{row // 7:04}_{row % 7}.png" for row in range(rows))
+    number = np.arange(rows)
+    labelled = number % 5 != 4
+    return TileTable(
+        tile=np.array(tile, np.dtypes.StringDType()),
+        size=1000 + number,
+        crc32c=(number * 2_654_435_761 % 2**32).astype(np.uint32),
+        generation=generation * 1000 + number,
+        label_size=np.where(labelled, 40 + number, NO_LABEL),
+        label_crc32c=np.where(labelled, 7 * number + 1, 0).astype(np.uint32),
+    )
+
+
+def make_provenance(**changes: Any) -> Provenance:
+    fields: dict[str, Any] = {
+        "weights_sha256": "ab" * 32,
+        "depth": 4,
+        "width": WIDTH,
+        "image_size": 64,
+        "mean": (0.43, 0.411, 0.296),
+        "std": (0.213, 0.156, 0.143),
+        "resampling": "bilinear-antialias",
+        "pooling": ("cls", "patch_mean"),
+        "precision": "float32",
+    }
+    return Provenance(**(fields | changes))
+
+
+def make_recorded(**changes: Any) -> Recorded:
+    fields: dict[str, Any] = {
+        "backbone": "tiny",
+        "tiles": "gs://bucket/tiles",
+        "identity": "crc32c",
+        "batch_size": 16,
+        "attention": "sdpa",
+        "hardware": "CPU x86_64",
+        "libraries": {"zarr": "3.1.6"},
+    }
+    return Recorded(**(fields | changes))
+
+
+def make_values(layout: Layout, block: int, *, seed: int = 0) -> BlockValues:
+    """Values of one block; every eleventh row is quarantined."""
+    rows = layout.block_slice(block)
+    n = rows.stop - rows.start
+    rng = np.random.default_rng([seed, block])
+    status = np.full(n, S.EMBEDDED, np.uint8)
+    status[10::11] = S.UNDECODABLE
+    pooled = {name: rng.standard_normal((n, layout.width)).astype(np.float16) for name in layout.pooling}
+    for vectors in pooled.values():
+        vectors[status != S.EMBEDDED] = np.nan
+    label_ids = rng.integers(0, 3, (n, LABEL_ID_COLUMNS)).astype(np.uint16)
+    return BlockValues(pooled, label_ids, status)
+
+
+def fill_cache(url: str, rows: int, *, seal: bool = True, **provenance: Any) -> str:
+    """Create a version with all its blocks written; sealed, and the one in use, unless told otherwise.
+
+    Returns:
+        its id.
+    """
+    root = CacheRoot(url)
+    version = root.create_version(make_table(rows), make_provenance(**provenance), make_recorded())
+    for block in range(version.layout.blocks):
+        version.write_block(block, make_values(version.layout, block))
+    if seal:
+        version.seal()
+        root.set_current(version.id)
+    return version.id
+
+
+def get_bytes(url: str, key: str) -> bytes | None:
+    """An object of the cache, past every check."""
+    buffer = sync(CacheRoot(url).store.get(key, default_buffer_prototype()))
+    return None if buffer is None else buffer.to_bytes()
+
+
+def put_bytes(url: str, key: str, data: bytes) -> None:
+    sync(CacheRoot(url).store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
+
+
+def delete(url: str, key: str) -> None:
+    sync(CacheRoot(url).store.delete(key))

@@ -1,0 +1,31 @@
+"""Several `python -m train` commands in one torchrun job, since starting one costs more than what it is to compute.
+
+`in_turn.py '[["head", "--epochs", "2"], ["finetune"]]'`
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from train.__main__ import main
+
+rendezvous = dist.rendezvous
+
+
+def run_in_turn(commands: list[list[str]]) -> None:
+    for number, arguments in enumerate(commands):
+
+        def set_apart(*args: Any, number: int = number, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+            """A process group leaves its keys in torchrun's store, and the next must not find them."""
+            store, rank, world_size = next(rendezvous(*args, **options))
+            yield dist.PrefixStore(str(number), store), rank, world_size
+
+        dist.rendezvous = set_apart
+        main(arguments, prog_name="python -m train", standalone_mode=False)
+
+
+if __name__ == "__main__":
+    run_in_turn(json.loads(sys.argv[1]))

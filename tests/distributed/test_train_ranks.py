@@ -1,0 +1,348 @@
+"""Training on two ranks, stopped and resumed, and failing on one: the same figures, the same files, one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from safetensors.numpy import load_file
+
+from tests.checkpoints import make_checkpoint
+from tests.planted import extract_cache, fresh_seed, plant_tiles
+from tests.planted import train as run_train
+from train.batches import epoch_order
+
+TIMEOUT_S = 120
+IN_TURN = Path(__file__).with_name("in_turn.py")
+HEAD = ("--epochs", 2, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu")
+DROPPING = ("--epochs", 30, "--batch-size", 8, "--device", "cpu")
+FINETUNE = ("--epochs", 2, "--unfreeze", 2, "--batch-size", 4, "--dropout", 0, "--no-amp", "--device", "cpu")
+
+
+def torchrun(ranks: int, *arguments: object) -> list[str]:
+    launch = [sys.executable, "-m", "extract.launch", "--standalone", f"--nproc-per-node={ranks}", "-m", "train"]
+    return [*launch, *map(str, arguments)]
+
+
+def run_in_turn(cwd: Path, env: dict[str, str], *commands: tuple[object, ...]) -> str:
+    """What commands print that run one after the other on two ranks of one job."""
+    launch = [sys.executable, "-m", "extract.launch", "--standalone", "--nproc-per-node=2", str(IN_TURN)]
+    text = json.dumps([list(map(str, command)) for command in commands])
+    status, out, err = run_to_end([*launch, text], cwd, env)
+    assert status == 0, out + err
+    assert "Traceback" not in err
+    return out
+
+
+def run_to_end(command: list[str], cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
+    with started(command, cwd, env) as process:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, out, err
+
+
+@contextmanager
+def started(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        kill_group(process)
+        process.communicate(timeout=TIMEOUT_S)
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """kill -9 for the launcher, its ranks (torchrun gives each a session of its own) and their feed workers."""
+    for pid in [*find_descendants(process.pid), process.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def find_descendants(pid: int) -> list[int]:
+    children = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread is gone
+            children += [int(child) for child in path.read_text().split()]
+    return children + [grandchild for child in children for grandchild in find_descendants(child)]
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """66 tiles: 49 train, so that the last batch of 4 or 8 has one row; 17 validate, for one rank and two unequally."""
+    root = tmp_path_factory.mktemp("ranks")
+    seed = fresh_seed()
+    plant_tiles(root / "tiles", scenes=6, per_scene=11, seed=seed)
+    extract_cache(root / "tiles", root / "cache", make_checkpoint(root / "checkpoint", seed=seed))
+    tiles = sorted(f"images/{path.name}" for path in (root / "tiles" / "images").iterdir())
+    shown = [tile for tile in tiles if (root / "tiles" / "labels" / f"{Path(tile).stem}.txt").read_text()]
+    (root / "split.json").write_text(
+        json.dumps({"train": shown[:49], "val": [t for t in tiles if t not in shown[:49]]})
+    )
+    return root
+
+
+def data(made: Path) -> tuple[object, ...]:
+    return ("--cache", made / "cache", "--split-file", made / "split.json", "--empty", "keep")
+
+
+@pytest.fixture(scope="module")
+def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Working directories of the same runs, head and fine-tuned, on one rank and on two; the two also predict with the
+    one's model, and train a head with dropout that another test stops and resumes."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    head = ("head", *data(made), *HEAD)
+    finetune = ("finetune", *data(made), *FINETUNE, "--head-run", one / "runs" / "head")
+    for command in (head, (*finetune, "--workers", 0)):
+        result = run_train(one, *command)
+        assert result.status == 0, result.err
+    predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", "--workers", 0)
+    whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
+    run_in_turn(two, make_env(), head, finetune, (*predict, "--device", "cpu"), whole)
+    return one, two
+
+
+def make_env() -> dict[str, str]:
+    root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+@pytest.fixture
+def env() -> dict[str, str]:
+    return make_env()
+
+
+def compute_logits(made: Path, run: Path) -> np.ndarray:
+    """Validation logits from the files of a run and of the cache alone."""
+    version = read(made / "cache" / "current")["version"]
+    arrays = zarr.open_group(str(made / "cache" / f"{version}.zarr"), mode="r")
+    row_of = {str(name): row for row, name in enumerate(arrays["tile"][:])}
+    rows = [row_of[name] for name in read(run / "split.json")["val"]]
+    inputs = arrays["cls"][:][rows].astype(np.float64)
+    t = {name: tensor.astype(np.float64) for name, tensor in load_file(run / "best" / "model.safetensors").items()}
+    hidden = np.maximum(inputs @ t["head.0.weight"].T + t["head.0.bias"], 0)
+    return hidden @ t["head.3.weight"].T + t["head.3.bias"]
+
+
+def test_two_ranks_train_the_head_that_one_does(both: tuple[Path, Path], made: Path) -> None:
+    one, two = (root / "runs" / "head" for root in both)
+    assert read(one / "split.json") == read(two / "split.json")
+    assert len(read(one / "split.json")["train"]) % 8 == 1
+    assert len(read(one / "split.json")["val"]) % 2 == 1
+    first, second = read_history(one), read_history(two)
+    assert len(first) == len(second) == 2
+    for a, b in zip(first, second, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["lr"] == a["lr"]
+    logits = [compute_logits(made, run) for run in (one, two)]
+    assert np.linalg.norm(logits[1] - logits[0]) <= 1e-5 * np.linalg.norm(logits[0])
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-5 * np.abs(logits[0]).max())
+
+
+@pytest.mark.parametrize("run", ["head", "finetune"])
+def test_metrics_are_those_of_one_rank(both: tuple[Path, Path], run: str) -> None:
+    """The model is the same to rounding, so every count is; loss and thresholds to the tolerance of the loss."""
+    tolerance = 1e-5 if run == "head" else 1e-3
+    one, two = (read(root / "runs" / run / "metrics.json") for root in both)
+    rows = [(one, two), *zip(one["per_class"], two["per_class"], strict=True)]
+    for a, b in rows:
+        for name in set(a) - {"per_class", "intervals", "variants"}:
+            if isinstance(a[name], float):
+                assert b[name] == pytest.approx(a[name], rel=tolerance, abs=tolerance), name
+            else:
+                assert b[name] == a[name], name
+
+
+def test_two_ranks_fine_tune_what_one_does(both: tuple[Path, Path]) -> None:
+    """Adam divides by the gradient's own size, so a rounding difference in a tiny gradient moves a weight by up to a
+    step: losses agree within 1e-4 relative, weights within 4 % of what training moved them. The last batch has one
+    row, so one rank has none."""
+    one, two = (root / "runs" / "finetune" for root in both)
+    assert len(read(one / "split.json")["train"]) % 4 == 1
+    for a, b in zip(read_history(one), read_history(two), strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    first, second = (load_file(run / "last" / "model.safetensors") for run in (one, two))
+    start = load_file(both[0] / "runs" / "head" / "best" / "model.safetensors")
+    for name, tensor in start.items():
+        moved = np.linalg.norm(first[name] - tensor)
+        assert moved > 0
+        assert np.linalg.norm(second[name] - first[name]) <= 0.04 * moved, name
+
+
+def test_two_ranks_predict_what_one_does(both: tuple[Path, Path], made: Path) -> None:
+    one, two = both
+    target = ("--run-dir", "runs/finetune", "--tiles", made / "tiles", "--device", "cpu", "--workers", 0)
+    alone = run_train(one, "predict", *target)
+    assert alone.status == 0, alone.err
+    first, second = ([line.split(",") for line in (r / "predictions.csv").read_text().splitlines()] for r in (one, two))
+    assert [row[:2] for row in first] == [row[:2] for row in second]
+    assert len(first) == 67
+    at = first[0].index("Building")
+    probs = [np.array([[float(cell) for cell in row[at:]] for row in table[1:]]) for table in (first, second)]
+    np.testing.assert_allclose(*probs, atol=1e-5)
+
+
+# Stopped and resumed
+
+
+def start_and_kill(command: list[str], cwd: Path, env: dict[str, str], run: Path, *, epochs: int, of: int) -> None:
+    """kill -9 once history has that many lines."""
+    with started(command, cwd, env) as process:
+        wait_until(lambda: count_lines(run / "history.jsonl") >= epochs, process)
+        kill_group(process)
+    assert epochs <= count_lines(run / "history.jsonl") < of, "it was over before it could be stopped"
+    assert not (run / "metrics.json").exists()
+
+
+def assert_same_run(resumed: Path, whole: Path) -> None:
+    assert (resumed / "history.jsonl").read_bytes() == (whole / "history.jsonl").read_bytes()
+    assert read(resumed / "metrics.json") == read(whole / "metrics.json")
+    for name in ("best/model.safetensors", "last/model.safetensors"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    assert (resumed / "report.html").is_file()
+
+
+def test_killed_runs_resume_to_the_same_history(
+    both: tuple[Path, Path], made: Path, tmp_path: Path, env: dict[str, str]
+) -> None:
+    """With dropout. A head on two ranks, resumed on two: byte for byte what it would have been. Fine-tuning on one,
+    resumed on one: likewise. And copies of both, each resumed on the other number of ranks, go on to the end."""
+    head, finetune = tmp_path / "runs" / "head", tmp_path / "runs" / "finetune"
+    start_and_kill(torchrun(2, "head", *data(made), *DROPPING), tmp_path, env, head, epochs=3, of=30)
+    options = ("--epochs", 12, "--unfreeze", 2, "--batch-size", 16, "--device", "cpu", "--workers", 0)
+    arguments = ("finetune", *data(made), *options, "--head-run", both[0] / "runs" / "head")
+    alone = [sys.executable, "-m", "train", *map(str, arguments)]
+    start_and_kill(alone, tmp_path, env, finetune, epochs=2, of=12)
+    copy = Path(shutil.copytree(tmp_path, tmp_path.with_name("copy"), symlinks=True))
+
+    resume = ("--resume", "--device", "cpu")
+    there = ("finetune", *resume, "--workers", 0, "--run-dir", copy / "runs" / "finetune")
+    out = run_in_turn(tmp_path, env, ("head", *resume), there)
+    assert re.search(r"resuming runs/head-001 after epoch \d+ of 30", out)
+    assert_same_run(head, both[1] / "runs" / "whole")
+    assert len(read_history(copy / "runs" / "finetune")) == 12
+
+    result = run_train(tmp_path, "finetune", *resume, "--workers", 0)
+    assert result.status == 0, result.err
+    assert "mAP of the starting head" not in result.out  # it does not start any more
+    result = run_train(tmp_path, *arguments, "--run-dir", "runs/whole")
+    assert result.status == 0, result.err
+    assert_same_run(finetune, tmp_path / "runs" / "whole")
+
+    before = read_history(copy / "runs" / "head")
+    result = run_train(copy, "head", *resume)
+    assert result.status == 0, result.err
+    match = re.search(r"after epoch (\d+) of 30", result.out)
+    assert match
+    kept = int(match[1])
+    assert kept >= 2
+    assert read_history(copy / "runs" / "head")[:kept] == before[:kept]
+    assert len(read_history(copy / "runs" / "head")) == 30
+
+
+def test_a_run_that_is_asked_to_stop_resumes_to_the_same_history(
+    made: Path, tmp_path: Path, env: dict[str, str]
+) -> None:
+    run = tmp_path / "runs" / "head"
+    arguments = ("head", *data(made), "--epochs", 60, "--batch-size", 8, "--save-every", 2, "--device", "cpu")
+    with started([sys.executable, "-m", "train", *map(str, arguments)], tmp_path, env) as process:
+        wait_until(lambda: count_lines(run / "history.jsonl") >= 5, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=TIMEOUT_S) != 0
+    assert 5 <= count_lines(run / "history.jsonl") < 60, "it was over before it could be stopped"
+    result = run_train(tmp_path, "head", "--resume", "--device", "cpu")
+    assert result.status == 0, result.err
+    match = re.search(r"after epoch (\d+) of 60", result.out)
+    assert match
+    assert int(match[1]) % 2 == 0
+    assert run_train(tmp_path, *arguments, "--run-dir", "runs/whole").status == 0
+    assert_same_run(run, tmp_path / "runs" / "whole")
+
+
+def test_a_damaged_last_checkpoint_costs_an_epoch_not_the_run(made: Path, tmp_path: Path) -> None:
+    arguments = ("head", *data(made), "--epochs", 4, "--device", "cpu")
+    assert run_train(tmp_path, *arguments).status == 0
+    run = tmp_path / "runs" / "head"
+    history = (run / "history.jsonl").read_bytes()
+    weights = run / "last" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    result = run_train(tmp_path, "head", "--resume", "--device", "cpu")
+    assert result.status == 0, result.err
+    assert "resuming runs/head-001 after epoch 3 of 4" in result.out
+    assert (run / "history.jsonl").read_bytes() == history
+
+
+# Failing on one rank
+
+
+def test_an_error_on_one_rank_ends_the_job_with_one_line(made: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    """A tile goes away while the job runs, one that rank 1 alone is going to read."""
+    tiles = Path(shutil.copytree(made / "tiles", tmp_path / "tiles"))
+    cache = extract_cache(tiles, tmp_path / "cache", made / "checkpoint")
+    epochs, batch = 12, 8
+    names = read(made / "split.json")["train"]
+    reader = [{row: i % batch % 2 for i, row in enumerate(epoch_order(len(names), 0, e).tolist())} for e in range(8)]
+    # Epoch 1 has its line when the tile goes; what is prefetched by then may be read yet.
+    victim = next(row for row in range(len(names)) if all(order[row] == 1 for order in reader[2:5]))
+    options = ("--split-file", made / "split.json", "--empty", "keep", "--batch-size", batch, "--epochs", epochs)
+    command = torchrun(2, "finetune", "--cache", cache, *options, "--workers", 0, "--device", "cpu")
+    with started(command, tmp_path, env) as process:
+        wait_until(lambda: count_lines(tmp_path / "runs" / "finetune" / "history.jsonl") >= 1, process)
+        (tiles / names[victim]).unlink()
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in out + err, err
+    errors = [line for line in err.splitlines() if "error: " in line]
+    assert len(errors) == 1, err
+    assert errors[0].endswith(
+        f"error: {names[victim]} was listed but is gone, but the cache holds its embedding: run `make extract` again"
+    )
+
+
+def test_what_rank_0_finds_wrong_is_said_once(made: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    command = torchrun(2, "finetune", "--cache", made / "cache", "--unfreeze", 9)
+    status, out, err = run_to_end(command, tmp_path, env)
+    assert status == 1
+    assert [line for line in err.splitlines() if "error" in line.lower()] == [
+        "error: UNFREEZE=9: "
+        + str(made / "checkpoint")
+        + " has 4 layers: choose 1 to that many, or 0 for the cached head"
+    ]
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,164 @@
+"""python -m cache_schema info|verify, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cache_schema import CacheRoot
+from tests.caches import delete, fill_cache, get_bytes, make_values, put_bytes
+
+ROWS = 300
+
+
+def run(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "cache_schema", *args], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_info_of_a_finished_cache(cache_url: str, python_env: dict[str, str]) -> None:
+    other = fill_cache(cache_url, 20)
+    version = fill_cache(cache_url, ROWS)
+    done = run(python_env, "info", cache_url)
+
+    assert done.returncode == 0
+    assert done.stderr == ""
+    lines = {line[:15].strip(): line[15:] for line in done.stdout.splitlines()}
+    assert lines["version"] == f"{version} (sealed)"
+    assert lines["rows"] == "300: 273 embedded, 27 undecodable; 60 without a label file"
+    assert lines["vectors"] == "cls + patch_mean, 8 x float16, 9,600 bytes"
+    assert lines["blocks"] == "2 of 256 rows"
+    assert lines["backbone"] == "tiny, 4 layers, float32"
+    assert lines["image size"] == "64 px, bilinear-antialias"
+    assert lines["other versions"] == other
+
+
+def test_info_as_json(tmp_path: Path, python_env: dict[str, str]) -> None:
+    version = fill_cache(str(tmp_path), ROWS)
+    done = run(python_env, "info", str(tmp_path), "--json")
+
+    summary = json.loads(done.stdout)
+    assert summary["version"] == version
+    assert summary["sealed"] is True
+    assert summary["status"] == {"embedded": 273, "undecodable": 27}
+    assert summary["provenance"]["pooling"] == ["cls", "patch_mean"]
+    assert summary["recorded"]["libraries"] == {"zarr": "3.1.6"}
+
+
+def test_info_of_an_unfinished_cache(tmp_path: Path, python_env: dict[str, str]) -> None:
+    version = CacheRoot(str(tmp_path)).open_version(fill_cache(str(tmp_path), ROWS, seal=False), read_only=False)
+    version.reopen_blocks([1])
+    done = run(python_env, "info", str(tmp_path))
+
+    assert done.returncode == 0
+    assert "NOT FINISHED" in done.stdout
+    assert "300: 44 pending, 233 embedded, 23 undecodable" in done.stdout
+
+
+def test_info_of_another_version(tmp_path: Path, python_env: dict[str, str]) -> None:
+    other = fill_cache(str(tmp_path), 20)
+    fill_cache(str(tmp_path), ROWS)
+    assert f"{other} (sealed)" in run(python_env, "info", str(tmp_path), "--version", other).stdout
+
+
+def test_verify_a_sound_cache(cache_url: str, python_env: dict[str, str]) -> None:
+    version = fill_cache(cache_url, ROWS)
+    done = run(python_env, "verify", cache_url)
+
+    assert done.returncode == 0
+    assert done.stdout == (
+        f"{cache_url}: version {version} is sound: 300 rows (273 embedded, 27 undecodable) in 2 blocks, sealed\n"
+    )
+
+
+def test_verify_an_unfinished_cache(cache_url: str, python_env: dict[str, str]) -> None:
+    version = CacheRoot(cache_url).open_version(fill_cache(cache_url, ROWS), read_only=False)
+    version.reopen_blocks([1])
+    done = run(python_env, "verify", cache_url)
+
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "block 1 (rows 256-299): is not committed",
+        "the version is not sealed",
+        f"{cache_url}: 2 problems: `make extract` redoes what is missing or damaged",
+    ]
+
+
+def test_verify_names_every_damaged_block(tmp_path: Path, python_env: dict[str, str]) -> None:
+    url = str(tmp_path)
+    version = fill_cache(url, 700)
+    chunk = get_bytes(url, f"{version}.zarr/cls/c/1/0") or b""
+    put_bytes(url, f"{version}.zarr/cls/c/1/0", chunk[:-1])
+    delete(url, f"{version}.zarr/status/c/2")
+    done = run(python_env, "verify", url)
+
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("block 1 (rows 256-511): array cls cannot be read")
+    assert lines[1] == "block 2 (rows 512-699): its values contradict its digest"
+    assert lines[2].endswith("2 problems: `make extract` redoes what is missing or damaged")
+    assert len(lines) == 3
+
+
+def test_verify_a_seal_of_other_commits(tmp_path: Path, python_env: dict[str, str]) -> None:
+    version = CacheRoot(str(tmp_path)).open_version(fill_cache(str(tmp_path), ROWS), read_only=False)
+    version.write_block(0, make_values(version.layout, 0, seed=1))
+    done = run(python_env, "verify", str(tmp_path))
+
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0] == "the seal contradicts the table or the commits"
+
+
+def test_verify_another_versions_table(tmp_path: Path, python_env: dict[str, str]) -> None:
+    """A version under another's name is not what its id says."""
+    version = fill_cache(str(tmp_path), ROWS)
+    (tmp_path / f"{version}.zarr").rename(tmp_path / "00000000000000000000.zarr")
+    done = run(python_env, "verify", str(tmp_path), "--version", "0" * 20)
+
+    assert done.returncode == 1
+    assert "not the one this version's id was made from" in done.stdout
+
+
+def test_verify_a_damaged_table(tmp_path: Path, python_env: dict[str, str]) -> None:
+    version = fill_cache(str(tmp_path), ROWS)
+    (tmp_path / f"{version}.zarr" / "tile" / "c" / "0").write_bytes(b"")
+    done = run(python_env, "verify", str(tmp_path))
+
+    assert done.returncode == 1
+    assert "tile table of" in done.stdout
+    info = run(python_env, "info", str(tmp_path))
+    assert info.returncode == 1
+    assert info.stderr.startswith("error: tile table of")
+    assert info.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_no_cache_is_one_line(cache_url: str, python_env: dict[str, str], command: str) -> None:
+    done = run(python_env, command, cache_url)
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"error: no cache at {cache_url}: run `make extract` first, or check CACHE\n"
+
+
+def test_a_file_is_no_cache(tmp_path: Path, python_env: dict[str, str]) -> None:
+    (tmp_path / "file").write_text("x")
+    done = run(python_env, "info", str(tmp_path / "file"))
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_bucket_is_one_line(gcs_server: str, python_env: dict[str, str]) -> None:
+    done = run(python_env, "info", "gs://there-is-no-such-bucket/cache")
+
+    assert gcs_server
+    assert done.returncode == 1
+    assert "no bucket there-is-no-such-bucket" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,135 @@
+"""YOLO label files as people and programs write them, and as they should not."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_schema import LABEL_ID_COLUMNS
+from extract.labels import MAX_LABEL_BYTES, parse_labels
+from tests.planted import fresh_seed
+
+LAST = LABEL_ID_COLUMNS - 1
+GOOD = {
+    "one line": (b"18 0.5 0.5 0.1 0.1\n", {18: 1}),
+    "no newline at the end": (b"18 0.5 0.5 0.1 0.1", {18: 1}),
+    "CRLF": (b"18 0.5 0.5 0.1 0.1\r\n73 0 0 1 1\r\n", {18: 1, 73: 1}),
+    "byte order mark": (b"\xef\xbb\xbf18 0.5 0.5 0.1 0.1\n", {18: 1}),
+    "blank lines": (b"\n\n18 0 0 0 0\n \t \r\n18 0 0 0 0\n\n", {18: 2}),
+    "tabs and many spaces": (b"  18\t0.5   0.5\t0.1 0.1  \n", {18: 1}),
+    "edges of the range": (b"0 0 1 0.0 1.0\n0 -0.0 +1 1. .5\n", {0: 2}),
+    "exponents": (b"7 5e-1 5E-1 1e0 1e-400\n", {7: 1}),
+    "leading zeros of an id": (b"007 0 0 0 0\n", {7: 1}),
+    "largest id with a column": (b"126 0 0 0 0\n", {126: 1}),
+    "id of the last column": (b"127 0 0 0 0\n", {LAST: 1}),
+    "larger id": (b"999999999 0 0 0 0\n", {LAST: 1}),
+    "empty": (b"", {}),
+    "only a byte order mark": (b"\xef\xbb\xbf", {}),
+}
+MALFORMED = {
+    "nan": b"1 nan 0 0 0",
+    "inf": b"1 inf 0 0 0",
+    "infinity by exponent": b"1 1e400 0 0 0",
+    "underscore in a number": b"1 1_0 0 0 0",
+    "underscore in an id": b"1_0 0 0 0 0",
+    "Arabic digits": "١ 0 0 0 0".encode(),
+    "Arabic digits in a number": "1 ٠.٥ 0 0 0".encode(),
+    "hexadecimal": b"1 0x1 0 0 0",
+    "missing column": b"1 0 0 0",
+    "extra column (a confidence)": b"1 0 0 0 0 0.9",
+    "commas": b"1,0,0,0,0",
+    "above the range": b"1 0 0 0 1.0001",
+    "below the range": b"1 0 -0.0001 0 0",
+    "pixels": b"1 120 40 15 15",
+    "negative id": b"-1 0 0 0 0",
+    "id with a sign": b"+1 0 0 0 0",
+    "id with a point": b"1.0 0 0 0 0",
+    "huge id": b"1" * 10 + b" 0 0 0 0",
+    "id of many digits": b"1" * 100_000 + b" 0 0 0 0",
+    "class name": b"car 0 0 0 0",
+    "words": b"no labels here",
+    "NUL": b"1 0 0 0 0\x00",
+    "UTF-16": "1 0 0 0 0".encode("utf-16"),
+    "byte order mark in the middle": b"\xef\xbb\xbf1 0 0 0 0",
+    "a point alone": b"1 . 0 0 0",
+    "a sign alone": b"1 + 0 0 0",
+}
+
+
+@pytest.mark.parametrize("text, expected", GOOD.values(), ids=GOOD)
+def test_accepted(text: bytes, expected: dict[int, int]) -> None:
+    parsed = parse_labels(text)
+    assert {int(i): int(parsed.counts[i]) for i in np.flatnonzero(parsed.counts)} == expected
+    assert (parsed.lines, parsed.malformed) == (sum(expected.values()), ())
+    assert parsed.counts.dtype == np.dtype("<u2")
+    assert parsed.counts.shape == (LABEL_ID_COLUMNS,)
+
+
+@pytest.mark.parametrize("line", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_line_is_counted_and_numbered(line: bytes) -> None:
+    """Among good lines, which it must not take with it."""
+    parsed = parse_labels(b"18 0 0 0 0\n\n" + line + b"\n18 0 0 0 0\n")
+    assert parsed.malformed == (3,)
+    assert (parsed.counts[18], parsed.counts[LAST], parsed.counts.sum(), parsed.lines) == (2, 1, 3, 3)
+
+
+def test_binary_junk() -> None:
+    junk = np.random.default_rng(fresh_seed()).bytes(200_000)
+    parsed = parse_labels(junk)
+    assert parsed.counts[LAST] == parsed.lines == len(parsed.malformed)
+    assert parsed.counts[:LAST].sum() == 0
+
+
+def test_a_million_lines_are_capped_not_wrapped() -> None:
+    parsed = parse_labels(b"18 0 0 0 0\n" * 1_000_000 + b"73 0 0 0 0\n")
+    assert parsed.counts[18] == 65_535
+    assert parsed.counts[73] == 1
+    assert parsed.lines == 1_000_001
+
+
+def test_file_over_the_limit_is_one_malformed_line() -> None:
+    parsed = parse_labels(b"18 0 0 0 0\n" * (MAX_LABEL_BYTES // 11 + 1))
+    assert (parsed.lines, parsed.malformed, parsed.counts[LAST], parsed.counts.sum()) == (1, (1,), 1, 1)
+
+
+@pytest.mark.parametrize("field", [b"1" * 20_000 + b"x", b"0." + b"1" * 20_000 + b"x", b"1e" + b"1" * 20_000 + b"x"])
+def test_time_is_linear_in_a_fields_length(field: bytes) -> None:
+    """A pattern that can cut a run of digits anywhere took 4 s for 16,000 of them."""
+    started = time.process_time()
+    assert parse_labels(b"1 0 0 0 " + field).malformed == (1,)
+    assert time.process_time() - started < 1
+
+
+words = st.one_of(
+    st.integers(-5, 200).map(lambda n: str(n).encode()),
+    st.floats(width=32).map(lambda x: repr(x).encode()),
+    st.floats(0, 1).map(lambda x: repr(x).encode()),
+    st.binary(max_size=6),
+    st.text(max_size=4).map(lambda text: text.encode("utf-8", "surrogatepass")),
+)
+lines = st.lists(words, max_size=7).map(b" ".join)
+
+
+@given(st.one_of(st.binary(max_size=400), st.lists(lines, max_size=30).map(b"\n".join)))
+def test_never_raises_and_every_line_is_counted_once(text: bytes) -> None:
+    parsed = parse_labels(text)
+    assert int(parsed.counts.sum()) == parsed.lines
+    assert len(parsed.malformed) <= int(parsed.counts[LAST])
+    assert list(parsed.malformed) == sorted(set(parsed.malformed))
+    assert all(1 <= number <= text.count(b"\n") + 1 for number in parsed.malformed)
+
+
+@given(
+    st.integers(0, 300),
+    st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=4, max_size=4),
+)
+def test_range_is_that_of_the_numbers_python_reads(label_id: int, numbers: list[float]) -> None:
+    parsed = parse_labels(" ".join([str(label_id), *map(repr, numbers)]).encode())
+    accepted = all(math.isfinite(number) and 0 <= number <= 1 for number in numbers)
+    assert parsed.malformed == (() if accepted else (1,))
+    assert parsed.counts[min(label_id, LAST) if accepted else LAST] == 1

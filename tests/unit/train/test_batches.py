@@ -1,0 +1,129 @@
+"""An epoch's batches are the same for any number of ranks, and the ranks' shares make them up exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache_schema import CacheRows
+from extract.distributed import Ranks
+from tests.planted import fresh_seed
+from train.batches import epoch_order, take_share
+from train.cached import CachedTiles
+from train.rows import LabelledCache, LabelledRows
+
+
+def make_ranks(rank: int, world_size: int) -> Ranks:
+    return Ranks(rank, world_size, world_size, torch.device("cpu"), dist.HashStore())
+
+
+def make_cache(rows: int, index: list[int]) -> LabelledCache:
+    """A cache whose vectors and labels say which row they are of."""
+    numbers = np.arange(rows)
+    pooled = {
+        "cls": np.stack([numbers, numbers + 0.5], axis=1).astype(np.float16),
+        "patch_mean": np.stack([-numbers, -numbers - 0.5], axis=1).astype(np.float16),
+    }
+    labels = (numbers[:, None] >> np.arange(10) & 1).astype(bool)
+    used = LabelledRows(
+        index=np.array(index),
+        tiles=np.array([f"t{i}" for i in index]),
+        scenes=np.array(["s"] * len(index)),
+        labels=labels[index],
+        reading="type",
+        class_ids=tuple(range(10)),
+        class_names=tuple("abcdefghij"),
+        notes=(),
+    )
+    nothing: Any = None
+    return LabelledCache(nothing, nothing, CacheRows(pooled, nothing, nothing), used)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(0, 200), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000))
+def test_an_epochs_order_is_a_permutation_of_seed_and_epoch(rows: int, seed: int, epoch: int) -> None:
+    torch.rand(3)  # what was drawn before must not matter
+    order = epoch_order(rows, seed, epoch)
+    assert sorted(order.tolist()) == list(range(rows))
+    assert torch.equal(order, epoch_order(rows, seed, epoch))
+    if rows > 30:
+        assert not torch.equal(order, epoch_order(rows, seed, epoch + 1))
+        assert not torch.equal(order, epoch_order(rows, seed + 1, epoch))
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows=st.lists(st.integers(0, 10**6), max_size=70), world_size=st.integers(1, 9))
+def test_shares_partition_a_batch(rows: list[int], world_size: int) -> None:
+    batch = torch.tensor(rows, dtype=torch.int64)
+    shares = [take_share(batch, make_ranks(rank, world_size)).tolist() for rank in range(world_size)]
+    assert sorted(sum(shares, [])) == sorted(rows)
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 60),
+    batch_size=st.integers(1, 70),
+    world_size=st.integers(1, 7),
+    seed=st.integers(0, 1000),
+    epoch=st.integers(0, 50),
+)
+def test_cached_batches_do_not_depend_on_the_number_of_ranks(
+    rows: int, batch_size: int, world_size: int, seed: int, epoch: int
+) -> None:
+    index = list(range(0, 2 * rows, 2))
+    cache = make_cache(2 * rows, index)
+
+    def read(size: int) -> list[list[tuple[list[float], list[bool]]]]:
+        """Rows of each global batch, and that every rank knows its size."""
+        per_rank = [
+            list(
+                CachedTiles(cache, ("cls",), make_ranks(rank, size)).iterate_epoch(
+                    batch_size=batch_size, seed=seed, epoch=epoch
+                )
+            )
+            for rank in range(size)
+        ]
+        batches = []
+        for shares in zip(*per_rank, strict=True):
+            found = sorted(
+                (x.tolist(), y.tolist()) for share in shares for x, y in zip(share.inputs, share.labels, strict=True)
+            )
+            assert all(share.global_size == len(found) for share in shares)
+            batches.append(found)
+        return batches
+
+    alone = read(1)
+    assert read(world_size) == alone
+    assert [len(batch) for batch in alone[:-1]] == [batch_size] * (len(alone) - 1)
+    seen = sorted(row for batch in alone for row in batch)
+    assert seen == sorted(([float(i), i + 0.5], [bool(i >> c & 1) for c in range(10)]) for i in index)
+
+
+def test_evaluation_shares_interleave_to_all_rows_in_order() -> None:
+    rng = np.random.default_rng(fresh_seed())
+    index = np.sort(rng.choice(500, 101, replace=False)).tolist()
+    cache = make_cache(500, index)
+    for world_size in (1, 2, 3, 7, 150):
+        whole = torch.full((len(index), 2), torch.nan, dtype=torch.float16)
+        for rank in range(world_size):
+            parts = list(CachedTiles(cache, ("cls",), make_ranks(rank, world_size)).iterate_share())
+            whole[rank::world_size] = torch.cat(parts)
+        assert whole[:, 0].tolist() == index
+
+
+def test_features_are_joined_in_the_order_asked_for() -> None:
+    cache = make_cache(4, [3])
+    for features, expected in (
+        (("patch_mean",), [-3.0, -3.5]),
+        (("cls", "patch_mean"), [3.0, 3.5, -3.0, -3.5]),
+        (("patch_mean", "cls"), [-3.0, -3.5, 3.0, 3.5]),
+    ):
+        (share,) = CachedTiles(cache, features, make_ranks(0, 1)).iterate_share()
+        assert share.tolist() == [expected]

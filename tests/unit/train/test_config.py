@@ -1,0 +1,77 @@
+"""Settings survive a round trip through JSON, and those that cannot work are refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from train.config import DataConfig, TrainConfig
+from train.errors import TrainError
+
+
+def make_config(**options: Any) -> TrainConfig:
+    return TrainConfig(**{"cache": "cache/a", "run": "runs/head", **options})
+
+
+def test_settings_survive_a_round_trip_through_json() -> None:
+    config = make_config(
+        unfreeze=3,
+        val_cache="gs://b/val",
+        data=DataConfig(exclude=(5, 48), empty="keep", label_ids="class", taxonomy="classes.csv"),
+        features="cls+patch_mean",
+        amp=False,
+    )
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_defaults_are_those_of_the_design() -> None:
+    config = make_config()
+    assert (config.epochs, config.batch_size, config.lr, config.warmup) == (50, 1024, 1e-3, 0.05)
+    assert (config.alpha, config.gamma, config.weight_decay) == (0.65, 2.0, 0.01)
+    assert (config.hidden, config.dropout, config.best_by) == (512, 0.1, "f1_weighted")
+    assert config.data == DataConfig(empty="drop", exclude=(), label_ids="auto", val_fraction=0.2)
+
+
+def test_like_original_is_its_split_and_its_classes() -> None:
+    config = make_config(data=DataConfig(empty="keep", val_fraction=0.5), seed=7).like_original()
+    assert config.seed == 42
+    assert config.data == DataConfig(empty="drop", exclude=(5, 48), val_fraction=0.2, split_tiles=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"run": "gs://bucket/runs"}, "RUN=gs://bucket/runs"),
+        ({"features": "cls+cls"}, "--features cls.cls: choose of cls, patch_mean"),
+        ({"features": "mean"}, "--features mean"),
+        ({"features": ""}, "--features"),
+        ({"epochs": 0}, "--epochs"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"save_every": 0}, "--save-every"),
+        ({"val_cache": "cache/a"}, "VAL_CACHE is the training cache itself"),
+        ({"test_cache": "cache/a"}, "TEST_CACHE is the training cache itself"),
+        ({"lr": 0.0}, "--lr 0.0: above 0"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"backbone_lr": -1e-5}, "--backbone-lr"),
+        ({"weight_decay": -0.1}, "--weight-decay"),
+        ({"warmup": 1.0}, "--warmup"),
+        ({"alpha": 1.2}, "--alpha"),
+        ({"gamma": -1.0}, "--gamma"),
+        ({"hidden": 0}, "--hidden"),
+        ({"dropout": 1.0}, "--dropout"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 2**31}, "--seed"),
+        ({"workers": -1}, "--workers"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        make_config(**options)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.2, 1.5, float("nan")])
+def test_a_share_outside_0_to_1_is_refused(fraction: float) -> None:
+    with pytest.raises(TrainError, match="--val-fraction"):
+        DataConfig(val_fraction=fraction)

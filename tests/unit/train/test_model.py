@@ -1,0 +1,94 @@
+"""The head's shape and arithmetic, and which tensors of a classifier train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from extract.backbone import Backbone, find_checkpoint
+from tests.checkpoints import make_checkpoint
+from tests.planted import fresh_seed
+from train.model import Classifier, Head, join_features
+
+
+@pytest.fixture(scope="module")
+def checkpoint_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint")
+
+
+def test_the_head_is_two_layers_with_a_relu_between() -> None:
+    torch.manual_seed(fresh_seed())
+    head = Head(10, 3, hidden=7, dropout=0.5).eval()
+    inputs = torch.randn(5, 10)
+    w1, b1, w2, b2 = (tensor.double() for tensor in head.state_dict().values())
+    expected = torch.clamp(inputs.double() @ w1.T + b1, min=0) @ w2.T + b2
+    assert [tuple(tensor.shape) for tensor in (w1, b1, w2, b2)] == [(7, 10), (7,), (3, 7), (3,)]
+    np.testing.assert_allclose(head(inputs).detach().numpy(), expected.numpy(), atol=1e-6)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    torch.manual_seed(fresh_seed())
+    classifier = Classifier(Head(10, 3, hidden=64, dropout=0.5), None, ("cls",))
+    inputs = torch.randn(5, 10)
+    classifier.eval()
+    assert torch.equal(classifier(inputs), classifier(inputs))
+    classifier.train()
+    assert not torch.equal(classifier(inputs), classifier(inputs))
+
+
+def test_cached_vectors_of_half_precision_give_float32_logits() -> None:
+    classifier = Classifier(Head(10, 3, hidden=7, dropout=0.0), None, ("cls",))
+    assert classifier(torch.randn(5, 10).half()).dtype == torch.float32
+
+
+def test_features_are_joined_in_order() -> None:
+    pooled = {"cls": torch.zeros(2, 3), "patch_mean": torch.ones(2, 3)}
+    assert join_features(pooled, ("cls", "patch_mean"))[0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert join_features(pooled, ("patch_mean", "cls"))[0].tolist() == [1, 1, 1, 0, 0, 0]
+    assert join_features(pooled, ("patch_mean",)) is pooled["patch_mean"]
+
+
+def test_without_unfrozen_layers_only_the_head_trains(checkpoint_path: Path) -> None:
+    backbone = Backbone.load(find_checkpoint(str(checkpoint_path)), precision="float32", device=torch.device("cpu"))
+    classifier = Classifier(Head(64, 3, hidden=7, dropout=0.0), backbone, ("cls",))
+    assert set(classifier.trained_tensors()) == {
+        f"head.{name}" for name in ("0.weight", "0.bias", "3.weight", "3.bias")
+    }
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_unfrozen_layers_the_final_norm_and_the_head_train(checkpoint_path: Path, precision: str) -> None:
+    backbone = Backbone.load(find_checkpoint(str(checkpoint_path)), precision=precision, device=torch.device("cpu"))
+    backbone.unfreeze_last(2)
+    classifier = Classifier(Head(128, 3, hidden=7, dropout=0.0), backbone, ("cls", "patch_mean"))
+    trained = classifier.trained_tensors()
+    outside = {name for name in classifier.state_dict() if not name.startswith(("head.", "backbone.vit.norm."))}
+    last = {id(tensor) for layer in backbone.layers[-2:] for tensor in layer.parameters()}
+    names = {name for name, tensor in classifier.named_parameters() if id(tensor) in last}
+    assert names
+    assert set(trained) & outside == names
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    # What is frozen keeps its precision, and nothing but the trained tensors receives a gradient.
+    pixels = torch.randn(2, 3, 64, 64)
+    classifier.train()
+    classifier(pixels).sum().backward()
+    assert {name for name, tensor in classifier.named_parameters() if tensor.grad is not None} == set(trained)
+    frozen = {tensor.dtype for name, tensor in classifier.named_parameters() if name not in trained}
+    assert frozen == {torch.float32 if precision == "float32" else torch.bfloat16}
+
+
+def test_an_empty_batch_passes_through_with_gradients_of_zero(checkpoint_path: Path) -> None:
+    """A rank without a row in the last batch must still take part in it."""
+    backbone = Backbone.load(find_checkpoint(str(checkpoint_path)), precision="float32", device=torch.device("cpu"))
+    backbone.unfreeze_last(1)
+    classifier = Classifier(Head(64, 3, hidden=7, dropout=0.1), backbone, ("cls",)).train()
+    logits = classifier(torch.empty(0, 3, 64, 64))
+    assert logits.shape == (0, 3)
+    logits.sum().backward()
+    for name, tensor in classifier.named_parameters():
+        if tensor.requires_grad:
+            assert tensor.grad is not None, name
+            assert not tensor.grad.any(), name
