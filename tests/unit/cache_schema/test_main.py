@@ -3,28 +3,65 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from cache_schema import CacheRoot
+from cache_schema.__main__ import run as run_command
 from tests.caches import delete, fill_cache, get_bytes, make_values, put_bytes
 
 ROWS = 300
 
 
-def run(env: dict[str, str], *args: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "cache_schema", *args], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert "Traceback" not in done.stderr
-    return done
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_info_of_a_finished_cache(cache_url: str, python_env: dict[str, str]) -> None:
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process, which saves a second a call; what is no SystemExit fails the test."""
+
+    def call(*args: str) -> Done:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["cache_schema", *args])
+        with pytest.raises(SystemExit) as stop:
+            run_command()
+        code, printed = stop.value.code, capsys.readouterr()
+        if isinstance(code, str):  # Python prints it and ends with 1
+            return Done(1, printed.out, f"{printed.err}{code}\n")
+        return Done(int(code or 0), printed.out, printed.err)
+
+    return call
+
+
+def test_exit_statuses_and_streams_of_the_real_command(tmp_path: Path, python_env: dict[str, str]) -> None:
+    def call(*args: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "cache_schema", *args]
+        done = subprocess.run(command, env=python_env, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    nothing = str(tmp_path / "cache")
+    expected = f"error: no cache at {nothing}: run `make extract` first, or check CACHE\n"
+    assert call("verify", nothing) == (1, "", expected)
+    version = CacheRoot(nothing).open_version(fill_cache(nothing, ROWS), read_only=False)
+    assert call("verify", nothing)[::2] == (0, "")
+    version.reopen_blocks([0])
+    assert call("verify", nothing)[::2] == (1, "")
+
+
+def test_info_of_a_finished_cache(cache_url: str, run: Run) -> None:
     other = fill_cache(cache_url, 20)
     version = fill_cache(cache_url, ROWS)
-    done = run(python_env, "info", cache_url)
+    done = run("info", cache_url)
 
     assert done.returncode == 0
     assert done.stderr == ""
@@ -38,9 +75,9 @@ def test_info_of_a_finished_cache(cache_url: str, python_env: dict[str, str]) ->
     assert lines["other versions"] == other
 
 
-def test_info_as_json(tmp_path: Path, python_env: dict[str, str]) -> None:
+def test_info_as_json(tmp_path: Path, run: Run) -> None:
     version = fill_cache(str(tmp_path), ROWS)
-    done = run(python_env, "info", str(tmp_path), "--json")
+    done = run("info", str(tmp_path), "--json")
 
     summary = json.loads(done.stdout)
     assert summary["version"] == version
@@ -50,25 +87,25 @@ def test_info_as_json(tmp_path: Path, python_env: dict[str, str]) -> None:
     assert summary["recorded"]["libraries"] == {"zarr": "3.1.6"}
 
 
-def test_info_of_an_unfinished_cache(tmp_path: Path, python_env: dict[str, str]) -> None:
+def test_info_of_an_unfinished_cache(tmp_path: Path, run: Run) -> None:
     version = CacheRoot(str(tmp_path)).open_version(fill_cache(str(tmp_path), ROWS, seal=False), read_only=False)
     version.reopen_blocks([1])
-    done = run(python_env, "info", str(tmp_path))
+    done = run("info", str(tmp_path))
 
     assert done.returncode == 0
     assert "NOT FINISHED" in done.stdout
     assert "300: 44 pending, 233 embedded, 23 undecodable" in done.stdout
 
 
-def test_info_of_another_version(tmp_path: Path, python_env: dict[str, str]) -> None:
+def test_info_of_another_version(tmp_path: Path, run: Run) -> None:
     other = fill_cache(str(tmp_path), 20)
     fill_cache(str(tmp_path), ROWS)
-    assert f"{other} (sealed)" in run(python_env, "info", str(tmp_path), "--version", other).stdout
+    assert f"{other} (sealed)" in run("info", str(tmp_path), "--version", other).stdout
 
 
-def test_verify_a_sound_cache(cache_url: str, python_env: dict[str, str]) -> None:
+def test_verify_a_sound_cache(cache_url: str, run: Run) -> None:
     version = fill_cache(cache_url, ROWS)
-    done = run(python_env, "verify", cache_url)
+    done = run("verify", cache_url)
 
     assert done.returncode == 0
     assert done.stdout == (
@@ -76,10 +113,10 @@ def test_verify_a_sound_cache(cache_url: str, python_env: dict[str, str]) -> Non
     )
 
 
-def test_verify_an_unfinished_cache(cache_url: str, python_env: dict[str, str]) -> None:
+def test_verify_an_unfinished_cache(cache_url: str, run: Run) -> None:
     version = CacheRoot(cache_url).open_version(fill_cache(cache_url, ROWS), read_only=False)
     version.reopen_blocks([1])
-    done = run(python_env, "verify", cache_url)
+    done = run("verify", cache_url)
 
     assert done.returncode == 1
     assert done.stdout.splitlines() == [
@@ -89,13 +126,13 @@ def test_verify_an_unfinished_cache(cache_url: str, python_env: dict[str, str]) 
     ]
 
 
-def test_verify_names_every_damaged_block(tmp_path: Path, python_env: dict[str, str]) -> None:
+def test_verify_names_every_damaged_block(tmp_path: Path, run: Run) -> None:
     url = str(tmp_path)
     version = fill_cache(url, 700)
     chunk = get_bytes(url, f"{version}.zarr/cls/c/1/0") or b""
     put_bytes(url, f"{version}.zarr/cls/c/1/0", chunk[:-1])
     delete(url, f"{version}.zarr/status/c/2")
-    done = run(python_env, "verify", url)
+    done = run("verify", url)
 
     assert done.returncode == 1
     lines = done.stdout.splitlines()
@@ -105,58 +142,58 @@ def test_verify_names_every_damaged_block(tmp_path: Path, python_env: dict[str, 
     assert len(lines) == 3
 
 
-def test_verify_a_seal_of_other_commits(tmp_path: Path, python_env: dict[str, str]) -> None:
+def test_verify_a_seal_of_other_commits(tmp_path: Path, run: Run) -> None:
     version = CacheRoot(str(tmp_path)).open_version(fill_cache(str(tmp_path), ROWS), read_only=False)
     version.write_block(0, make_values(version.layout, 0, seed=1))
-    done = run(python_env, "verify", str(tmp_path))
+    done = run("verify", str(tmp_path))
 
     assert done.returncode == 1
     assert done.stdout.splitlines()[0] == "the seal contradicts the table or the commits"
 
 
-def test_verify_another_versions_table(tmp_path: Path, python_env: dict[str, str]) -> None:
+def test_verify_another_versions_table(tmp_path: Path, run: Run) -> None:
     """A version under another's name is not what its id says."""
     version = fill_cache(str(tmp_path), ROWS)
     (tmp_path / f"{version}.zarr").rename(tmp_path / "00000000000000000000.zarr")
-    done = run(python_env, "verify", str(tmp_path), "--version", "0" * 20)
+    done = run("verify", str(tmp_path), "--version", "0" * 20)
 
     assert done.returncode == 1
     assert "not the one this version's id was made from" in done.stdout
 
 
-def test_verify_a_damaged_table(tmp_path: Path, python_env: dict[str, str]) -> None:
+def test_verify_a_damaged_table(tmp_path: Path, run: Run) -> None:
     version = fill_cache(str(tmp_path), ROWS)
     (tmp_path / f"{version}.zarr" / "tile" / "c" / "0").write_bytes(b"")
-    done = run(python_env, "verify", str(tmp_path))
+    done = run("verify", str(tmp_path))
 
     assert done.returncode == 1
     assert "tile table of" in done.stdout
-    info = run(python_env, "info", str(tmp_path))
+    info = run("info", str(tmp_path))
     assert info.returncode == 1
     assert info.stderr.startswith("error: tile table of")
     assert info.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])
-def test_no_cache_is_one_line(cache_url: str, python_env: dict[str, str], command: str) -> None:
-    done = run(python_env, command, cache_url)
+def test_no_cache_is_one_line(cache_url: str, run: Run, command: str) -> None:
+    done = run(command, cache_url)
 
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == f"error: no cache at {cache_url}: run `make extract` first, or check CACHE\n"
 
 
-def test_a_file_is_no_cache(tmp_path: Path, python_env: dict[str, str]) -> None:
+def test_a_file_is_no_cache(tmp_path: Path, run: Run) -> None:
     (tmp_path / "file").write_text("x")
-    done = run(python_env, "info", str(tmp_path / "file"))
+    done = run("info", str(tmp_path / "file"))
 
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_no_bucket_is_one_line(gcs_server: str, python_env: dict[str, str]) -> None:
-    done = run(python_env, "info", "gs://there-is-no-such-bucket/cache")
+def test_no_bucket_is_one_line(gcs_server: str, run: Run) -> None:
+    done = run("info", "gs://there-is-no-such-bucket/cache")
 
     assert gcs_server
     assert done.returncode == 1

