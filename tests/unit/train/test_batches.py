@@ -61,7 +61,7 @@ def test_an_epochs_order_is_a_permutation_of_seed_and_epoch(rows: int, seed: int
 def test_shares_partition_a_batch(rows: list[int], world_size: int) -> None:
     batch = torch.tensor(rows, dtype=torch.int64)
     shares = [take_share(batch, make_ranks(rank, world_size)).tolist() for rank in range(world_size)]
-    assert sorted(sum(shares, [])) == sorted(rows)
+    assert sorted(row for share in shares for row in share) == sorted(rows)
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
 

@@ -53,7 +53,7 @@ def test_a_directory_in_the_links_place_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainError, match="cannot make a run directory for .*file/head"):
+    with pytest.raises(TrainError, match=r"cannot make a run directory for .*file/head"):
         RunDirectory.create(str(tmp_path / "file" / "head"))
 
 
@@ -74,9 +74,9 @@ def test_a_run_is_opened_by_its_link_and_by_its_number(tmp_path: Path) -> None:
 def test_settings_of_another_release_are_an_error(tmp_path: Path, text: str) -> None:
     run = RunDirectory.create(str(tmp_path / "head"))
     (run.path / "config.json").write_text(text)
-    with pytest.raises(TrainError, match="config.json"):
+    with pytest.raises(TrainError, match=r"config\.json"):
         run.read_config()
-    with pytest.raises(TrainError, match="config.json"):
+    with pytest.raises(TrainError, match=r"config\.json"):
         run.read_version()
 
 

@@ -88,7 +88,7 @@ def test_vectors_of_other_weights_are_refused(cache: Path, name: str) -> None:
     step_zero, backbone, _ = prepare(cache)
     with pytest.raises(StepZeroError, match=r"more than 1e-03; .*: nothing that is recorded: .*make extract"):
         step_zero.check_reproduction(backbone)
-    with pytest.raises(StepZeroError, match="below 0.999"):
+    with pytest.raises(StepZeroError, match=r"below 0\.999"):
         step_zero.check_training_precision(backbone, amp=False)
 
 
@@ -118,7 +118,7 @@ def test_other_hardware_and_libraries_are_named(cache: Path) -> None:
     step_zero.check_reproduction(backbone)
     edit_vectors(cache, lambda rows: rows * 1.01)
     step_zero, backbone, _ = prepare(cache)
-    with pytest.raises(StepZeroError, match="hardware: NVIDIA H100, not CPU.*libraries: .*2.0.0"):
+    with pytest.raises(StepZeroError, match=r"hardware: NVIDIA H100, not CPU.*libraries: .*2\.0\.0"):
         step_zero.check_reproduction(backbone)
 
 
