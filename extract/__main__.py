@@ -7,9 +7,9 @@ import click
 
 from cache_schema import TileprobeError
 
-from .backbone import DTYPES
 from .config import ExtractConfig
 from .distributed import exit_with
+from .precision import DTYPES
 from .scenes import DEFAULT_SCENE_REGEX
 from .stop import Stopped
 
@@ -28,7 +28,12 @@ def main() -> None:
     help="Pixels a side, a multiple of 16.  [default: 512 for the satellite backbones, else the checkpoint's own]",
 )
 @click.option("--cache", help="Directory or gs://… to write to.  [default: cache/<tiles>-<backbone>-<size>]")
-@click.option("--precision", type=click.Choice(list(DTYPES)), default="bf16", help="Dtype of weights and forward pass.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", *DTYPES]),
+    default="auto",
+    help="Dtype of weights and forward pass; auto is bf16 where the device multiplies it, else float32.",
+)
 @click.option("--batch-size", type=int, default=32, help="Tiles per forward pass.")
 @click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")

@@ -9,16 +9,15 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from .errors import BackboneError
+from .precision import DTYPES, Precision
 
-Precision = Literal["bf16", "float32"]
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
 POOLING = ("cls", "patch_mean")
 ATTENTION = "sdpa"
 
@@ -172,7 +171,8 @@ class Backbone(nn.Module):
 
     def run_prefix(self, pixel_values: Tensor) -> Tensor:
         """Tokens (B, T, D) that enter the first trained layer, in the frozen part's dtype."""
-        pixel_values = pixel_values.to(self.dtype)
+        # One memory layout, whatever path the pixels came by: another one takes another convolution, and rounds otherwise.
+        pixel_values = pixel_values.to(self.dtype, memory_format=torch.contiguous_format)
         with torch.autocast(pixel_values.device.type, enabled=False):
             hidden: Tensor = self.vit.embeddings(pixel_values)
             rope = self.vit.rope_embeddings(pixel_values)

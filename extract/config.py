@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .backbone import Precision
 from .errors import ConfigError
+from .precision import PrecisionChoice
 from .scenes import DEFAULT_SCENE_REGEX
 
 CACHE_ROOT = Path("cache")
@@ -22,7 +22,8 @@ class ExtractConfig:
         backbone: `vitl16`, `vit7b16`, `demo`, a directory or a hub id.
         image_size: pixels a side, None for the backbone's default.
         cache: directory or `gs://…`, None for the default name.
-        precision: dtype of weights and forward pass.
+        precision: dtype of weights and forward pass; `auto` for that of a version that is there already, else bf16
+            where the device multiplies it and float32 elsewhere.
         batch_size: tiles per forward pass.
         workers: feed processes per rank, None for one per core that computing leaves.
         device: `auto`, `cpu` or `cuda`.
@@ -37,7 +38,7 @@ class ExtractConfig:
     backbone: str = "vitl16"
     image_size: int | None = None
     cache: str | None = None
-    precision: Precision = "bf16"
+    precision: PrecisionChoice = "auto"
     batch_size: int = 32
     workers: int | None = None
     device: str = "auto"

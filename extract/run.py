@@ -8,8 +8,9 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ from tqdm import tqdm
 
 from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version
 
-from .backbone import ATTENTION, POOLING, Backbone, Checkpoint, Precision, find_checkpoint
+from .backbone import ATTENTION, POOLING, Backbone, Checkpoint, find_checkpoint
 from .config import ExtractConfig, remember_cache
 from .distributed import Counter, Ranks, join_ranks
 from .embed import TileEmbedder
 from .errors import RunError
 from .feed import TileFeed, TileRequest, make_requests
+from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
 from .scenes import choose_whole_scenes, find_scenes
 from .source import Source, list_tiles, open_source
 from .stop import Stopped, stop_on_signals
@@ -125,16 +127,32 @@ def _plan(config: ExtractConfig, ranks: Ranks) -> Plan:
         table = table.select(choose_whole_scenes(find_scenes(table.tile, config.scene_regex), config.limit))
         notes.append(f"LIMIT={config.limit}: {len(table):,} of {len(listing.table):,} tiles, whole scenes")
     cache = config.cache_url(checkpoint.image_size)
-    provenance = make_provenance(checkpoint, config.precision)
+    root = CacheRoot(cache)
+    provenance = _choose_provenance(config.precision, checkpoint, root, table, ranks.device)
     recorded = record_environment(config.backbone, source, config.batch_size, ranks.device)
-    version = CacheRoot(cache).create_version(table, provenance, recorded)
+    version = root.create_version(table, provenance, recorded)
     notes += [f"differs from the run that began this version: {d}" for d in version.recorded.differences(recorded)]
     if config.retry_quarantined:
         notes.append(_reopen_quarantined(version, table))
     pending = tuple(np.flatnonzero(~version.committed()).tolist())
     if pending:
-        notes.append(f"{_count_rows(version, pending):,} to do -> {cache} (version {version.id})")
+        precision = provenance.precision
+        notes.append(f"{_count_rows(version, pending):,} to do in {precision} -> {cache} (version {version.id})")
+        if precision == "bf16" and not multiplies_bf16(ranks.device):
+            notes.append("this device has no bf16 instructions: --precision float32 would be many times as fast")
     return Plan(cache, version.id, checkpoint, version.recorded.batch_size, pending, len(listing.table), tuple(notes))
+
+
+def _choose_provenance(
+    asked: PrecisionChoice, checkpoint: Checkpoint, root: CacheRoot, table: TileTable, device: torch.device
+) -> Provenance:
+    """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on."""
+    if asked != "auto":
+        return make_provenance(checkpoint, asked)
+    fastest = make_provenance(checkpoint, choose_precision(device))
+    there, digest = root.versions(), table.identity_digest()
+    candidates = [fastest, *(replace(fastest, precision=precision) for precision in DTYPES)]
+    return next((known for known in candidates if known.version_id(digest) in there), fastest)
 
 
 def _count_rows(version: Version, blocks: Sequence[int]) -> int:
@@ -155,7 +173,8 @@ def _reopen_quarantined(version: Version, table: TileTable) -> str:
 def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
     """Embed and commit this rank's draw of the pending blocks."""
     version = CacheRoot(plan.cache).open_version(plan.version_id, read_only=False)
-    backbone = Backbone.load(plan.checkpoint, precision=config.precision, device=ranks.device)
+    precision: Any = version.provenance.precision
+    backbone = Backbone.load(plan.checkpoint, precision=precision, device=ranks.device)
     embedder = TileEmbedder(backbone, plan.checkpoint, plan.batch_size)
     draw, count_done = ranks.make_counter("block"), ranks.make_counter("done")
     workers = ranks.choose_workers(config.workers)

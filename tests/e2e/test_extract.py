@@ -31,6 +31,7 @@ from cache_schema import CacheNotFoundError, CacheRoot, Status, open_cache
 from extract.config import LAST_CACHE, ExtractConfig
 from extract.errors import RunError
 from extract.labels import parse_labels
+from extract.precision import choose_precision
 from extract.run import run_extraction
 from extract.scenes import find_scenes
 from extract.source import label_name
@@ -235,7 +236,7 @@ def test_what_is_printed(undisturbed: tuple[Path, str], tiles: str, objects: Obj
     lines = output.splitlines()
     version = open_cache(str(cache)).id
     assert lines[0] == f"560 tiles under {tiles}"
-    assert lines[1] == f"560 to do -> vectors (version {version})"
+    assert lines[1] == f"560 to do in float32 -> vectors (version {version})"
     assert lines[2] == "48 px -> 160 px: a 15 px car becomes 50 px"
     assert lines[3] == f"vectors: 559 embeddings, sealed (version {version})"
     assert lines[4:6] == ["quarantined 1:", "  images/103_3.png: cannot be decoded as an image"]
@@ -327,7 +328,7 @@ def test_killed_run_is_resumed_on_another_world_size(
     result = resume(tiles, checkpoints["plain"], env, tmp_path, None)
     assert result.returncode == 0, result.stderr
     # Blocks are of 256, 256 and 48 rows, and which of them were done is the race's to say.
-    to_do = re.search(r"^(\d+) to do -> vectors", result.stdout, re.MULTILINE)
+    to_do = re.search(r"^(\d+) to do in float32 -> vectors", result.stdout, re.MULTILINE)
     assert to_do
     assert int(to_do[1]) < TILES
     assert "differs from the run that began this version: batch_size: 4, not 32" in result.stdout
@@ -454,6 +455,19 @@ def test_too_many_quarantined_then_accepted_then_mended(
     assert mended.read_rows().embedded.all()
     run_extraction(config("tiles", cache="a", retry_quarantined=True))
     assert "0 quarantined tiles are tried again\n0 to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("began", ["bf16", "float32"])
+def test_auto_goes_on_in_the_precision_a_version_began_in(
+    began: str, config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_directory(tmp_path / "tiles", draw_objects(np.random.default_rng(fresh_seed()), 5))
+    run_extraction(config("tiles", cache="a", precision=began))
+    assert f"5 to do in {began} -> a" in capsys.readouterr().out
+    run_extraction(config("tiles", cache="a", precision="auto"))
+    assert "0 to do" in capsys.readouterr().out
+    run_extraction(config("tiles", cache="b", precision="auto"))
+    assert open_cache("b").provenance.precision == choose_precision(torch.device("cpu"))
 
 
 def test_a_changed_tile_makes_another_version(config: Any, tmp_path: Path) -> None:
