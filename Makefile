@@ -17,7 +17,7 @@ DEMO := $(if $(TILES)$(CACHE)$(BACKBONE)$(wildcard cache/last),,yes)
 RUNS := $(if $(DEMO),runs/demo,runs)
 CACHE_USED := $(if $(DEMO),cache/demo/train,$(CACHE))
 SERVED := $(if $(DEMO),$(PYTHON) -m extract demo --)
-# The stand-in backbone is 340 times smaller than vitl16, and wants larger steps.
+# The stand-in backbone is 235 times smaller than vitl16, and wants larger steps.
 DEMO_FINETUNE := --lr 1e-3 --backbone-lr 3e-4
 
 LAUNCH = $(PYTHON) -m extract.launch $(if $(NPROC),--nproc-per-node=$(NPROC)) \
