@@ -1,10 +1,12 @@
 """Image bytes to uint8 RGB."""
 
 import io
+import struct
 import warnings
 
 import numpy as np
 import numpy.typing as npt
+from imagecodecs import SpngError, spng_decode
 from PIL import Image, UnidentifiedImageError
 
 from cache_schema import Status
@@ -13,6 +15,9 @@ MAX_PIXELS = 64 * 2**20
 """A tile larger than this is quarantined before a pixel of it is decompressed (Pillow itself only warns at 89 Mpx)."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
+_PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_RGB_8_BIT = (8, 2, 0, 0, 0)
+"""Bit depth, colour type, compression, filter and interlace method of the PNG that most tiles are."""
 
 RGBImage = npt.NDArray[np.uint8]
 
@@ -31,9 +36,17 @@ def decode_tile(data: bytes) -> RGBImage:
     Alpha is dropped, grey is repeated, palettes are looked up. 16-bit grey keeps its high byte, as Pillow does for
     16-bit colour. Pixels keep the order of the file: an EXIF orientation is ignored, since labels refer to the file's.
 
+    Plain 8-bit RGB PNG goes through libspng, in two thirds of Pillow's time. Pillow takes every other kind, and has the
+    last word on a file that libspng refuses.
+
     Raises:
         UndecodableTileError: not an image, truncated, or over `MAX_PIXELS`.
     """
+    if _is_plain_png(data):
+        try:
+            return np.asarray(spng_decode(data))
+        except SpngError:
+            pass
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit is stricter than Pillow's warning
@@ -50,6 +63,14 @@ def decode_tile(data: bytes) -> RGBImage:
     # Pillow's plugins raise what they please on broken files (OSError, SyntaxError, struct.error, ...).
     except Exception as error:
         raise UndecodableTileError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
+
+
+def _is_plain_png(data: bytes) -> bool:
+    """Whether this claims to be an 8-bit RGB PNG within the limit (PNG specification, section 11.2.1)."""
+    if len(data) < 29 or not data.startswith(_PNG_START):
+        return False
+    width, height, *kind = struct.unpack(">IIBBBBB", data[16:29])
+    return tuple(kind) == _RGB_8_BIT and 0 < width * height <= MAX_PIXELS
 
 
 def _to_rgb(image: Image.Image) -> RGBImage:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import resource
+import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -62,6 +64,14 @@ def rgb_16(rng: np.random.Generator) -> tuple[bytes, npt.NDArray[np.uint8]]:
     return encode_png((WIDTH, HEIGHT, 16, 2), rows), (values // 256).astype(np.uint8)
 
 
+def rgb_with_gamma(rng: np.random.Generator) -> tuple[bytes, npt.NDArray[np.uint8]]:
+    """A gAMA chunk asks viewers to change colours; a tile's values are taken as they are."""
+    data, pixels = rgb(rng)
+    body = b"gAMA" + struct.pack(">I", 45_455 // 4)
+    chunk = struct.pack(">I", 4) + body + struct.pack(">I", zlib.crc32(body))
+    return data[:33] + chunk + data[33:], pixels
+
+
 def palette(rng: np.random.Generator, **options: object) -> tuple[bytes, npt.NDArray[np.uint8]]:
     index = rng.integers(0, 256, (HEIGHT, WIDTH), np.uint8)
     colours = rng.integers(0, 256, (256, 3), np.uint8)
@@ -90,6 +100,9 @@ def one_pixel(rng: np.random.Generator) -> tuple[bytes, npt.NDArray[np.uint8]]:
 
 LOSSLESS: dict[str, Case] = {
     "RGB": rgb,
+    "RGB, one colour transparent": lambda rng: rgb(rng, transparency=(40, 90, 160)),
+    "RGB with a gamma": rgb_with_gamma,
+    "RGB, uncompressed": lambda rng: rgb(rng, compress_level=0),
     "RGBA": rgba,
     "L": grey,
     "LA": grey_alpha,
@@ -207,6 +220,33 @@ def test_cut_anywhere_is_an_error_or_the_whole_image(seed_offset: int) -> None:
     except UndecodableTileError:
         return
     np.testing.assert_array_equal(decoded, pixels)
+
+
+@pytest.mark.parametrize("seed_offset", range(10))
+def test_damage_is_judged_as_pillow_judges_it(seed_offset: int) -> None:
+    """Bits flipped, bytes cut out, zeroed or appended: the same pixels, or an error from both."""
+    rng = np.random.default_rng(fresh_seed() + seed_offset)
+    for _ in range(30):
+        data = bytearray(rgb(rng, compress_level=int(rng.integers(10)))[0])
+        start = int(rng.integers(8, len(data)))
+        stop = min(len(data), start + int(rng.integers(1, 24)))
+        match rng.integers(4):
+            case 0:
+                data[start] ^= 1 << int(rng.integers(8))
+            case 1:
+                del data[start:stop]
+            case 2:
+                data[start:stop] = bytes(stop - start)
+            case 3:
+                data += rng.bytes(stop - start)
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]).convert("RGB"))
+        except Exception:  # Pillow's plugins raise what they please
+            expected = None
+        try:
+            np.testing.assert_array_equal(decode_tile(bytes(data)), expected)
+        except UndecodableTileError:
+            assert expected is None
 
 
 def test_kind_is_read_from_the_bytes_alone() -> None:
