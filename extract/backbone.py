@@ -171,7 +171,7 @@ class Backbone(nn.Module):
 
     def run_prefix(self, pixel_values: Tensor) -> Tensor:
         """Tokens (B, T, D) that enter the first trained layer, in the frozen part's dtype."""
-        # One memory layout, whatever path the pixels came by: another one takes another convolution, and rounds otherwise.
+        # One memory layout, whatever path the pixels came by: another takes another convolution, and rounds otherwise.
         pixel_values = pixel_values.to(self.dtype, memory_format=torch.contiguous_format)
         with torch.autocast(pixel_values.device.type, enabled=False):
             hidden: Tensor = self.vit.embeddings(pixel_values)

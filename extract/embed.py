@@ -6,7 +6,7 @@ from cache_schema import Status
 from cache_schema.layout import Float16Array
 
 from .backbone import Backbone, Checkpoint
-from .feed import TileBatch
+from .batch import TileBatch
 from .transform import TileTransform
 
 

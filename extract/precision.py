@@ -19,7 +19,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     AVX2 CPU (torch 2.13).
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in _CPU_BF16)
 

@@ -19,11 +19,12 @@ from tqdm import tqdm
 from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version
 
 from .backbone import ATTENTION, POOLING, Backbone, Checkpoint, find_checkpoint
+from .batch import TileRequest, make_requests
 from .config import ExtractConfig, remember_cache
 from .distributed import Counter, Ranks, join_ranks
 from .embed import TileEmbedder
 from .errors import RunError
-from .feed import TileFeed, TileRequest, make_requests
+from .feed import TileFeed
 from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
 from .scenes import choose_whole_scenes, find_scenes
 from .source import Source, list_tiles, open_source

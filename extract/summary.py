@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from cache_schema import Status, Version
 
-from .feed import TileBatch
+from .batch import TileBatch
 
 _MALFORMED = "malformed line"
 

@@ -8,7 +8,7 @@ import numpy as np
 from cache_schema import BlockValues, Version
 from cache_schema.layout import Float16Array
 
-from .feed import TileBatch
+from .batch import TileBatch
 
 
 class BlockWriter:

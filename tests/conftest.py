@@ -10,6 +10,7 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
 from extract.demo.server import find_server_binary, serve_bucket
+from tests.proxy import Proxy
 
 PROJECT_ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,14 @@ def bucket(gcs_server: str) -> storage.Bucket:
     """A new, empty bucket; its client has anonymous credentials."""
     client = storage.Client(project="tests", credentials=AnonymousCredentials())
     return client.create_bucket(f"test-{uuid.uuid4().hex[:16]}")
+
+
+@pytest.fixture
+def proxy(gcs_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before the server, and what `STORAGE_EMULATOR_HOST` names meanwhile."""
+    with Proxy(gcs_server).serve() as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        yield proxy
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from cache_schema import LABEL_ID_COLUMNS, ProvenanceError, Status, TileTable, Version, open_cache
 from cache_schema.layout import UInt8Array, UInt16Array
 from extract.backbone import Backbone, Checkpoint, find_checkpoint
+from extract.batch import make_requests
 from extract.distributed import Ranks, join_ranks
-from extract.feed import TileFeed, make_requests
+from extract.feed import TileFeed
 from extract.source import list_tiles, open_source
 from extract.transform import TileTransform
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from cache_schema import NO_LABEL, Status, TileTable
 from extract.backbone import Checkpoint
+from extract.batch import TileBatch, TileRequest, make_requests
 from extract.distributed import Ranks
-from extract.feed import TileBatch, TileFeed, TileRequest, make_requests
+from extract.feed import TileFeed
 from extract.source import Source, list_tiles
 from extract.transform import TileTransform
 

@@ -8,8 +8,8 @@ import torch
 
 from cache_schema import LABEL_ID_COLUMNS, Status
 from extract.backbone import POOLING, Backbone, find_checkpoint
+from extract.batch import TileBatch
 from extract.embed import TileEmbedder
-from extract.feed import TileBatch
 from extract.precision import Precision
 from tests.checkpoints import make_checkpoint
 from tests.planted import fresh_seed

@@ -199,9 +199,10 @@ def test_object_that_is_gone(place: Place, tmp_path: Path, request: pytest.Fixtu
         request.getfixturevalue("bucket").delete_blob("a/b/images/1.png")
     else:
         (tmp_path / "a/b/images/1.png").unlink()
-    for generation in (0, int(table.generation[0])):
-        with pytest.raises(TileGoneError, match=r"a/b/images/1\.png is gone"):
-            source.read("images/1.png", generation)
+    for read in (source.read, source.read_checked):
+        for generation in (0, int(table.generation[0])):
+            with pytest.raises(TileGoneError, match=r"a/b/images/1\.png is gone"):
+                read("images/1.png", generation)
 
 
 def test_changed_object_is_not_read_as_the_listed_one(bucket: storage.Bucket) -> None:
@@ -209,9 +210,10 @@ def test_changed_object_is_not_read_as_the_listed_one(bucket: storage.Bucket) ->
     source = open_source(f"gs://{bucket.name}")
     listed = int(list_tiles(source).table.generation[0])
     upload(bucket, {"images/1.png": b"another tile"})
-    with pytest.raises(TileGoneError):
-        source.read("images/1.png", listed)
-    assert source.read("images/1.png", 0) == b"another tile"
+    for read in (source.read, source.read_checked):
+        with pytest.raises(TileGoneError):
+            read("images/1.png", listed)
+        assert read("images/1.png", 0) == b"another tile"
     assert list_tiles(source).table.crc32c[0] == google_crc32c.value(b"another tile")
 
 
@@ -270,4 +272,6 @@ def test_compressed_object_is_read_as_it_was_listed(bucket: storage.Bucket) -> N
     blob = bucket.blob("images/1.png")
     blob.content_encoding = "gzip"
     blob.upload_from_string(stored)
-    assert open_source(f"gs://{bucket.name}").read("images/1.png", 0) == stored
+    source = open_source(f"gs://{bucket.name}")
+    assert source.read("images/1.png", 0) == stored
+    assert source.read_checked("images/1.png", 0) == stored

@@ -19,7 +19,7 @@ from cache_schema import (
     TileTable,
     Version,
 )
-from extract.feed import TileBatch
+from extract.batch import TileBatch
 from extract.writer import BlockWriter
 from tests.planted import fresh_seed
 
