@@ -24,7 +24,8 @@ from cache_schema.layout import UInt8Array, UInt16Array
 from .decode import RGBImage, UndecodableTileError, decode_tile
 from .errors import RunError, TileGoneError, TransportError
 from .labels import ParsedLabels, parse_labels
-from .source import CONCURRENT_READS, Source, label_name
+from .listing import label_name
+from .source import CONCURRENT_READS, Source
 from .transform import TileImages
 
 PREFETCHED_BATCHES = 2

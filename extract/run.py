@@ -24,9 +24,10 @@ from .distributed import Counter, Ranks, join_ranks
 from .embed import TileEmbedder
 from .errors import RunError
 from .feed import TileFeed, TileRequest, make_requests
+from .listing import list_tiles
 from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
 from .scenes import choose_whole_scenes, find_scenes
-from .source import Source, list_tiles, open_source
+from .source import Source, open_source
 from .stop import Stopped, stop_on_signals
 from .summary import Timing, describe_labels, describe_quarantined, describe_speed, describe_waits, estimate_whole
 from .transform import RESAMPLING, describe_scale

@@ -18,7 +18,8 @@ from cache_schema.layout import UInt8Array, UInt16Array
 from extract.backbone import Backbone, Checkpoint, find_checkpoint
 from extract.distributed import Ranks, join_ranks
 from extract.feed import TileFeed, make_requests
-from extract.source import list_tiles, open_source
+from extract.listing import list_tiles
+from extract.source import open_source
 from extract.transform import TileTransform
 
 from .checkpoint import CheckpointMeta, load_checkpoint

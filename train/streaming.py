@@ -10,7 +10,8 @@ from cache_schema import NO_LABEL, Status, TileTable
 from extract.backbone import Checkpoint
 from extract.distributed import Ranks
 from extract.feed import TileBatch, TileFeed, TileRequest, make_requests
-from extract.source import Source, list_tiles
+from extract.listing import list_tiles
+from extract.source import Source
 from extract.transform import TileTransform
 
 from .batches import Batch, epoch_order, take_share
