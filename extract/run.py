@@ -163,7 +163,7 @@ def _count_rows(version: Version, blocks: Sequence[int]) -> int:
 
 def _reopen_quarantined(version: Version, table: TileTable) -> str:
     """Take back the commits of blocks that hold quarantined rows, so that this run tries them again."""
-    rows = np.flatnonzero(version.read_rows().status > Status.EMBEDDED)
+    rows = np.flatnonzero(version.read_status() > Status.EMBEDDED)
     if len(rows):
         version.reopen_blocks(sorted(set((rows // version.layout.block_rows).tolist())))
         # A mended tile may be the same bytes in a new generation, and while sealed the version kept the old one.
@@ -226,7 +226,7 @@ def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], elapsed: f
     """Recheck, refuse or seal, move `current`, and say what there is now."""
     root = CacheRoot(plan.cache)
     version = root.open_version(plan.version_id, read_only=False)
-    status = version.read_rows().status
+    status = version.read_status()
     missing, quarantined = int((status == Status.PENDING).sum()), int((status > Status.EMBEDDED).sum())
     if missing:
         raise RunError(f"{missing:,} rows of {plan.cache} are missing or damaged: run the same command again")
