@@ -173,6 +173,19 @@ class Version:
                 values.label_ids[rows], values.status[rows] = 0, Status.PENDING
         return CacheRows(pooled, values.label_ids, values.status)
 
+    def read_status(self) -> UInt8Array:
+        """(N,) uint8, the status of `read_rows`, every digest checked with one block in memory at a time."""
+        status = np.zeros(self.layout.rows, STATUS_DTYPE)
+        commits = self._commits()
+        for block in np.flatnonzero(commits.any(axis=1)).tolist():
+            try:
+                values = self.read_block(block)
+            except IntegrityError:
+                continue
+            if values.digest(self.layout.pooling) == commits[block].tobytes():
+                status[self.layout.block_slice(block)] = values.status
+        return status
+
     def _read_values(self, rows: slice) -> BlockValues:
         return BlockValues(
             pooled={name: self._read(name, rows) for name in self.layout.pooling},

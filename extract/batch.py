@@ -20,7 +20,8 @@ from cache_schema.layout import UInt8Array, UInt16Array
 from .decode import RGBImage, UndecodableTileError, decode_tile
 from .errors import TileGoneError, TransportError
 from .labels import ParsedLabels, parse_labels
-from .source import Source, label_name
+from .listing import label_name
+from .source import Source
 from .transform import TileImages
 
 _MAX_EXAMPLES = 20

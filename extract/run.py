@@ -25,9 +25,10 @@ from .distributed import Counter, Ranks, join_ranks
 from .embed import TileEmbedder
 from .errors import RunError
 from .feed import TileFeed
+from .listing import list_tiles
 from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
 from .scenes import choose_whole_scenes, find_scenes
-from .source import Source, list_tiles, open_source
+from .source import Source, open_source
 from .stop import Stopped, stop_on_signals
 from .summary import Timing, describe_labels, describe_quarantined, describe_speed, describe_waits, estimate_whole
 from .transform import RESAMPLING, describe_scale
@@ -163,7 +164,7 @@ def _count_rows(version: Version, blocks: Sequence[int]) -> int:
 
 def _reopen_quarantined(version: Version, table: TileTable) -> str:
     """Take back the commits of blocks that hold quarantined rows, so that this run tries them again."""
-    rows = np.flatnonzero(version.read_rows().status > Status.EMBEDDED)
+    rows = np.flatnonzero(version.read_status() > Status.EMBEDDED)
     if len(rows):
         version.reopen_blocks(sorted(set((rows // version.layout.block_rows).tolist())))
         # A mended tile may be the same bytes in a new generation, and while sealed the version kept the old one.
@@ -226,7 +227,7 @@ def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], elapsed: f
     """Recheck, refuse or seal, move `current`, and say what there is now."""
     root = CacheRoot(plan.cache)
     version = root.open_version(plan.version_id, read_only=False)
-    status = version.read_rows().status
+    status = version.read_status()
     missing, quarantined = int((status == Status.PENDING).sum()), int((status > Status.EMBEDDED).sum())
     if missing:
         raise RunError(f"{missing:,} rows of {plan.cache} are missing or damaged: run the same command again")

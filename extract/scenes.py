@@ -3,6 +3,7 @@
 import hashlib
 import re
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +25,20 @@ def find_scenes(tiles: npt.NDArray[np.str_], scene_regex: str = DEFAULT_SCENE_RE
         raise ConfigError(f"--scene-regex {scene_regex!r} is not a regular expression: {error}") from error
     if "scene" not in pattern.groupindex:
         raise ConfigError(f"--scene-regex {scene_regex!r} has no group (?P<scene>…)")
-    matches = [pattern.search(PurePosixPath(str(tile)).stem) for tile in tiles]
-    unmatched = [str(tile) for tile, match in zip(tiles, matches, strict=True) if match is None]
+    scenes: npt.NDArray[Any] = np.empty(len(tiles), np.dtypes.StringDType())
+    unmatched = []
+    for row, tile in enumerate(tiles):
+        match = pattern.search(PurePosixPath(str(tile)).stem)
+        if match:
+            scenes[row] = match["scene"]
+        else:
+            unmatched.append(str(tile))
     if unmatched:
         raise ConfigError(
             f"{len(unmatched):,} tile names do not fit --scene-regex {scene_regex!r}, such as "
             f"{', '.join(unmatched[:3])}: give a pattern whose group (?P<scene>…) is the source image"
         )
-    return np.array([match["scene"] for match in matches if match], np.dtypes.StringDType())
+    return scenes
 
 
 def choose_whole_scenes(scenes: npt.NDArray[np.str_], limit: int) -> npt.NDArray[np.bool_]:

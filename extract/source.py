@@ -4,54 +4,74 @@ Below TILES lie `images/NAME.png|jpg|jpeg|tif` and `labels/NAME.txt`. The listin
 a read is checked against it.
 """
 
-import base64
 import os
+import struct
 import time
-from collections.abc import Iterable, Iterator
+from binascii import a2b_base64
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import google_crc32c
 import numpy as np
-
-from cache_schema import NO_LABEL, TileTable
+import numpy.typing as npt
 
 from .errors import SourceError, TileGoneError, TransportError
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff"})
 CONCURRENT_READS = 32
 """Requests in flight per process: at 50 ms each they bring more tiles than one core decodes."""
 _CHECKED_READS = 16
 """Connections that google-cloud-storage keeps open: only bodies that were not what was listed travel through it."""
 _TRANSFER_ATTEMPTS = 10
 _TRANSFER_PAUSE_S = 0.2
+_PAGE_FILES = 4096
+
+ListedObject = tuple[str, int, int, int]
+"""Name, size, crc32c, generation: a row of a page."""
 
 
-@dataclass(frozen=True)
-class ListedObject:
-    """One object of a listing. `crc32c` of a local file is that of its modification time, which stands in for it."""
-
-    name: str
-    size: int
-    crc32c: int
-    generation: int
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What lies below TILES.
+@dataclass(frozen=True, eq=False)
+class ListedPage:
+    """n objects of a listing, in columns: one by one they would cost more time and memory than all that follows.
 
     Attributes:
-        table: the tiles to embed, sorted by name.
-        unlabelled: tiles without a label object that were left out (0 when they were asked for).
-        other: objects under images/ that are not tiles.
+        name: below TILES, such as `images/1052_3_7.png` (StringDType).
+        size: bytes (int64).
+        crc32c: of the bytes (uint32); for a local file, of its modification time, which stands in for them.
+        generation: object generation (int64); for a local file, its modification time in ns.
     """
 
-    table: TileTable
-    unlabelled: int
-    other: int
+    name: npt.NDArray[np.str_]
+    size: npt.NDArray[np.int64]
+    crc32c: npt.NDArray[np.uint32]
+    generation: npt.NDArray[np.int64]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[ListedObject]) -> Self:
+        """The columns of objects that came one by one."""
+        names, sizes, checksums, generations = zip(*rows, strict=True) if rows else ((), (), (), ())
+        return cls(
+            np.array(names, np.dtypes.StringDType()),
+            np.array(sizes, np.int64),
+            np.array(checksums, np.uint32),
+            np.array(generations, np.int64),
+        )
+
+    @classmethod
+    def concatenate(cls, pages: Sequence[Self]) -> Self:
+        """One page after the other, as one; an empty one of none."""
+        pages = [cls.from_rows([]), *pages]  # NumPy refuses to concatenate nothing
+        return cls(*(np.concatenate([getattr(page, field.name) for page in pages]) for field in fields(cls)))
+
+    def __len__(self) -> int:
+        return len(self.name)
+
+    def select(self, rows: npt.NDArray[np.integer | np.bool_]) -> Self:
+        """The same columns at `rows` (a mask, or indices)."""
+        return type(self)(self.name[rows], self.size[rows], self.crc32c[rows], self.generation[rows])
 
 
 class Source(Protocol):
@@ -61,8 +81,12 @@ class Source(Protocol):
     identity: str
     """`crc32c` where the listing knows the bytes' checksum, `mtime` where a modification time stands in."""
 
-    def list(self, folder: str) -> Iterator[ListedObject]:
-        """Objects below `folder`, in no particular order."""
+    def list(self, folder: str) -> Iterator[ListedPage]:
+        """Objects below `folder`, page by page, in no particular order.
+
+        Raises:
+            SourceError: it cannot be listed, or says too little about an object.
+        """
 
     def read(self, name: str, generation: int) -> bytes:
         """The bytes of one object.
@@ -91,58 +115,6 @@ def open_source(url: str) -> Source:
     return LocalSource(url)
 
 
-def list_tiles(source: Source, *, unlabelled: bool = False) -> Listing:
-    """The tile table of a source, from its listing alone: no object is read.
-
-    Args:
-        source: where to look.
-        unlabelled: include tiles that have no label object.
-
-    Raises:
-        SourceError: no tiles, or none with a label.
-    """
-    images: list[ListedObject] = []
-    other = 0
-    for found in source.list("images"):
-        if PurePosixPath(found.name).suffix.lower() in IMAGE_SUFFIXES:
-            images.append(found)
-        else:
-            other += 1
-    if not images:
-        raise SourceError(f"no tiles under {source.url}/images/: check TILES")
-    labels = {_stem(label.name): label for label in source.list("labels") if label.name.endswith(".txt")}
-    pairs = [(image, labels.get(_stem(image.name))) for image in sorted(images, key=lambda found: found.name)]
-    kept = [pair for pair in pairs if unlabelled or pair[1] is not None]
-    if not kept:
-        raise SourceError(
-            f"{len(images):,} tiles under {source.url}/images/, but none has its labels/NAME.txt: "
-            "check TILES, or embed them anyway with --unlabelled"
-        )
-    return Listing(_build_table(kept), len(pairs) - len(kept), other)
-
-
-def label_name(tile: str) -> str:
-    """`images/a/b.png` -> `labels/a/b.txt`."""
-    return f"labels/{_stem(tile)}.txt"
-
-
-def _stem(name: str) -> str:
-    """The name below images/ or labels/, without its suffix: what a tile and its label share."""
-    return name.split("/", 1)[1].rsplit(".", 1)[0]
-
-
-def _build_table(pairs: Iterable[tuple[ListedObject, ListedObject | None]]) -> TileTable:
-    pairs = list(pairs)
-    return TileTable(
-        tile=np.array([image.name for image, _ in pairs], np.dtypes.StringDType()),
-        size=np.array([image.size for image, _ in pairs], np.int64),
-        crc32c=np.array([image.crc32c for image, _ in pairs], np.uint32),
-        generation=np.array([image.generation for image, _ in pairs], np.int64),
-        label_size=np.array([NO_LABEL if label is None else label.size for _, label in pairs], np.int64),
-        label_crc32c=np.array([0 if label is None else label.crc32c for _, label in pairs], np.uint32),
-    )
-
-
 class LocalSource:
     """A directory of tiles."""
 
@@ -154,18 +126,24 @@ class LocalSource:
         if not self._root.is_dir():
             raise SourceError(f"no directory {path}: check TILES")
 
-    def list(self, folder: str) -> Iterator[ListedObject]:
-        for directory, _, files in os.walk(self._root / folder, onerror=self._refuse_folder):
+    def list(self, folder: str) -> Iterator[ListedPage]:
+        files = self._find_files(folder)
+        while page := list(islice(files, _PAGE_FILES)):
+            yield ListedPage.from_rows(page)
+
+    def _find_files(self, folder: str) -> Iterator[ListedObject]:
+        root = os.path.join(self._root, "")
+        for directory, _, files in os.walk(root + folder, onerror=self._refuse_folder):
             for file in files:
-                path = Path(directory, file)
-                name = path.relative_to(self._root).as_posix()
+                path = os.path.join(directory, file)
+                name = path[len(root) :]
                 try:
                     name.encode()
-                    stat = path.stat()
+                    stat = os.stat(path)
                 except (OSError, UnicodeEncodeError) as error:
-                    raise SourceError(f"cannot list {str(path)!r}: {error.args[-1]}: mend or remove it") from error
+                    raise SourceError(f"cannot list {path!r}: {error.args[-1]}: mend or remove it") from error
                 stand_in = google_crc32c.value(stat.st_mtime_ns.to_bytes(8, "little"))
-                yield ListedObject(name, stat.st_size, stand_in, stat.st_mtime_ns)
+                yield name, stat.st_size, stand_in, stat.st_mtime_ns
 
     def _refuse_folder(self, error: OSError) -> None:
         """A folder that cannot be listed would leave its tiles out without a word."""
@@ -196,17 +174,29 @@ class GcsSource:
         self._bucket_name = bucket
         self._prefix = f"{prefix}/" if prefix else ""
 
-    def list(self, folder: str) -> Iterator[ListedObject]:
+    def list(self, folder: str) -> Iterator[ListedPage]:
         from cache_schema.gcs_client import GCS_ERRORS
 
         fields = "items(name,size,crc32c,generation),nextPageToken"
         try:
-            for blob in self._bucket().list_blobs(prefix=f"{self._prefix}{folder}/", fields=fields):
-                if not blob.name.endswith("/"):  # the placeholder that consoles make for a folder
-                    name = blob.name[len(self._prefix) :]
-                    yield ListedObject(name, blob.size, _decode_crc32c(blob.crc32c), blob.generation)
+            # Of a page only its JSON: a Blob for every object costs three times as much.
+            for page in self._bucket().list_blobs(prefix=f"{self._prefix}{folder}/", fields=fields).pages:
+                listed = [self._read_item(item) for item in page.raw_page.get("items", ())]
+                # A name that ends in / is the placeholder that consoles make for a folder.
+                yield ListedPage.from_rows([row for row in listed if not row[0].endswith("/")])
         except GCS_ERRORS as error:
             raise self._explain(error) from error
+
+    def _read_item(self, item: Mapping[str, str]) -> ListedObject:
+        """A row from an object resource of the JSON API: decimal numbers, and crc32c in base64, big-endian."""
+        try:
+            (crc32c,) = struct.unpack(">I", a2b_base64(item["crc32c"]))
+            return item["name"][len(self._prefix) :], int(item["size"]), crc32c, int(item["generation"])
+        except (KeyError, ValueError, struct.error) as error:
+            raise SourceError(
+                f"{self.url} lists an object without usable name, size, crc32c or generation, {dict(item)}: "
+                "upload it again or remove it"
+            ) from error
 
     def read(self, name: str, generation: int) -> bytes:
         from .gcs_reader import can_name, open_reader
@@ -249,8 +239,3 @@ class GcsSource:
         refused = isinstance(error, (ClientError, GoogleAuthError))
         text = explain_gcs_error(error, self.url, setting="TILES", role="Storage Object Viewer")
         return SourceError(text) if refused else TransportError(text)
-
-
-def _decode_crc32c(text: str) -> int:
-    """The listing's base64 of four big-endian bytes."""
-    return int.from_bytes(base64.b64decode(text), "big")

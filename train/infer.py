@@ -19,7 +19,8 @@ from extract.backbone import Backbone, Checkpoint, find_checkpoint
 from extract.batch import make_requests
 from extract.distributed import Ranks, join_ranks
 from extract.feed import TileFeed
-from extract.source import list_tiles, open_source
+from extract.listing import list_tiles
+from extract.source import open_source
 from extract.transform import TileTransform
 
 from .checkpoint import CheckpointMeta, load_checkpoint

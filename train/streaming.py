@@ -11,7 +11,8 @@ from extract.backbone import Checkpoint
 from extract.batch import TileBatch, TileRequest, make_requests
 from extract.distributed import Ranks
 from extract.feed import TileFeed
-from extract.source import Source, list_tiles
+from extract.listing import list_tiles
+from extract.source import Source
 from extract.transform import TileTransform
 
 from .batches import Batch, epoch_order, take_share

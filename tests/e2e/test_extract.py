@@ -30,10 +30,10 @@ from cache_schema import CacheNotFoundError, CacheRoot, Status, open_cache
 from extract.config import LAST_CACHE, ExtractConfig
 from extract.errors import RunError
 from extract.labels import parse_labels
+from extract.listing import label_name
 from extract.precision import choose_precision
 from extract.run import run_extraction
 from extract.scenes import find_scenes
-from extract.source import label_name
 from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import fresh_seed
 from tests.proxy import Proxy

@@ -92,6 +92,7 @@ def test_pending_blocks_read_as_pending(cache_url: str) -> None:
     assert rows.missing == 256
     assert (rows.status[:256] == Status.PENDING).all()
     assert (rows.status[256:] != Status.PENDING).all()
+    assert version.read_status().tolist() == rows.status.tolist()
 
 
 def test_each_chunk_is_one_put_without_a_read_and_the_commit_is_last(cache_url: str) -> None:
@@ -130,6 +131,22 @@ def test_a_refused_block_leaves_no_trace(cache_url: str) -> None:
         version.write_block(1, replace(values, pooled={**values.pooled, "patch_mean": vectors}))
 
     assert [get_bytes(cache_url, chunk_key(version.id, name, 1)) for name in (*ARRAYS, "commit")] == [None] * 5
+
+
+def test_status_is_read_a_block_at_a_time(cache_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = CacheRoot(cache_url).open_version(fill_cache(cache_url, 700))
+    asked: list[slice] = []
+    read_values = Version._read_values
+
+    def note(self: Version, rows: slice) -> BlockValues:
+        asked.append(rows)
+        return read_values(self, rows)
+
+    monkeypatch.setattr(Version, "_read_values", note)
+    status = version.read_status()
+    assert asked == [slice(0, 256), slice(256, 512), slice(512, 700)]
+    assert status.dtype == np.uint8
+    assert status.tolist() == version.read_rows().status.tolist()
 
 
 def test_a_killed_write_leaves_the_block_pending(cache_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +327,7 @@ def test_a_damaged_chunk_costs_its_block_and_no_other(cache_url: str, array: str
         assert rows.pooled["cls"][:256].tobytes() == first.pooled["cls"].tobytes()
         assert np.isnan(rows.pooled["cls"][256:]).all()
         assert not rows.label_ids[256:].any()
+        assert version.read_status().tolist() == rows.status.tolist(), damage
         assert version.committed().tolist() == [True, array != "commit"], damage
 
         version.write_block(1, second)
@@ -331,6 +349,7 @@ def test_swapped_chunks_cost_both_blocks(cache_url: str, array: str) -> None:
     if not swapped_to_the_same:
         assert [version.check_block(block) for block in range(3)] == ["its values contradict its digest"] * 2 + [None]
         assert version.read_rows().missing == 512
+    assert version.read_status().tolist() == version.read_rows().status.tolist()
 
 
 def test_swapped_poolings_cost_their_block(cache_url: str) -> None:
@@ -367,6 +386,7 @@ def test_a_broken_array_costs_the_rows_not_a_traceback(cache_url: str, array: st
         version = open_cache(cache_url)
         assert f"array {array} cannot be read" in str(version.check_block(0)), metadata
         assert version.read_rows().missing == ROWS
+        assert not version.read_status().any()
 
 
 def test_bytes_that_claim_to_be_committed_but_are_not_storable(cache_url: str) -> None:

@@ -22,7 +22,8 @@ from extract.decode import decode_tile
 from extract.errors import RunError, TransportError
 from extract.feed import PREFETCHED_BATCHES, TileFeed
 from extract.labels import parse_labels
-from extract.source import GcsSource, LocalSource, Source, label_name, list_tiles, open_source
+from extract.listing import label_name, list_tiles
+from extract.source import GcsSource, LocalSource, Source, open_source
 from tests.planted import fresh_seed
 from tests.tiles import Objects, draw_objects, draw_tile, encode_png, upload, write_directory
 

@@ -16,7 +16,8 @@ from google.cloud import storage
 
 from cache_schema import NO_LABEL
 from extract.errors import SourceError, TileGoneError, TransportError
-from extract.source import Source, label_name, list_tiles, open_source
+from extract.listing import label_name, list_tiles
+from extract.source import Source, open_source
 from tests.planted import fresh_seed
 from tests.tiles import Objects, upload, write_directory
 
@@ -258,6 +259,41 @@ def test_source_travels_to_another_process_after_use(place: Place) -> None:
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert copy.url == source.url
     assert copy.read("images/1.png", 0) == objects["images/1.png"]
+
+
+def test_listing_of_several_pages(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_blobs = storage.Bucket.list_blobs
+    monkeypatch.setattr(storage.Bucket, "list_blobs", lambda *args, **named: list_blobs(*args, page_size=3, **named))
+    monkeypatch.setattr("extract.source._PAGE_FILES", 3)
+    names = [f"images/{i}.png" for i in range(8)]
+    source = place(draw(*names))
+    listed = list(source.list("images"))
+    assert sorted(map(len, listed)) == [2, 3, 3]
+    assert sorted(name for page in listed for name in page.name.tolist()) == names
+
+
+@pytest.mark.parametrize("change, shown", [
+    ({"crc32c": None}, "'name': 'a/images/1.png'"),
+    ({"size": None}, "'name': 'a/images/1.png'"),
+    ({"generation": None}, "'name': 'a/images/1.png'"),
+    ({"name": None}, "'size': '12'"),
+    ({"crc32c": "AAAA"}, "'crc32c': 'AAAA'"),
+    ({"crc32c": "?"}, "'crc32c': '?'"),
+    ({"size": "many"}, "'size': 'many'"),
+])  # fmt: skip
+def test_object_that_the_listing_does_not_describe(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, str | None], shown: str
+) -> None:
+    """A real bucket's listing always does; other servers may not."""
+    item = {"name": "a/images/1.png", "size": "12", "crc32c": "AAAAAQ==", "generation": "7"} | change
+    response = {"items": [{key: value for key, value in item.items() if value is not None}]}
+    monkeypatch.setattr("google.cloud.storage._http.Connection.api_request", lambda *_, **__: response)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    with pytest.raises(SourceError, match="gs://bucket/a lists an object .*: upload it again or remove it") as refused:
+        list(open_source("gs://bucket/a").list("images"))
+    assert shown in str(refused.value)
+    response["items"] = []
+    assert [len(page) for page in open_source("gs://bucket/a").list("images")] == [0]
 
 
 def test_folder_placeholders_of_consoles_are_no_tiles(bucket: storage.Bucket) -> None:
