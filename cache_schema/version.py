@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,6 +115,22 @@ class Version:
                     self._array(name)[:] = getattr(table, name)
         elif not self.sealed and not np.array_equal(self._read("generation"), table.generation):
             self.write_generation(table.generation)
+
+    def record_batch_size(self, batch_size: int) -> None:
+        """Record another batch size than the one the version was created with.
+
+        Raises:
+            IntegrityError: there are blocks already, and a batch's size shows in its vectors' last digits.
+        """
+        if self.committed().any():
+            raise IntegrityError(
+                f"{self.root.url} holds blocks made {self.recorded.batch_size} tiles at a time, and may not mix sizes: "
+                "go on where that fits, or extract into another CACHE with a smaller --batch-size"
+            )
+        self.recorded = replace(self.recorded, batch_size=batch_size)
+        attributes = _read_attributes(self.group, self.root.url)
+        with storage_errors(self.root.url):
+            self.group.attrs[ATTRIBUTE] = {**attributes, "recorded": self.recorded.to_json()}
 
     # Blocks
 

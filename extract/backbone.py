@@ -180,6 +180,12 @@ class Backbone(nn.Module):
                 hidden = layer(hidden, position_embeddings=rope)
         return hidden
 
+    def run_one_layer(self, pixel_values: Tensor) -> Tensor:
+        """Tokens (B, T, D) after the first layer alone."""
+        hidden: Tensor = self.vit.embeddings(pixel_values)
+        rope = self.vit.rope_embeddings(pixel_values)
+        return self.layers[0](hidden, position_embeddings=rope)  # type: ignore[no-any-return]
+
     def run_suffix(self, hidden: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
         """From the prefix's tokens to pooled embeddings; carries gradients where layers are trained.
 

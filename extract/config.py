@@ -32,6 +32,7 @@ class ExtractConfig:
         unlabelled: embed tiles without a label object too.
         max_quarantined: largest share of quarantined tiles a finished cache may hold.
         retry_quarantined: try tiles again that were quarantined before.
+        profile: file for a torch profiler trace of a few batches.
     """
 
     tiles: str
@@ -47,6 +48,7 @@ class ExtractConfig:
     unlabelled: bool = False
     max_quarantined: float = 0.01
     retry_quarantined: bool = False
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         if not self.tiles:
@@ -59,6 +61,8 @@ class ExtractConfig:
             raise ConfigError(f"LIMIT={self.limit}: choose at least 1 tile")
         if not 0 <= self.max_quarantined <= 1:
             raise ConfigError(f"--max-quarantined {self.max_quarantined}: a share between 0 and 1")
+        if self.profile and not Path(self.profile).absolute().parent.is_dir():
+            raise ConfigError(f"--profile {self.profile}: no directory {Path(self.profile).absolute().parent}: make it")
 
     def cache_url(self, image_size: int) -> str:
         """Where the cache goes: as asked, or `cache/<last two parts of TILES>-<backbone>-<size>[-limitN]`."""

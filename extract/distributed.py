@@ -106,6 +106,12 @@ class Ranks:
             raise first if self.is_main else ToldByMainError(str(first))
         return result
 
+    def agree(self, holds: bool) -> bool:
+        """Whether something holds on every rank."""
+        answers = [holds] * self.world_size
+        dist.all_gather_object(answers, holds)
+        return all(answers)
+
     def wait(self) -> None:
         """Wait for all ranks."""
         dist.barrier()

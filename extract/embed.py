@@ -1,9 +1,10 @@
 """Batches of tiles to float16 vectors, the same way for extraction, training and prediction."""
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from cache_schema import Status
-from cache_schema.layout import Float16Array
 
 from .backbone import Backbone, Checkpoint
 from .batch import TileBatch
@@ -23,14 +24,35 @@ class TileEmbedder:
         self.batch_size = batch_size
 
     @torch.inference_mode()
-    def embed(self, batch: TileBatch) -> dict[str, Float16Array]:
-        """Per pooling (n, D) float16, NaN in rows that are not embedded."""
+    def embed(self, batch: TileBatch) -> dict[str, Tensor]:
+        """Per pooling (n, D) float16 on the backbone's device, NaN in rows that are not embedded.
+
+        On CUDA the work is only queued: reading the result waits for it.
+        """
         pixels = self.transform(batch.images, device=self.backbone.device, dtype=self.backbone.dtype)
         missing = self.batch_size - len(batch)
         if missing:
             pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
-        vectors = {}
-        for name, pooled in self.backbone(pixels).items():
-            vectors[name] = pooled[: len(batch)].half().cpu().numpy()
-            vectors[name][batch.status != Status.EMBEDDED] = float("nan")
+        vectors = {name: pooled[: len(batch)].half() for name, pooled in self.backbone(pixels).items()}
+        blank = np.flatnonzero(batch.status != Status.EMBEDDED)
+        if blank.size:
+            for rows in vectors.values():
+                rows[torch.from_numpy(blank).to(rows.device)] = float("nan")
         return vectors
+
+    @torch.inference_mode()
+    def fits(self) -> bool:
+        """Whether a batch fits in memory, by running one layer on zeros: no layer needs more, and none keeps any."""
+        size, backbone = self.transform.image_size, self.backbone
+        try:
+            backbone.run_one_layer(
+                torch.zeros(self.batch_size, 3, size, size, device=backbone.device, dtype=backbone.dtype)
+            )
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return False
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # what PyTorch's allocator for the CPU says
+                raise
+            return False
+        return True

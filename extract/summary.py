@@ -1,5 +1,6 @@
 """What a run tells its user: where the time went, what was left out, what the whole bucket would take."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,11 @@ from cache_schema import Status, Version
 
 from .batch import TileBatch
 
-_MALFORMED = "malformed line"
+_MALFORMED = ": malformed line"
+_MAX_EXAMPLES = 5
+_NOTEWORTHY = 0.02
+"""A share of the time below which waiting for something is not worth a word."""
+_MOST_WORKERS = 32
 
 
 @dataclass
@@ -23,7 +28,8 @@ class Timing:
         feed_s, device_s, write_s: the main process waiting for a batch, computing it, waiting for a write.
         fetch_worker_s, decode_worker_s: seconds the feed's workers spent; they divide `feed_s`.
         label_lines: lines with content in the label files.
-        problems: one line per quarantined tile and malformed label line.
+        malformed: malformed ones among them, as far as they were named.
+        examples: the first few of those, `FILE:LINE`.
     """
 
     tiles: int = 0
@@ -34,30 +40,63 @@ class Timing:
     fetch_worker_s: float = 0.0
     decode_worker_s: float = 0.0
     label_lines: int = 0
-    problems: list[str] = field(default_factory=list)
+    malformed: int = 0
+    examples: list[str] = field(default_factory=list)
 
     def note_batch(self, batch: TileBatch) -> None:
         self.tiles += len(batch)
         self.fetch_worker_s += batch.fetch_s
         self.decode_worker_s += batch.decode_s
         self.label_lines += batch.label_lines
-        self.problems += batch.problems
+        named = [problem.removesuffix(_MALFORMED) for problem in batch.problems if problem.endswith(_MALFORMED)]
+        self.malformed += len(named)
+        self.examples += named[: _MAX_EXAMPLES - len(self.examples)]
 
 
-def describe_waits(timings: Sequence[Timing]) -> str:
-    """`waiting: fetch 12 %, decode 20 %, device 66 %, write 0 %` of the ranks' time together."""
+def share_waits(timings: Sequence[Timing]) -> dict[str, float]:
+    """Shares of the ranks' time together: waiting for `fetch` and `decode`, keeping the `device` busy, waiting for
+    `write`."""
     wall = max(sum(t.wall_s for t in timings), 1e-9)
     fetching = sum(t.fetch_worker_s for t in timings)
     decoding = sum(t.decode_worker_s for t in timings)
     fetch_share = fetching / max(fetching + decoding, 1e-9)
-    feed = sum(t.feed_s for t in timings)
-    waits = {
+    feed = sum(t.feed_s for t in timings) / wall
+    return {
         "fetch": feed * fetch_share,
         "decode": feed * (1 - fetch_share),
-        "device": sum(t.device_s for t in timings),
-        "write": sum(t.write_s for t in timings),
+        "device": sum(t.device_s for t in timings) / wall,
+        "write": sum(t.write_s for t in timings) / wall,
     }
-    return "waiting: " + ", ".join(f"{name} {100 * seconds / wall:.0f} %" for name, seconds in waits.items())
+
+
+def describe_waits(timings: Sequence[Timing]) -> str:
+    """`waiting: fetch 1.2 %, decode 0.4 %, device 98.3 %, write 0.1 %`."""
+    return "waiting: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in share_waits(timings).items())
+
+
+def advise(timings: Sequence[Timing], workers: int, cores: int) -> str:
+    """One sentence: what this run waited for most, besides the device, and what would help.
+
+    Args:
+        timings: of all ranks.
+        workers: feed processes a rank.
+        cores: CPU cores a rank.
+    """
+    shares = share_waits(timings)
+    slowest = max(("fetch", "decode", "write"), key=lambda name: shares[name])
+    if shares[slowest] < _NOTEWORTHY:
+        return f"the device was busy {100 * shares['device']:.0f} % of the time: a faster one is all that would help"
+    waiting = f"waiting on {slowest} {100 * shares[slowest]:.0f} %: "
+    if slowest == "write":
+        return waiting + "put CACHE on faster storage"
+    # Were the device never to wait, workers would have to be so many times as fast.
+    feed = shares["fetch"] + shares["decode"]
+    wanted = min(_MOST_WORKERS, math.ceil(max(workers, 1) / max(1 - feed, 1 / _MOST_WORKERS)))
+    if slowest == "decode" and wanted > cores:
+        return waiting + f"{cores} cores a rank decode no faster: give it more, or store smaller tiles"
+    if wanted <= workers:
+        return waiting + "the tiles' place answers slowly: compute nearer to it"
+    return waiting + f"raise --workers to {wanted}"
 
 
 def describe_speed(timings: Sequence[Timing], elapsed: float) -> str:
@@ -72,10 +111,11 @@ def describe_speed(timings: Sequence[Timing], elapsed: float) -> str:
 
 def describe_labels(timings: Sequence[Timing]) -> str:
     lines = sum(t.label_lines for t in timings)
-    malformed = [p.removesuffix(f": {_MALFORMED}") for t in timings for p in t.problems if p.endswith(_MALFORMED)]
+    malformed = sum(t.malformed for t in timings)
     if not malformed:
         return f"{lines:,} label lines read"
-    return f"{lines:,} label lines read, malformed ones among them: {show_first(malformed)}"
+    examples = [example for t in timings for example in t.examples]
+    return f"{lines:,} label lines read, malformed ones among them: {show_first(examples, of=malformed)}"
 
 
 def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str:
@@ -96,9 +136,10 @@ def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) 
     )
 
 
-def show_first(items: Sequence[str], *, separator: str = ", ", limit: int = 5) -> str:
-    """The first few, and how many more there are."""
-    more = [f"{separator or ' '}and {len(items) - limit:,} more"] if len(items) > limit else []
+def show_first(items: Sequence[str], *, separator: str = ", ", limit: int = 5, of: int | None = None) -> str:
+    """The first few, and how many more there are (of more than `items`, when `of` says so)."""
+    count = len(items) if of is None else of
+    more = [f"{separator or ' '}and {count - limit:,} more"] if count > limit else []
     return separator.join(items[:limit]) + "".join(more)
 
 

@@ -200,7 +200,8 @@ def _measure_difference(ranks: Ranks) -> float:
         good = batch.status == Status.EMBEDDED
         for name, vectors in embedder.embed(batch).items():
             cached = values.pooled[name][batch.rows][good].astype(np.float64)
-            difference = np.linalg.norm(vectors[good] - cached, axis=1) / np.linalg.norm(cached, axis=1)
+            streamed = vectors.cpu().numpy()[good]
+            difference = np.linalg.norm(streamed - cached, axis=1) / np.linalg.norm(cached, axis=1)
             largest = max(largest, float(difference.max(initial=0)))
     return largest
 

@@ -7,7 +7,7 @@ from cache_schema import ProvenanceError, Version
 from extract.backbone import Backbone, Checkpoint, find_checkpoint
 from extract.distributed import Ranks
 from extract.feed import TileFeed
-from extract.run import make_provenance
+from extract.plan import make_provenance
 from extract.source import open_source
 
 from .checkpoint import CheckpointMeta

@@ -12,7 +12,7 @@ from cache_schema.layout import Float16Array
 from extract.backbone import Backbone, Checkpoint
 from extract.embed import TileEmbedder
 from extract.feed import TileFeed
-from extract.run import record_environment
+from extract.plan import record_environment
 from extract.source import Source
 
 from .errors import StepZeroError
@@ -91,7 +91,8 @@ class StepZero:
         first = version.layout.block_slice(self._rows.start // version.layout.block_rows).start
         for tiles in self._feed.read(request_batches(table, self._rows, batch)):
             embedded = values.status[tiles.rows - first] == Status.EMBEDDED
-            streamed.append(_join(embedder.embed(tiles), version.layout.pooling))
+            vectors = {name: pooled.cpu().numpy() for name, pooled in embedder.embed(tiles).items()}
+            streamed.append(_join(vectors, version.layout.pooling))
             keep += embedded.tolist()
         rows = np.arange(self._rows.start, self._rows.stop) - first
         stored = _join({name: array[rows] for name, array in values.pooled.items()}, version.layout.pooling)

@@ -28,6 +28,7 @@ from transformers import AutoModel
 
 from cache_schema import CacheNotFoundError, CacheRoot, Status, open_cache
 from extract.config import LAST_CACHE, ExtractConfig
+from extract.embed import TileEmbedder
 from extract.errors import RunError
 from extract.labels import parse_labels
 from extract.listing import label_name
@@ -242,7 +243,7 @@ def test_what_is_printed(undisturbed: tuple[Path, str], tiles: str, objects: Obj
     assert lines[4:6] == ["quarantined 1:", "  images/103_3.png: cannot be decoded as an image"]
     read = sum(parse_labels(data).lines for name, data in objects.items() if name.startswith("labels/"))
     assert lines[6] == f"{read:,} label lines read"
-    assert re.fullmatch(r"560 tiles in [\d.]+ s: [\d,]+ tiles/s .*; waiting: fetch \d+ %, decode .*", lines[7])
+    assert re.fullmatch(r"560 tiles in [\d.]+ s: [\d,]+ tiles/s .*; waiting: fetch [\d.]+ %, decode .*", lines[7])
 
 
 def test_a_second_run_has_nothing_to_do(
@@ -455,6 +456,49 @@ def test_too_many_quarantined_then_accepted_then_mended(
     assert mended.read_rows().embedded.all()
     run_extraction(config("tiles", cache="a", retry_quarantined=True))
     assert "0 quarantined tiles are tried again\n0 to do" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_fit_is_halved_before_the_first_block(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_directory(tmp_path / "tiles", draw_objects(np.random.default_rng(fresh_seed()), 20))
+    monkeypatch.setattr(TileEmbedder, "fits", lambda self: self.batch_size <= 8)
+    with pytest.raises(
+        RunError, match="not even half a batch of 32 tiles of 64 px fits in memory: set a smaller --batch-size"
+    ):
+        run_extraction(config("tiles", cache="a"))
+    run_extraction(config("tiles", cache="b", batch_size=16))
+    assert "a batch of 16 tiles does not fit in memory: going on with 8\n" in capsys.readouterr().out
+    assert open_cache("b").recorded.batch_size == 8
+    run_extraction(config("tiles", cache="c", batch_size=8))
+    assert_same_cache("b", "c")
+
+    version = open_cache("b")
+    CacheRoot("b").open_version(version.id, read_only=False).reopen_blocks([0])
+    monkeypatch.setattr(TileEmbedder, "fits", lambda self: self.batch_size <= 4)
+    run_extraction(config("tiles", cache="b"))
+    assert open_cache("b").recorded.batch_size == 4, "with no block left, another size does no harm"
+
+
+def test_a_batch_of_more_than_the_address_space_does_not_fit(
+    config: Any, tmp_path: Path, env: dict[str, str], checkpoints: dict[str, Path]
+) -> None:
+    """Half a petabyte: the allocator's own refusal, on any machine."""
+    write_directory(tmp_path / "tiles", draw_objects(np.random.default_rng(fresh_seed()), 4))
+    result = run_extract(
+        "--tiles", "tiles", "--backbone", checkpoints["plain"], "--image-size", 2**20, env=env, cwd=tmp_path, nproc=2
+    )
+    assert result.returncode == 1
+    assert result.stderr.count("error: not even half a batch of 32 tiles of 1048576 px fits in memory") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_profile_is_a_trace_of_a_few_batches(config: Any, tmp_path: Path) -> None:
+    write_directory(tmp_path / "tiles", draw_objects(np.random.default_rng(fresh_seed()), 40))
+    run_extraction(config("tiles", cache="a", batch_size=4, profile="trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any("scaled_dot_product" in event.get("name", "") for event in events)
+    assert len({event["name"] for event in events if event.get("name", "").startswith("ProfilerStep#")}) == 5
 
 
 @pytest.mark.parametrize("began", ["bf16", "float32"])

@@ -17,7 +17,8 @@ from extract.batch import make_requests
 from extract.errors import SourceError, TransportError
 from extract.feed import TileFeed
 from extract.gcs_reader import GcsReader, RequestGate, can_name
-from extract.source import list_tiles, open_source
+from extract.listing import list_tiles
+from extract.source import open_source
 from tests.planted import fresh_seed
 from tests.proxy import Fault, Proxy
 from tests.tiles import draw_tile, upload

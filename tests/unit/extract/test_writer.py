@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cache_schema import (
     LABEL_ID_COLUMNS,
@@ -61,7 +62,8 @@ def batches_of(version: Version, blocks: list[int]) -> list[range]:
 
 
 def add(writer: BlockWriter, vectors: dict[str, np.ndarray], rows: range) -> None:
-    writer.add(make_batch(rows), {name: values[rows.start : rows.stop] for name, values in vectors.items()})
+    part = {name: torch.from_numpy(values[rows.start : rows.stop]) for name, values in vectors.items()}
+    writer.add(make_batch(rows), part)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]])

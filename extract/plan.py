@@ -1,0 +1,128 @@
+"""What one extraction has to do: which version of the cache it fills, and which blocks of it are missing."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version as installed_version
+
+import numpy as np
+import torch
+
+from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version
+
+from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint
+from .config import ExtractConfig
+from .listing import list_tiles
+from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
+from .scenes import choose_whole_scenes, find_scenes
+from .source import Source, open_source
+from .transform import RESAMPLING
+
+_LIBRARIES = ("torch", "transformers", "pillow", "imagecodecs", "zarr", "numpy")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rank 0 found out and every rank needs.
+
+    Attributes:
+        cache, version_id: the version to fill.
+        checkpoint: of the backbone.
+        pending: blocks without a commit when the run started.
+        all_tiles: tiles the whole bucket would give, whatever the limit.
+        notes: lines for the user.
+    """
+
+    cache: str
+    version_id: str
+    checkpoint: Checkpoint
+    pending: tuple[int, ...]
+    all_tiles: int
+    notes: tuple[str, ...]
+
+
+def make_plan(config: ExtractConfig, device: torch.device) -> Plan:
+    """List the bucket, read the checkpoint's files, and open or create the version they lead to."""
+    checkpoint = find_checkpoint(config.backbone, config.image_size)
+    source = open_source(config.tiles)
+    listing = list_tiles(source, unlabelled=config.unlabelled)
+    table = listing.table
+    notes = [f"{len(table):,} tiles under {source.url}"]
+    if listing.unlabelled:
+        notes.append(f"{listing.unlabelled:,} tiles without a label file left out (--unlabelled embeds them)")
+    if listing.other:
+        notes.append(f"{listing.other:,} objects under images/ are not PNG, JPEG or TIFF: left out")
+    if config.limit is not None:
+        table = table.select(choose_whole_scenes(find_scenes(table.tile, config.scene_regex), config.limit))
+        notes.append(f"LIMIT={config.limit}: {len(table):,} of {len(listing.table):,} tiles, whole scenes")
+    cache = config.cache_url(checkpoint.image_size)
+    root = CacheRoot(cache)
+    provenance = _choose_provenance(config.precision, checkpoint, root, table, device)
+    recorded = record_environment(config.backbone, source, config.batch_size, device)
+    version = root.create_version(table, provenance, recorded)
+    notes += [f"differs from the run that began this version: {d}" for d in version.recorded.differences(recorded)]
+    if config.retry_quarantined:
+        notes.append(_reopen_quarantined(version, table))
+    pending = tuple(np.flatnonzero(~version.committed()).tolist())
+    if pending:
+        precision = provenance.precision
+        notes.append(f"{count_rows(version, pending):,} to do in {precision} -> {cache} (version {version.id})")
+        if precision == "bf16" and not multiplies_bf16(device):
+            notes.append("this device has no bf16 instructions: --precision float32 would be many times as fast")
+    return Plan(cache, version.id, checkpoint, pending, len(listing.table), tuple(notes))
+
+
+def _choose_provenance(
+    asked: PrecisionChoice, checkpoint: Checkpoint, root: CacheRoot, table: TileTable, device: torch.device
+) -> Provenance:
+    """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on."""
+    if asked != "auto":
+        return make_provenance(checkpoint, asked)
+    fastest = make_provenance(checkpoint, choose_precision(device))
+    there, digest = root.versions(), table.identity_digest()
+    candidates = [fastest, *(replace(fastest, precision=precision) for precision in DTYPES)]
+    return next((known for known in candidates if known.version_id(digest) in there), fastest)
+
+
+def count_rows(version: Version, blocks: Sequence[int]) -> int:
+    slices = [version.layout.block_slice(block) for block in blocks]
+    return sum(rows.stop - rows.start for rows in slices)
+
+
+def _reopen_quarantined(version: Version, table: TileTable) -> str:
+    """Take back the commits of blocks that hold quarantined rows, so that this run tries them again."""
+    rows = np.flatnonzero(version.read_status() > Status.EMBEDDED)
+    if len(rows):
+        version.reopen_blocks(sorted(set((rows // version.layout.block_rows).tolist())))
+        # A mended tile may be the same bytes in a new generation, and while sealed the version kept the old one.
+        version.write_generation(table.generation)
+    return f"{len(rows):,} quarantined tiles are tried again"
+
+
+def make_provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
+    """What embeddings of this checkpoint in this precision depend on; reads and hashes the weight files."""
+    return Provenance(
+        weights_sha256=checkpoint.hash_weights(),
+        depth=checkpoint.depth,
+        width=checkpoint.width,
+        image_size=checkpoint.image_size,
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+        resampling=RESAMPLING,
+        pooling=POOLING,
+        precision=precision,
+    )
+
+
+def record_environment(backbone: str, source: Source, batch_size: int, device: torch.device) -> Recorded:
+    """What is worth knowing about where embeddings were computed."""
+    cuda = device.type == "cuda"
+    return Recorded(
+        backbone=backbone,
+        tiles=source.url,
+        identity=source.identity,
+        batch_size=batch_size,
+        attention=ATTENTION,
+        hardware=torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
+        libraries={name: installed_version(name) for name in _LIBRARIES},
+    )
