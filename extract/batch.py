@@ -13,6 +13,7 @@ import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from cache_schema import LABEL_ID_COLUMNS, NO_LABEL, Status, TileTable
 from cache_schema.layout import UInt8Array, UInt16Array
@@ -95,10 +96,7 @@ class PendingBatch:
         """Start every read of the batch; those beyond the pool's threads wait their turn."""
         self.requests = requests
         self._source = source
-        self._fetched = [
-            (pool.submit(_fetch_tile, source, request), pool.submit(_fetch_labels, source, request))
-            for request in requests
-        ]
+        self._fetched = [pool.submit(_fetch, source, request) for request in requests]
 
     def finish(self) -> TileBatch:
         """Decode tiles as they arrive.
@@ -107,21 +105,21 @@ class PendingBatch:
             SourceError: what is no single tile's own fault: an outage, refused access, a label that changed.
         """
         started = time.perf_counter()
-        images: list[RGBImage | None] = []
+        images = _ImageStack(len(self.requests))
         status = np.full(len(self.requests), Status.EMBEDDED, np.uint8)
         label_ids = np.zeros((len(self.requests), LABEL_ID_COLUMNS), "<u2")
         problems: list[str] = []
         lines = 0
         decode_s = 0.0
-        for i, (request, (tile, label)) in enumerate(zip(self.requests, self._fetched, strict=True)):
-            data = tile.result()
+        for i, (request, fetched) in enumerate(zip(self.requests, self._fetched, strict=True)):
+            data, labels = fetched.result()
             decode_started = time.perf_counter()
-            image, status[i], reason = _decode(data)
+            image, status[i], reason = _decode(data, images.get_row(i))
+            if image is not None:
+                images.put(i, image)
             decode_s += time.perf_counter() - decode_started
-            images.append(image)
             if reason:
                 problems.append(f"{request.tile}: quarantined: {reason}")
-            labels = label.result()
             if labels is not None:
                 label_ids[i] = labels.counts
                 lines += labels.lines
@@ -129,7 +127,7 @@ class PendingBatch:
                 problems += [f"{label_name(request.tile)}:{n}: malformed line" for n in bad]
         return TileBatch(
             rows=np.array([request.row for request in self.requests], np.int64),
-            images=_stack(images),
+            images=images.finish(),
             status=status,
             label_ids=label_ids,
             label_lines=lines,
@@ -137,6 +135,10 @@ class PendingBatch:
             fetch_s=time.perf_counter() - started - decode_s,
             decode_s=decode_s,
         )
+
+
+def _fetch(source: Source, request: TileRequest) -> tuple[bytes | Status, ParsedLabels | None]:
+    return _fetch_tile(source, request), _fetch_labels(source, request)
 
 
 def _fetch_tile(source: Source, request: TileRequest) -> bytes | Status:
@@ -181,20 +183,50 @@ def _read_listed(source: Source, name: str, generation: int, size: int, crc32c: 
     return None
 
 
-def _decode(data: bytes | Status) -> tuple[RGBImage | None, Status, str | None]:
+def _decode(data: bytes | Status, into: RGBImage | None) -> tuple[RGBImage | None, Status, str | None]:
     if isinstance(data, Status):
         return None, data, data.reason
     try:
-        return decode_tile(data), Status.EMBEDDED, None
+        return decode_tile(data, into), Status.EMBEDDED, None
     except UndecodableTileError as error:
         return None, error.status, f"{error.status.reason} ({error})"
 
 
-def _stack(images: Sequence[RGBImage | None]) -> TileImages:
-    """One tensor where all sizes agree, else one each; missing images are zeros."""
-    shapes = {image.shape for image in images if image is not None}
-    blank = np.zeros(next(iter(shapes)) if len(shapes) == 1 else (16, 16, 3), np.uint8)
-    filled = [blank if image is None else image for image in images]
-    if len(shapes) <= 1:
-        return torch.from_numpy(np.stack(filled))
-    return [torch.from_numpy(np.array(image)) for image in filled]  # copied: Pillow's arrays are read-only
+class _ImageStack:
+    """The images of a batch: rows of one tensor as long as their sizes agree, else one tensor each."""
+
+    def __init__(self, rows: int) -> None:
+        self._tensor: Tensor | None = None
+        self._odd: dict[int, RGBImage] = {}
+        self._missing = set(range(rows))
+        self._rows = rows
+
+    def get_row(self, row: int) -> RGBImage | None:
+        """Where to decode a row of the batch's usual size to; None before the first image has shown that size."""
+        return None if self._tensor is None else self._tensor[row].numpy()
+
+    def put(self, row: int, image: RGBImage) -> None:
+        """Take an image; one that was decoded to its row is there already."""
+        self._missing.discard(row)
+        if self._tensor is None:
+            self._tensor = torch.empty(self._rows, *image.shape, dtype=torch.uint8)
+            if get_worker_info() is not None:
+                self._tensor.share_memory_()  # decoded to where the other process reads
+        place = self._tensor[row].numpy()
+        if image.shape != place.shape:
+            self._odd[row] = image
+        elif not np.shares_memory(image, place):
+            place[:] = image
+
+    def finish(self) -> TileImages:
+        """The images; missing ones are zeros."""
+        if self._tensor is None:
+            return torch.zeros(self._rows, 16, 16, 3, dtype=torch.uint8)
+        for row in self._missing:
+            self._tensor[row] = 0
+        if not self._odd:
+            return self._tensor
+        # Copied: Pillow's arrays are read-only.
+        return [
+            torch.tensor(self._odd[row]) if row in self._odd else self._tensor[row].clone() for row in range(self._rows)
+        ]

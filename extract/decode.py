@@ -30,7 +30,7 @@ class UndecodableTileError(Exception):
         self.status = status
 
 
-def decode_tile(data: bytes) -> RGBImage:
+def decode_tile(data: bytes, into: RGBImage | None = None) -> RGBImage:
     """Decode PNG, JPEG or TIFF bytes to (H, W, 3) uint8 RGB.
 
     Alpha is dropped, grey is repeated, palettes are looked up. 16-bit grey keeps its high byte, as Pillow does for
@@ -39,12 +39,17 @@ def decode_tile(data: bytes) -> RGBImage:
     Plain 8-bit RGB PNG goes through libspng, in two thirds of Pillow's time. Pillow takes every other kind, and has the
     last word on a file that libspng refuses.
 
+    Args:
+        data: the file.
+        into: where plain PNG of just its shape is decoded to, and is then what is returned; it saves a copy.
+
     Raises:
         UndecodableTileError: not an image, truncated, or over `MAX_PIXELS`.
     """
-    if _is_plain_png(data):
+    shape = _read_plain_png(data)
+    if shape is not None:
         try:
-            return np.asarray(spng_decode(data))
+            return np.asarray(spng_decode(data, out=into if into is not None and into.shape == shape else None))
         except SpngError:
             pass
     try:
@@ -65,12 +70,12 @@ def decode_tile(data: bytes) -> RGBImage:
         raise UndecodableTileError(Status.UNDECODABLE, f"{type(error).__name__}: {error}") from error
 
 
-def _is_plain_png(data: bytes) -> bool:
-    """Whether this claims to be an 8-bit RGB PNG within the limit (PNG specification, section 11.2.1)."""
+def _read_plain_png(data: bytes) -> tuple[int, int, int] | None:
+    """Shape of what claims to be an 8-bit RGB PNG within the limit (PNG specification, section 11.2.1), else None."""
     if len(data) < 29 or not data.startswith(_PNG_START):
-        return False
+        return None
     width, height, *kind = struct.unpack(">IIBBBBB", data[16:29])
-    return tuple(kind) == _RGB_8_BIT and 0 < width * height <= MAX_PIXELS
+    return (height, width, 3) if tuple(kind) == _RGB_8_BIT and 0 < width * height <= MAX_PIXELS else None
 
 
 def _to_rgb(image: Image.Image) -> RGBImage:

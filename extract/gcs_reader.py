@@ -112,14 +112,15 @@ class GcsReader:
         """
         url = f"gs://{self._bucket}/{path}"
         options: GetOptions = {"version": str(generation)} if generation else {}
-        attempt = Retry(
-            predicate=if_exception_type(GenericError),
-            initial=_FIRST_PAUSE_S,
-            maximum=_LONGEST_PAUSE_S,
-            timeout=_DEADLINE_S,
-        )(lambda: self._gate.run(lambda: obstore.get(self._store, path, options=options).bytes().to_bytes()))
+
+        def request() -> bytes:
+            return obstore.get(self._store, path, options=options).bytes().to_bytes()
+
         try:
-            return attempt()
+            try:
+                return self._gate.run(request)
+            except GenericError:  # only now, since setting up a retry takes as long as the request
+                return _make_retry()(self._gate.run)(request)
         except FileNotFoundError as error:
             raise TileGoneError(f"{url} is gone") from error
         except (PermissionDeniedError, UnauthenticatedError) as error:
@@ -134,6 +135,15 @@ class GcsReader:
                 f"{url} kept failing ({status[1].strip() if status else 'no answer'}): check the network; "
                 "what is committed stays, and the same command goes on from there"
             ) from error
+
+
+def _make_retry() -> Retry:
+    return Retry(
+        predicate=if_exception_type(GenericError),
+        initial=_FIRST_PAUSE_S,
+        maximum=_LONGEST_PAUSE_S,
+        timeout=_DEADLINE_S,
+    )
 
 
 def can_name(path: str) -> bool:
