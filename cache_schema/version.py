@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ from .layout import (
 from .provenance import Provenance, Recorded
 from .store import storage_errors
 from .table import COLUMN_DTYPES, TileTable
+
+_CHECKED_TOGETHER = 4
 
 if TYPE_CHECKING:
     from .root import CacheRoot
@@ -190,16 +194,20 @@ class Version:
         return CacheRows(pooled, values.label_ids, values.status)
 
     def read_status(self) -> UInt8Array:
-        """(N,) uint8, the status of `read_rows`, every digest checked with one block in memory at a time."""
+        """(N,) uint8, the status of `read_rows`, every digest checked with a few blocks in memory at a time."""
         status = np.zeros(self.layout.rows, STATUS_DTYPE)
         commits = self._commits()
-        for block in np.flatnonzero(commits.any(axis=1)).tolist():
-            try:
+
+        def check(block: int) -> None:
+            with suppress(IntegrityError):
                 values = self.read_block(block)
-            except IntegrityError:
-                continue
-            if values.digest(self.layout.pooling) == commits[block].tobytes():
-                status[self.layout.block_slice(block)] = values.status
+                if values.digest(self.layout.pooling) == commits[block].tobytes():
+                    status[self.layout.block_slice(block)] = values.status
+
+        # In a bucket a block takes longer to arrive than to check.
+        with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:
+            for _ in threads.map(check, np.flatnonzero(commits.any(axis=1)).tolist()):
+                pass
         return status
 
     def _read_values(self, rows: slice) -> BlockValues:

@@ -6,6 +6,7 @@ chunk at a time.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,11 @@ def list_tiles(source: Source, *, unlabelled: bool = False) -> Listing:
     Raises:
         SourceError: no tiles, or none with a label.
     """
-    listing = build_table(source.list("images"), source.list("labels"), unlabelled=unlabelled)
+    # A bucket gives a listing page by page, so two listings at once take half the time.
+    with ThreadPoolExecutor(1) as thread:
+        labels = thread.submit(lambda: list(source.list("labels")))
+        images = list(source.list("images"))
+        listing = build_table(images, labels.result(), unlabelled=unlabelled)
     if not len(listing.table) and listing.unlabelled:
         raise SourceError(
             f"{listing.unlabelled:,} tiles under {source.url}/images/, but none has its labels/NAME.txt: "
