@@ -1,6 +1,6 @@
 """What changed in the bucket since an earlier version was made, and which version that is: by the two tables alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,15 +100,16 @@ def find_earlier(
     Returns:
         None where there is none, or where the version to make is in use already or finished without being in use.
     """
-    wanted, current = provenance.version_id(table.identity_digest()), root.current()
-    if current == wanted:
+    wanted, in_use = provenance.version_id(table.identity_digest()), open_in_use(root)
+    if in_use and in_use.id == wanted:
         return None
 
     def fits(version: Version) -> bool:
         return version.provenance == provenance and version.recorded.identity == identity
 
-    candidates = [version for version in _open(root, [current]) if fits(version)]
-    if not candidates:
+    if in_use and fits(in_use):
+        candidates = [in_use]
+    else:
         sealed = [version for version in _open(root, root.versions()) if fits(version) and version.sealed]
         candidates = [] if wanted in [version.id for version in sealed] else sealed
     compared = [
@@ -126,11 +127,16 @@ def read_own_table(version: Version) -> TileTable | None:
     return table if version.provenance.version_id(table.identity_digest()) == version.id else None
 
 
-def _open(root: CacheRoot, ids: list[str | None] | list[str]) -> Iterator[Version]:
+def open_in_use(root: CacheRoot) -> Version | None:
+    """The version in use, sealed or being redone; None where there is none that can be opened."""
+    current = root.current()
+    return next(_open(root, [current]), None) if current else None
+
+
+def _open(root: CacheRoot, ids: Sequence[str]) -> Iterator[Version]:
     """Those of `ids` that can be opened."""
     for version_id in ids:
         try:
-            if version_id is not None:
-                yield root.open_version(version_id)
+            yield root.open_version(version_id)
         except CacheError:  # nothing can be taken over from a version that is damaged, removed or half created
             continue

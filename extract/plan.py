@@ -12,7 +12,7 @@ from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Ver
 from cache_schema.layout import BoolArray
 
 from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint
-from .changes import find_earlier
+from .changes import find_earlier, open_in_use
 from .config import ExtractConfig
 from .listing import list_tiles
 from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
@@ -95,13 +95,16 @@ def make_plan(config: ExtractConfig, device: torch.device) -> Plan:
 def _choose_provenance(
     asked: PrecisionChoice, checkpoint: Checkpoint, root: CacheRoot, table: TileTable, device: torch.device
 ) -> Provenance:
-    """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on."""
+    """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on; for a
+    new one that of the version in use, whose rows can then be kept."""
     if asked != "auto":
         return make_provenance(checkpoint, asked)
     fastest = make_provenance(checkpoint, choose_precision(device))
     there, digest = root.versions(), table.identity_digest()
     candidates = [fastest, *(replace(fastest, precision=precision) for precision in DTYPES)]
-    return next((known for known in candidates if known.version_id(digest) in there), fastest)
+    in_use = open_in_use(root)
+    kept = in_use.provenance if in_use and in_use.provenance in candidates else fastest
+    return next((known for known in candidates if known.version_id(digest) in there), kept)
 
 
 def _count_rows(version: Version, blocks: Sequence[int], mask: BoolArray) -> int:
