@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo extract train-head finetune evaluate predict info check test
+.PHONY: help help-all demo extract train-head finetune evaluate predict info check test bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
@@ -68,6 +68,9 @@ check: $(READY) ## (more) lint, types, import contract
 
 test: $(READY) ## run the tests
 	@$(PYTHON) -m pytest tests $(ARGS)
+
+bench: $(READY) ## (more) measure against the way this replaces: ratios of what runs side by side [AREA=extract]
+	@$(PYTHON) -m tests.benchmarks $(if $(AREA),--area '$(AREA)') $(ARGS)
 
 $(VENV)/.ready: constraints.txt pyproject.toml
 	python3 -m venv $(VENV)
