@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Lock, Semaphore
 from typing import NamedTuple, Self
 
 import google_crc32c
@@ -22,7 +23,7 @@ from .decode import RGBImage, UndecodableTileError, decode_tile
 from .errors import TileGoneError, TransportError
 from .labels import ParsedLabels, parse_labels
 from .listing import label_name
-from .source import Source
+from .source import CONCURRENT_READS, Source
 from .transform import TileImages
 
 _MAX_EXAMPLES = 20
@@ -51,7 +52,8 @@ class TileBatch:
         label_ids: (n, 128) uint16.
         label_lines: lines with content in all label files.
         problems: one readable line per quarantined tile and per malformed label line.
-        fetch_s, decode_s: seconds a worker waited for bytes and decoded them.
+        decode_s: seconds its decoders took, over their number.
+        fetch_s: seconds it was waited for beyond those.
     """
 
     rows: np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -89,56 +91,82 @@ def make_requests(table: TileTable, rows: Iterable[int], *, labels: bool = True)
     ]
 
 
-class PendingBatch:
-    """A batch whose reads are under way."""
+class TileReader:
+    """Reads tiles in threads: many wait for the network at a time, a few decode.
 
-    def __init__(self, source: Source, pool: ThreadPoolExecutor, requests: Sequence[TileRequest]) -> None:
-        """Start every read of the batch; those beyond the pool's threads wait their turn."""
+    Args:
+        source: where tiles are.
+        decoders: tiles decoded at a time, one a core.
+    """
+
+    def __init__(self, source: Source, decoders: int) -> None:
+        self.source = source
+        self.decoders = decoders
+        self.pool = ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="read")
+        self.decoding = Semaphore(decoders)
+
+
+class _Tile(NamedTuple):
+    """What became of one request; the image itself is in the batch's stack."""
+
+    status: Status
+    reason: str | None
+    labels: ParsedLabels | None
+    decode_s: float
+
+
+class PendingBatch:
+    """A batch whose tiles are being fetched and decoded."""
+
+    def __init__(self, reader: TileReader, requests: Sequence[TileRequest]) -> None:
+        """Start on every tile; those beyond the reader's threads wait their turn."""
         self.requests = requests
-        self._source = source
-        self._fetched = [pool.submit(_fetch, source, request) for request in requests]
+        self._reader = reader
+        self._images = _ImageStack(len(requests))
+        self._tiles = [reader.pool.submit(self._read, row, request) for row, request in enumerate(requests)]
 
     def finish(self) -> TileBatch:
-        """Decode tiles as they arrive.
+        """Wait for the tiles and put them together.
 
         Raises:
             SourceError: what is no single tile's own fault: an outage, refused access, a label that changed.
         """
         started = time.perf_counter()
-        images = _ImageStack(len(self.requests))
-        status = np.full(len(self.requests), Status.EMBEDDED, np.uint8)
-        label_ids = np.zeros((len(self.requests), LABEL_ID_COLUMNS), "<u2")
+        tiles = [tile.result() for tile in self._tiles]
+        waited = time.perf_counter() - started
+        label_ids = np.zeros((len(tiles), LABEL_ID_COLUMNS), "<u2")
         problems: list[str] = []
-        lines = 0
-        decode_s = 0.0
-        for i, (request, fetched) in enumerate(zip(self.requests, self._fetched, strict=True)):
-            data, labels = fetched.result()
-            decode_started = time.perf_counter()
-            image, status[i], reason = _decode(data, images.get_row(i))
-            if image is not None:
-                images.put(i, image)
-            decode_s += time.perf_counter() - decode_started
-            if reason:
-                problems.append(f"{request.tile}: quarantined: {reason}")
-            if labels is not None:
-                label_ids[i] = labels.counts
-                lines += labels.lines
-                bad = labels.malformed[:_MAX_EXAMPLES]
+        for i, (request, tile) in enumerate(zip(self.requests, tiles, strict=True)):
+            if tile.reason:
+                problems.append(f"{request.tile}: quarantined: {tile.reason}")
+            if tile.labels is not None:
+                label_ids[i] = tile.labels.counts
+                bad = tile.labels.malformed[:_MAX_EXAMPLES]
                 problems += [f"{label_name(request.tile)}:{n}: malformed line" for n in bad]
+        decode_s = sum(tile.decode_s for tile in tiles) / self._reader.decoders
         return TileBatch(
             rows=np.array([request.row for request in self.requests], np.int64),
-            images=images.finish(),
-            status=status,
+            images=self._images.finish(),
+            status=np.array([tile.status for tile in tiles], np.uint8),
             label_ids=label_ids,
-            label_lines=lines,
+            label_lines=sum(tile.labels.lines for tile in tiles if tile.labels is not None),
             problems=tuple(problems),
-            fetch_s=time.perf_counter() - started - decode_s,
+            fetch_s=max(0.0, waited - decode_s),
             decode_s=decode_s,
         )
 
-
-def _fetch(source: Source, request: TileRequest) -> tuple[bytes | Status, ParsedLabels | None]:
-    return _fetch_tile(source, request), _fetch_labels(source, request)
+    def _read(self, row: int, request: TileRequest) -> _Tile:
+        """Everything about one tile, in one of the reader's threads."""
+        data, labels = _fetch_tile(self._reader.source, request), _fetch_labels(self._reader.source, request)
+        if isinstance(data, Status):
+            return _Tile(data, data.reason, labels, 0.0)
+        with self._reader.decoding:
+            started = time.perf_counter()
+            try:
+                self._images.put(row, decode_tile(data, self._images.get_row(row)))
+            except UndecodableTileError as error:
+                return _Tile(error.status, f"{error.status.reason} ({error})", labels, 0.0)
+            return _Tile(Status.EMBEDDED, None, labels, time.perf_counter() - started)
 
 
 def _fetch_tile(source: Source, request: TileRequest) -> bytes | Status:
@@ -183,20 +211,12 @@ def _read_listed(source: Source, name: str, generation: int, size: int, crc32c: 
     return None
 
 
-def _decode(data: bytes | Status, into: RGBImage | None) -> tuple[RGBImage | None, Status, str | None]:
-    if isinstance(data, Status):
-        return None, data, data.reason
-    try:
-        return decode_tile(data, into), Status.EMBEDDED, None
-    except UndecodableTileError as error:
-        return None, error.status, f"{error.status.reason} ({error})"
-
-
 class _ImageStack:
-    """The images of a batch: rows of one tensor as long as their sizes agree, else one tensor each."""
+    """The images of a batch, put in by threads: rows of one tensor as long as their sizes agree, else one tensor each."""
 
     def __init__(self, rows: int) -> None:
         self._tensor: Tensor | None = None
+        self._allocating = Lock()
         self._odd: dict[int, RGBImage] = {}
         self._missing = set(range(rows))
         self._rows = rows
@@ -208,10 +228,11 @@ class _ImageStack:
     def put(self, row: int, image: RGBImage) -> None:
         """Take an image; one that was decoded to its row is there already."""
         self._missing.discard(row)
-        if self._tensor is None:
-            self._tensor = torch.empty(self._rows, *image.shape, dtype=torch.uint8)
-            if get_worker_info() is not None:
-                self._tensor.share_memory_()  # decoded to where the other process reads
+        with self._allocating:
+            if self._tensor is None:
+                tensor = torch.empty(self._rows, *image.shape, dtype=torch.uint8)
+                # In a worker, tiles are decoded to where the other process reads them.
+                self._tensor = tensor if get_worker_info() is None else tensor.share_memory_()
         place = self._tensor[row].numpy()
         if image.shape != place.shape:
             self._odd[row] = image
@@ -219,14 +240,13 @@ class _ImageStack:
             place[:] = image
 
     def finish(self) -> TileImages:
-        """The images; missing ones are zeros."""
+        """The images; missing ones are zeros, of some small size where sizes differ."""
+        blank = torch.zeros(16, 16, 3, dtype=torch.uint8)
         if self._tensor is None:
-            return torch.zeros(self._rows, 16, 16, 3, dtype=torch.uint8)
-        for row in self._missing:
-            self._tensor[row] = 0
+            return blank.repeat(self._rows, 1, 1, 1)
         if not self._odd:
+            self._tensor[sorted(self._missing)] = 0
             return self._tensor
-        # Copied: Pillow's arrays are read-only.
-        return [
-            torch.tensor(self._odd[row]) if row in self._odd else self._tensor[row].clone() for row in range(self._rows)
-        ]
+        images = {row: torch.tensor(image) for row, image in self._odd.items()}  # copied: Pillow's are read-only
+        images |= dict.fromkeys(self._missing, blank)
+        return [images[row] if row in images else self._tensor[row].clone() for row in range(self._rows)]

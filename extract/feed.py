@@ -1,24 +1,23 @@
 """Tiles on their way to the device: worker processes make batches ahead of their use.
 
-Each worker fetches its next batch while it decodes the present one, so it waits for the bucket only at the beginning.
+Each worker begins its next batch before the present one is ready, so it waits for the bucket only at the beginning.
 """
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.forkserver import ensure_running
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cache_schema import TileprobeError
 
-from .batch import PendingBatch, TileBatch, TileRequest
+from .batch import PendingBatch, TileBatch, TileReader, TileRequest
 from .errors import RunError
-from .source import CONCURRENT_READS, Source
+from .source import Source
 
 PREFETCHED_BATCHES = 2
 """Finished batches per worker that may wait to be used; one more is being decoded, and one fetched."""
@@ -34,7 +33,7 @@ class TileFeed:
     """
 
     def __init__(self, source: Source, *, workers: int, pin_memory: bool = False) -> None:
-        self._batches = _Batches(ahead=workers)
+        self._batches = _Batches(ahead=max(workers, 1))
         self._loader: DataLoader[Any] = DataLoader(
             _TileDataset(source),
             batch_sampler=self._batches,
@@ -46,6 +45,11 @@ class TileFeed:
             # Forked workers can deadlock on the locks of Zarr's event loop and of the HTTP client.
             multiprocessing_context=_make_forkserver() if workers else None,
         )
+
+    def start(self) -> None:
+        """Start the workers, so that they are ready by the time of the first pass; returns at once."""
+        for _ in self.read([]):
+            pass
 
     def read(self, batches: Iterable[list[TileRequest]]) -> Iterator[TileBatch]:
         """One pass over `batches`, in order. They are drawn in this process, a few ahead of what has been yielded, so a
@@ -79,7 +83,8 @@ _Job = list[list[TileRequest]]
 class _Batches:
     """A batch sampler whose batches are replaced before each pass.
 
-    The DataLoader deals them out to its workers in turn, so the one after `ahead` others goes to the same worker.
+    The DataLoader deals them out to its workers in turn, so the one `ahead` places later goes to the same worker (with
+    none, to this process).
     """
 
     def __init__(self, *, ahead: int) -> None:
@@ -91,7 +96,7 @@ class _Batches:
         for batch in self.current:
             waiting.append(batch)
             if len(waiting) > self._ahead:
-                yield [waiting.popleft(), batch if self._ahead else []]
+                yield [waiting.popleft(), batch]
         while waiting:
             yield [waiting.popleft(), []]
 
@@ -101,27 +106,29 @@ class _TileDataset(Dataset[TileBatch | TileprobeError]):
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._pool: ThreadPoolExecutor | None = None
+        self._reader: TileReader | None = None
         self._begun: PendingBatch | None = None
 
     def __getitems__(self, job: _Job) -> TileBatch | TileprobeError:
-        if self._pool is None:
-            torch.set_num_threads(1)
-            self._pool = ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="fetch")
+        if self._reader is None:
+            self._reader = TileReader(self._source, _count_decoders())
         requests, following = job
         begun, self._begun = self._begun, None
         # A pass that was left early may have begun a batch that nobody asks for.
-        pending = begun if begun and begun.requests == requests else self._begin(requests)
-        self._begun = self._begin(following) if following else None
+        pending = begun if begun and begun.requests == requests else PendingBatch(self._reader, requests)
+        self._begun = PendingBatch(self._reader, following) if following else None
         try:
             return pending.finish()
         except TileprobeError as error:
             # Raised here it would reach the main process wrapped in a worker's traceback.
             return error.with_traceback(None)
 
-    def _begin(self, requests: list[TileRequest]) -> PendingBatch:
-        assert self._pool is not None
-        return PendingBatch(self._source, self._pool, requests)
+
+def _count_decoders() -> int:
+    """Threads that decode in this worker: together with the other workers', one a core."""
+    worker = get_worker_info()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // (worker.num_workers if worker else 1))
 
 
 def _make_forkserver() -> multiprocessing.context.BaseContext:

@@ -68,10 +68,11 @@ def run_extraction(config: ExtractConfig) -> None:
 def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
     """Embed and commit this rank's draw of the pending blocks."""
     version = CacheRoot(plan.cache).open_version(plan.version_id, read_only=False)
-    embedder = _load_embedder(plan, version, ranks)
-    draw, count_done = ranks.make_counter("block"), ranks.make_counter("done")
     workers = ranks.choose_workers(config.workers)
     feed = TileFeed(open_source(config.tiles), workers=workers, pin_memory=ranks.device.type == "cuda")
+    feed.start()
+    embedder = _load_embedder(plan, version, ranks)
+    draw, count_done = ranks.make_counter("block"), ranks.make_counter("done")
     timing, started = Timing(), time.perf_counter()
     with (
         _profiler(config.profile if ranks.is_main else None) as note_step,

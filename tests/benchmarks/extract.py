@@ -140,8 +140,8 @@ def measure_many_blocks(fixtures: Fixtures) -> list[Figure]:
             Bound("<=", 0.005),
             tuple(run.write_share for run in runs),
             unit="share",
-            detail=f"{SMALL_TILES:,} tiles at {median(run.tiles_per_s for run in runs):.0f} tiles/s, local cache; a tiny "
-            "backbone, so that blocks come as fast as from a GPU",
+            detail=f"{SMALL_TILES:,} tiles at {median(run.tiles_per_s for run in runs):.0f} tiles/s, local cache; "
+            "a tiny backbone, so that blocks come as fast as from a GPU",
         ),
         Figure(
             f"peak memory at {SMALL_TILES:,} tiles over that at {_FEW_SMALL_TILES:,} (small tiles, small backbone)",
