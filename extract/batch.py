@@ -212,7 +212,7 @@ def _read_listed(source: Source, name: str, generation: int, size: int, crc32c: 
 
 
 class _ImageStack:
-    """The images of a batch, put in by threads: rows of one tensor as long as their sizes agree, else one tensor each."""
+    """A batch's images, put in by threads: rows of one tensor as long as their sizes agree, else one tensor each."""
 
     def __init__(self, rows: int) -> None:
         self._tensor: Tensor | None = None

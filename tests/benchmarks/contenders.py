@@ -54,7 +54,7 @@ def count_flop(config: Any, image_size: int) -> float:
     projections = 4 * width * width + (3 if config.use_gated_mlp else 2) * width * hidden
     attention = 2 * tokens * width  # scores and weighted sum, of one token with all
     embedding = patches * 3 * config.patch_size**2 * width
-    return 2.0 * (config.num_hidden_layers * tokens * (projections + attention) + embedding)
+    return float(2 * (config.num_hidden_layers * tokens * (projections + attention) + embedding))
 
 
 def time_forward(checkpoint: Path, image_size: int, precision: Precision, batch: int) -> float:

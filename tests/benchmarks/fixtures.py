@@ -35,6 +35,8 @@ VITL16 = {
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
+    "num_register_tokens": 4,
+    "patch_size": 16,
     "image_size": 224,
 }
 """The shape of facebook/dinov3-vitl16-pretrain-sat493m, to be filled with random weights."""
