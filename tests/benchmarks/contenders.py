@@ -135,7 +135,7 @@ def run_parts(server: str, bucket: str, prefix: str, tiles: Sequence[Path]) -> t
     store = GCSStore(
         bucket,
         client_options={"allow_http": True},
-        config={"google_skip_signature": True, "google_base_url": server},
+        config={"skip_signature": True, "base_url": server},
     )
     paths = [f"{prefix}/images/{tile.name}" for tile in tiles]
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 PROJECT_ROOT = Path(__file__).parents[2]
 BUCKET = "tileprobe-bench"
 WORKERS = 1
-"""Feed processes on either side of every comparison: on two cores, computing leaves one."""
+"""Feed processes beside a model, on either side of every comparison: on two cores, computing leaves one."""
 VITL16 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
