@@ -32,6 +32,7 @@ from .provenance import Provenance, Recorded
 from .store import storage_errors
 from .table import COLUMN_DTYPES, TileTable
 
+DIGEST_CONTRADICTED = "its values contradict its digest"
 _CHECKED_TOGETHER = 4
 
 if TYPE_CHECKING:
@@ -165,17 +166,24 @@ class Version:
         """
         return self._read_values(self.layout.block_slice(block))
 
+    def read_commit(self, block: int) -> bytes:
+        """The digest that one block was committed with (32 bytes), zeros where there is none.
+
+        Raises:
+            IntegrityError: it is cut or flipped.
+        """
+        return self._read("commit", slice(block, block + 1)).tobytes()
+
     def check_block(self, block: int) -> str | None:
         """What is wrong with a committed block, None if nothing."""
         try:
             values = self.read_block(block)
-            commit = self._read("commit", slice(block, block + 1)).tobytes()
-            if values.digest(self.layout.pooling) != commit:
-                return "its values contradict its digest"
-            values.refuse_unstorable(self.layout, self.layout.block_slice(block))
+            commit = self.read_commit(block)
         except IntegrityError as error:
             return str(error)
-        return None
+        if values.digest(self.layout.pooling) != commit:
+            return DIGEST_CONTRADICTED
+        return "; ".join(values.find_contradictions(self.layout, self.layout.block_slice(block))) or None
 
     def read_rows(self) -> CacheRows:
         """Everything into memory, in one read per array; a block that contradicts its commit reads as pending."""
