@@ -157,7 +157,11 @@ def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ran
     status = version.read_status()
     missing, quarantined = int((status == Status.PENDING).sum()), int((status > Status.EMBEDDED).sum())
     if missing:
-        raise RunError(f"{missing:,} rows of {plan.cache} are missing or damaged: run the same command again")
+        if version.committed().all():
+            mend = f"damaged: run `python -m cache_schema verify {plan.cache} --repair`, then the same command again"
+        else:
+            mend = "missing: run the same command again"
+        raise RunError(f"{missing:,} rows of {plan.cache} are {mend}")
     if quarantined > config.max_quarantined * len(status):
         raise RunError(
             f"{quarantined:,} of {len(status):,} tiles are quarantined, more than --max-quarantined "

@@ -7,6 +7,7 @@ import pytest
 
 from cache_schema import BlockValues, CacheRoot, Version, open_cache
 from cache_schema.verify import repair_version, verify_version
+from extract.errors import RunError
 from tests.caches import get_all
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
@@ -52,3 +53,14 @@ def test_an_extraction_after_a_repair_computes_only_the_damaged_blocks(
     assert written == [0, 2]
     assert get_all(cache) == undisturbed
     assert verify_version(open_cache(cache)).lines == ()
+
+
+def test_an_extraction_that_finds_damage_names_the_repair(tmp_path: Path) -> None:
+    """A damaged block has a commit still, so running the same command again would change nothing."""
+    seed = fresh_seed()
+    tiles = plant_tiles(tmp_path / "tiles", scenes=5, per_scene=4, seed=seed)
+    backbone = make_checkpoint(tmp_path / "backbone", seed=seed)
+    cache = extract_cache(tiles, tmp_path / "cache", backbone)
+    (tmp_path / "cache" / f"{open_cache(cache).id}.zarr/status/c/0").unlink()
+    with pytest.raises(RunError, match=r"20 rows of .*cache are damaged: run `python -m cache_schema verify .* --repa"):
+        extract_cache(tiles, cache, backbone)
