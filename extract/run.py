@@ -179,7 +179,8 @@ def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ran
     if not plan.pending:
         return "\n".join([f"0 to do, {elapsed:.0f} s", *lines])
     workers = ranks.choose_workers(config.workers)
-    lines += [describe_labels(timings), describe_speed(timings, elapsed), advise(timings, workers, ranks.cores)]
+    lines += [describe_labels(timings), describe_speed(timings, elapsed)]
+    lines.append(advise(timings, workers, ranks.cores, on_cpu=ranks.device.type == "cpu"))
     if config.limit is not None:
         lines.append(estimate_whole(version, plan.all_tiles, timings))
     return "\n".join(lines)
