@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cache_schema import LABEL_ID_COLUMNS, NO_LABEL, Status, TileTable
-from cache_schema.layout import UInt8Array, UInt16Array
+from cache_schema.layout import BoolArray, UInt8Array, UInt16Array
 
 from .decode import RGBImage, UndecodableTileError, decode_tile
 from .errors import TileGoneError, TransportError
@@ -122,7 +122,7 @@ class PendingBatch:
         """Start on every tile; those beyond the reader's threads wait their turn."""
         self.requests = requests
         self._reader = reader
-        self._images = _ImageStack(len(requests))
+        self._images = ImageStack(len(requests))
         self._tiles = [reader.pool.submit(self._read, row, request) for row, request in enumerate(requests)]
 
     def finish(self) -> TileBatch:
@@ -144,10 +144,11 @@ class PendingBatch:
                 bad = tile.labels.malformed[:_MAX_EXAMPLES]
                 problems += [f"{label_name(request.tile)}:{n}: malformed line" for n in bad]
         decode_s = sum(tile.decode_s for tile in tiles) / self._reader.decoders
+        status = np.array([tile.status for tile in tiles], np.uint8)
         return TileBatch(
             rows=np.array([request.row for request in self.requests], np.int64),
-            images=self._images.finish(),
-            status=np.array([tile.status for tile in tiles], np.uint8),
+            images=self._images.finish(status == Status.EMBEDDED),
+            status=status,
             label_ids=label_ids,
             label_lines=sum(tile.labels.lines for tile in tiles if tile.labels is not None),
             problems=tuple(problems),
@@ -211,42 +212,49 @@ def _read_listed(source: Source, name: str, generation: int, size: int, crc32c: 
     return None
 
 
-class _ImageStack:
+class ImageStack:
     """A batch's images, put in by threads: rows of one tensor as long as their sizes agree, else one tensor each."""
 
     def __init__(self, rows: int) -> None:
         self._tensor: Tensor | None = None
-        self._allocating = Lock()
-        self._odd: dict[int, RGBImage] = {}
-        self._missing = set(range(rows))
+        self._apart: dict[int, RGBImage] = {}
         self._rows = rows
+        self._lock = Lock()
 
     def get_row(self, row: int) -> RGBImage | None:
-        """Where to decode a row of the batch's usual size to; None before the first image has shown that size."""
+        """Where to decode a row of the batch's usual size to; None before two images have shown that size."""
         return None if self._tensor is None else self._tensor[row].numpy()
 
     def put(self, row: int, image: RGBImage) -> None:
-        """Take an image; one that was decoded to its row is there already."""
-        self._missing.discard(row)
-        with self._allocating:
-            if self._tensor is None:
-                tensor = torch.empty(self._rows, *image.shape, dtype=torch.uint8)
-                # In a worker, tiles are decoded to where the other process reads them.
-                self._tensor = tensor if get_worker_info() is None else tensor.share_memory_()
-        place = self._tensor[row].numpy()
-        if image.shape != place.shape:
-            self._odd[row] = image
-        elif not np.shares_memory(image, place):
-            place[:] = image
+        """Take an image; one that was decoded to its row is there already, and is no second one."""
+        place = self.get_row(row)
+        if place is None or not np.shares_memory(image, place):
+            with self._lock:
+                # One huge tile among small ones must not reserve its size for each of them.
+                if self._tensor is None and any(image.shape == other.shape for other in self._apart.values()):
+                    self._tensor = self._allocate(image.shape)
+                self._apart[row] = image
 
-    def finish(self) -> TileImages:
-        """The images; missing ones are zeros, of some small size where sizes differ."""
+    def finish(self, embedded: BoolArray) -> TileImages:
+        """The images; those of rows that are not `embedded` (n,) are zeros, of some small size where sizes differ."""
+        shapes = {image.shape for image in self._apart.values()}
+        if self._tensor is None and len(shapes) == 1:
+            self._tensor = self._allocate(*shapes)
         blank = torch.zeros(16, 16, 3, dtype=torch.uint8)
-        if self._tensor is None:
+        if self._tensor is None and not shapes:
             return blank.repeat(self._rows, 1, 1, 1)
-        if not self._odd:
-            self._tensor[sorted(self._missing)] = 0
+        if self._tensor is not None and shapes <= {tuple(self._tensor.shape[1:])}:
+            for row, image in self._apart.items():
+                self._tensor[row].numpy()[:] = image
+            self._tensor[torch.from_numpy(~embedded)] = 0
             return self._tensor
-        images = {row: torch.tensor(image) for row, image in self._odd.items()}  # copied: Pillow's are read-only
-        images |= dict.fromkeys(self._missing, blank)
-        return [images[row] if row in images else self._tensor[row].clone() for row in range(self._rows)]
+        images = {row: torch.tensor(image) for row, image in self._apart.items()}  # copied: Pillow's are read-only
+        images |= dict.fromkeys(np.flatnonzero(~embedded).tolist(), blank)
+        if self._tensor is not None:
+            images |= {row: self._tensor[row].clone() for row in range(self._rows) if row not in images}
+        return [images[row] for row in range(self._rows)]
+
+    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.empty(self._rows, *shape, dtype=torch.uint8)
+        # In a worker, tiles are decoded to where the other process reads them.
+        return tensor if get_worker_info() is None else tensor.share_memory_()
