@@ -1,23 +1,23 @@
 """Tiles on their way to the device: worker processes make batches ahead of their use.
 
-Each worker begins its next batch before the present one is ready, so it waits for the bucket only at the beginning.
+Each worker fetches its next batch while it decodes the present one, so it waits for the bucket only at the beginning.
 """
 
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.forkserver import ensure_running
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import TileprobeError
 
-from .batch import PendingBatch, TileBatch, TileReader, TileRequest
+from .batch import PendingBatch, TileBatch, TileRequest
 from .errors import RunError
-from .source import Source
+from .source import CONCURRENT_READS, Source
 
 PREFETCHED_BATCHES = 2
 """Finished batches per worker that may wait to be used; one more is being decoded, and one fetched."""
@@ -106,29 +106,22 @@ class _TileDataset(Dataset[TileBatch | TileprobeError]):
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._reader: TileReader | None = None
+        self._pool: ThreadPoolExecutor | None = None
         self._begun: PendingBatch | None = None
 
     def __getitems__(self, job: _Job) -> TileBatch | TileprobeError:
-        if self._reader is None:
-            self._reader = TileReader(self._source, _count_decoders())
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="fetch")
         requests, following = job
         begun, self._begun = self._begun, None
         # A pass that was left early may have begun a batch that nobody asks for.
-        pending = begun if begun and begun.requests == requests else PendingBatch(self._reader, requests)
-        self._begun = PendingBatch(self._reader, following) if following else None
+        pending = begun if begun and begun.requests == requests else PendingBatch(self._source, self._pool, requests)
+        self._begun = PendingBatch(self._source, self._pool, following) if following else None
         try:
             return pending.finish()
         except TileprobeError as error:
             # Raised here it would reach the main process wrapped in a worker's traceback.
             return error.with_traceback(None)
-
-
-def _count_decoders() -> int:
-    """Threads that decode in this worker: together with the other workers', one a core."""
-    worker = get_worker_info()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // (worker.num_workers if worker else 1))
 
 
 def _make_forkserver() -> multiprocessing.context.BaseContext:
