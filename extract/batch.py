@@ -99,7 +99,7 @@ class PendingBatch:
         self._fetched = [pool.submit(_fetch, source, request) for request in requests]
 
     def finish(self) -> TileBatch:
-        """Decode tiles as they arrive, in this thread: the pool's would do it in a sixth more time.
+        """Decode tiles as they arrive, in this thread: there is a worker for every core that decodes.
 
         Raises:
             SourceError: what is no single tile's own fault: an outage, refused access, a label that changed.
