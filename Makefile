@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo extract train-head finetune evaluate predict info check test
+.PHONY: help help-all demo extract train-head finetune evaluate predict info check test bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
@@ -33,7 +33,8 @@ help: ## show this help
 
 help-all: ## (more) show every target and every command's options
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
-	@for command in "extract run" "train head" "train finetune" "train evaluate" "train predict" "cache_schema info" "cache_schema verify"; do \
+	@for command in "extract run" "train head" "train finetune" "train evaluate" "train predict" \
+		"cache_schema info" "cache_schema verify" "cache_schema diff" "cache_schema gc"; do \
 		echo; $(PYTHON) -m $$command --help; done
 
 demo: $(READY) ## the whole pipeline on a generated bucket: no account, no GPU
@@ -68,6 +69,9 @@ check: $(READY) ## (more) lint, types, import contract
 
 test: $(READY) ## run the tests
 	@$(PYTHON) -m pytest tests $(ARGS)
+
+bench: $(READY) ## (more) measure against the way this replaces: ratios of what runs side by side [AREA=extract]
+	@$(PYTHON) -m tests.benchmarks $(if $(AREA),--area '$(AREA)') $(ARGS)
 
 $(VENV)/.ready: constraints.txt pyproject.toml
 	python3 -m venv $(VENV)

@@ -1,6 +1,7 @@
-"""python -m cache_schema info|verify CACHE"""
+"""python -m cache_schema info|verify|diff|gc"""
 
 import json
+import re
 import sys
 from collections import Counter
 from typing import Any
@@ -8,16 +9,19 @@ from typing import Any
 import click
 import numpy as np
 
-from .errors import IntegrityError, TileprobeError
+from .collect import MIB, find_references, list_versions, remove_versions
+from .compare import compare_versions
+from .errors import TileprobeError
 from .layout import Status, UInt8Array
-from .root import open_cache
+from .root import CacheRoot, open_cache
 from .taxonomy import format_histogram
+from .verify import repair_version, verify_version
 from .version import Version
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Look at a cache of embeddings."""
+    """Look after a cache of embeddings."""
 
 
 @main.command()
@@ -49,39 +53,82 @@ def info(cache: str, version_id: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("cache")
 @click.option("--version", "version_id", help="Another version than the one in use.")
-def verify(cache: str, version_id: str | None) -> None:
-    """Recompute every digest of CACHE; ends with status 1 if anything is wrong or unfinished."""
+@click.option("--repair", is_flag=True, help="Take back the commits of damaged blocks, for `make extract` to redo.")
+def verify(cache: str, version_id: str | None, repair: bool) -> None:
+    """Recompute every digest of CACHE, and name what is damaged by array, block and rows.
+
+    Ends with status 1 if anything is wrong or unfinished, repaired or not: `make extract` has to run then.
+    """
     version = open_cache(cache, version=version_id, allow_unsealed=True)
-    problems = _find_problems(version)
-    for problem in problems:
-        click.echo(problem)
-    if problems:
-        click.echo(f"{cache}: {len(problems)} problems: `make extract` redoes what is missing or damaged")
-        sys.exit(1)
-    stored: Any = version.group["status"]
-    counts = _describe_status(_count_status(stored[:]))
-    rows, blocks = version.layout.rows, version.layout.blocks
-    click.echo(f"{cache}: version {version.id} is sound: {rows:,} rows ({counts}) in {blocks:,} blocks, sealed")
+    findings = verify_version(version)
+    for line in findings.lines:
+        click.echo(line)
+    if not findings.lines:
+        stored: Any = version.group["status"]
+        counts = _describe_status(_count_status(stored[:]))
+        rows, blocks = version.layout.rows, version.layout.blocks
+        click.echo(f"{cache}: version {version.id} is sound: {rows:,} rows ({counts}) in {blocks:,} blocks, sealed")
+        return
+    if repair:
+        writable = CacheRoot(cache).open_version(version.id, read_only=False)
+        click.echo("\n".join(repair_version(writable, findings)))
+    elif findings.damaged:
+        click.echo(
+            f"{cache}: {len(findings.damaged):,} blocks are damaged: `verify --repair` lets `make extract` redo them"
+        )
+    else:
+        click.echo(f"{cache}: no block is damaged: `make extract` mends or finishes the rest")
+    sys.exit(1)
 
 
-def _find_problems(version: Version) -> list[str]:
-    """One line per block that is pending or wrong, and what the seal says."""
-    problems = []
-    committed = version.committed()
-    for block, rows in enumerate(version.layout.block_slices()):
-        wrong = version.check_block(block) if committed[block] else "is not committed"
-        if wrong:
-            problems.append(f"block {block} (rows {rows.start}-{rows.stop - 1}): {wrong}")
-    if not version.sealed:
-        problems.append("the version is not sealed")
-    try:
-        if version.provenance.version_id(version.read_table().identity_digest()) != version.id:
-            problems.append("the tile table or the provenance is not the one this version's id was made from")
-        if version.sealed and not version.check_seal():
-            problems.append("the seal contradicts the table or the commits")
-    except IntegrityError as error:
-        problems.append(str(error))
-    return problems
+@main.command()
+@click.argument("a")
+@click.argument("b")
+def diff(a: str, b: str) -> None:
+    """Say how cache A differs from cache B: provenance, tiles, and how far the vectors moved.
+
+    Either is a cache, compared by its version in use, or CACHE@VERSION. Vectors are compared for tiles that both hold
+    with the same bytes. Ends with status 0 if nothing differs, 1 if something does.
+    """
+    comparison = compare_versions(*map(_open_named_version, (a, b)))
+    click.echo("\n".join(comparison.lines))
+    sys.exit(1 if comparison.differs else 0)
+
+
+@main.command()
+@click.argument("cache")
+@click.option("--keep", type=click.IntRange(min=0), default=0, metavar="N", help="Keep the N newest of these, too.")
+@click.option(
+    "--runs",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="DIR",
+    help="Where run directories lie whose versions stay.  [default: runs]",
+)
+@click.option("--unsealed", is_flag=True, help="Remove unfinished versions, too: make sure that no extraction runs.")
+@click.option("--yes", is_flag=True, help="Remove them; otherwise they are only listed.")
+def gc(cache: str, keep: int, runs: str | None, unsealed: bool, yes: bool) -> None:
+    """Remove versions of CACHE that are not in use and that no run was trained on.
+
+    A version that is not finished counts as one with an extraction under way, and stays.
+    """
+    root = CacheRoot(cache, read_only=not yes)
+    references = find_references(runs or "runs")
+    versions = list_versions(root, references, keep=keep, unsealed=unsealed)
+    doomed = [version for version in versions if version.kept is None]
+    click.echo("\n".join(version.describe() for version in versions))
+    what = f"{len(doomed)} of {len(versions)} versions, {sum(version.bytes for version in doomed) / MIB:,.1f} MiB"
+    if yes:
+        remove_versions(root, doomed)
+        click.echo(f"removed {what}")
+    else:
+        click.echo(f"{what} to remove: --yes removes them" if doomed else "nothing to remove")
+
+
+def _open_named_version(name: str) -> Version:
+    """The version in use of a cache, or the one that `CACHE@VERSION` names."""
+    named = re.fullmatch(r"(.+)@([0-9a-f]{20})", name)
+    cache, version_id = named.groups() if named else (name, None)
+    return open_cache(cache, version=version_id, allow_unsealed=True)
 
 
 def _count_status(status: UInt8Array) -> dict[str, int]:

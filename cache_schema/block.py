@@ -14,6 +14,7 @@ from .layout import (
     LABEL_IDS_DTYPE,
     POOLED_DTYPE,
     STATUS_DTYPE,
+    BoolArray,
     Float16Array,
     Layout,
     Status,
@@ -22,6 +23,7 @@ from .layout import (
 )
 
 _STORABLE_STATUS = [status for status in Status if status != Status.PENDING]
+_ROWS_NAMED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,34 +58,51 @@ class BlockValues:
         digest.update(np.ascontiguousarray(self.status, STATUS_DTYPE).tobytes())
         return digest.digest()
 
+    def find_contradictions(self, layout: Layout, rows: slice) -> list[str]:
+        """One readable line per reason why these cannot be the values of `rows`; none if they can.
+
+        Shapes and dtypes that are not the layout's, status codes that no committed row has, an embedding that does not
+        fit float16 (inf or NaN), vectors in rows that were not embedded.
+        """
+        if lines := self._find_other_shapes(layout, rows.stop - rows.start):
+            return lines
+
+        def name_rows(wrong: BoolArray) -> str:
+            found = (rows.start + np.flatnonzero(wrong)).tolist()
+            more = f" and {len(found) - _ROWS_NAMED} more" if len(found) > _ROWS_NAMED else ""
+            return f"{'row' if len(found) == 1 else 'rows'} {', '.join(map(str, found[:_ROWS_NAMED]))}{more}"
+
+        for code in np.setdiff1d(self.status, _STORABLE_STATUS).tolist():
+            where = name_rows(np.asarray(self.status == code))
+            lines.append(f"array status of {where} is {code}, which no committed row has")
+        embedded = np.asarray(self.status == Status.EMBEDDED)
+        quarantined = np.isin(self.status, _STORABLE_STATUS) & ~embedded
+        for name in layout.pooling:
+            broken = embedded & ~np.isfinite(self.pooled[name]).all(axis=1)
+            if broken.any():
+                lines.append(f"array {name} of {name_rows(broken)} is not finite in float16")
+            filled = quarantined & ~np.isnan(self.pooled[name]).all(axis=1)
+            if filled.any():
+                lines.append(f"array {name} of {name_rows(filled)} holds values, but status says not embedded")
+        return lines
+
     def refuse_unstorable(self, layout: Layout, rows: slice) -> None:
         """Check that these can be the values of `rows`.
 
         Raises:
-            IntegrityError: shapes, dtypes or status codes that are not the layout's, an embedding that does not fit
-                float16 (inf or NaN), or vectors in rows that were not embedded.
+            IntegrityError: the first of `find_contradictions`.
         """
-        self._refuse_other_shapes(layout, rows.stop - rows.start)
-        codes = np.setdiff1d(self.status, _STORABLE_STATUS)
-        if len(codes):
-            raise IntegrityError(f"status holds {codes.tolist()}: a committed row is {_STORABLE_STATUS[0]:d} or above")
-        embedded = np.asarray(self.status == Status.EMBEDDED)
-        for name in layout.pooling:
-            vectors = self.pooled[name]
-            broken = np.flatnonzero(embedded & ~np.isfinite(vectors).all(axis=1))
-            if len(broken):
-                raise IntegrityError(
-                    f"{name} of row {rows.start + broken[0]} is not finite in float16: nothing of its block was stored"
-                )
-            if not np.isnan(vectors[~embedded]).all():
-                raise IntegrityError(f"{name} holds values in rows whose status says they were not embedded")
+        for line in self.find_contradictions(layout, rows):
+            raise IntegrityError(f"{line}: nothing of its block was stored")
 
-    def _refuse_other_shapes(self, layout: Layout, n: int) -> None:
+    def _find_other_shapes(self, layout: Layout, n: int) -> list[str]:
         expected: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {}
         expected |= dict.fromkeys(layout.pooling, ((n, layout.width), POOLED_DTYPE))
         expected |= {"label_ids": ((n, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE), "status": ((n,), STATUS_DTYPE)}
         arrays: dict[str, npt.NDArray[Any]] = dict(self.pooled)
         arrays |= {"label_ids": self.label_ids, "status": self.status}
-        for name, (shape, dtype) in expected.items():
-            if name not in arrays or arrays[name].shape != shape or arrays[name].dtype != dtype:
-                raise IntegrityError(f"array {name} of a block must be {dtype} {shape}")
+        return [
+            f"array {name} of a block must be {dtype} {shape}"
+            for name, (shape, dtype) in expected.items()
+            if name not in arrays or arrays[name].shape != shape or arrays[name].dtype != dtype
+        ]

@@ -205,6 +205,11 @@ class GcsStore(Store):
             if child:  # not the placeholder that consoles make for a folder
                 yield child
 
+    async def measure_dir(self, prefix: str) -> tuple[int, float]:
+        """Bytes of all objects below a folder, and when the newest was written (seconds since 1970; 0 for none)."""
+        await self._ensure_open()
+        return await self._call(self._measure, self._name(f"{prefix.rstrip('/')}/"))
+
     async def _list_names(self, prefix: str, delimiter: str | None) -> AsyncIterator[str]:
         await self._ensure_open()
         pages = await self._call(self._list_pages, prefix, delimiter)
@@ -319,6 +324,13 @@ class GcsStore(Store):
         fields = "items(name),prefixes,nextPageToken"
         blobs = self._open_bucket().list_blobs(prefix=prefix, delimiter=delimiter, fields=fields, **self._options())
         return blobs.pages
+
+    def _measure(self, prefix: str) -> tuple[int, float]:
+        fields = "items(name,size,updated),nextPageToken"
+        size, newest = 0, 0.0
+        for blob in self._open_bucket().list_blobs(prefix=prefix, fields=fields, **self._options()):
+            size, newest = size + blob.size, max(newest, blob.updated.timestamp())
+        return size, newest
 
     # Messages
 

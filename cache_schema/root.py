@@ -9,7 +9,7 @@ from zarr.core.sync import sync
 from .creation import create_arrays
 from .errors import CacheFormatError, CacheNotFoundError
 from .provenance import Provenance, Recorded
-from .store import open_store, storage_errors
+from .store import measure_folder, open_store, storage_errors
 from .table import TileTable
 from .version import Version
 
@@ -52,6 +52,17 @@ class CacheRoot:
         with storage_errors(self.url):
             found = sync(names())
         return sorted(name.rstrip("/").removesuffix(_SUFFIX) for name in found if name.rstrip("/").endswith(_SUFFIX))
+
+    def measure_version(self, version_id: str) -> tuple[int, float]:
+        """Bytes of a version, and when it was last written to (seconds since 1970)."""
+        return measure_folder(self.url, version_id + _SUFFIX)
+
+    def remove_version(self, version_id: str) -> None:
+        """Remove a version; what an interrupted removal leaves counts as an interrupted creation."""
+        path = version_id + _SUFFIX
+        with storage_errors(self.url):
+            sync(self.store.delete(f"{path}/commit/zarr.json"))
+            sync(self.store.delete_dir(path))
 
     def open_version(self, version_id: str, *, read_only: bool = True) -> Version:
         """Open one version.

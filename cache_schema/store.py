@@ -2,9 +2,13 @@
 
 import errno
 import os
+import stat
+from contextlib import suppress
+from pathlib import Path
 from typing import Self
 
 from zarr.abc.store import Store
+from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from .errors import StorageError
@@ -19,6 +23,25 @@ def open_store(url: str, *, read_only: bool) -> Store:
     if "://" in url:
         raise StorageError(f"cannot open {url}: a cache is a local directory or gs://bucket/prefix")
     return LocalStore(url, read_only=read_only)
+
+
+def measure_folder(url: str, folder: str) -> tuple[int, float]:
+    """Bytes of everything below a folder of a store, and when the newest was written (seconds since 1970; 0 for none).
+
+    Zarr's stores know sizes, but no times.
+    """
+    if url.startswith("gs://"):
+        from .gcs import GcsStore
+
+        return sync(GcsStore(url, read_only=True).measure_dir(folder))
+    size, newest = 0, 0.0
+    with storage_errors(url):
+        for path in Path(url, folder).rglob("*"):
+            with suppress(FileNotFoundError):  # the temporary name of a file that is being written
+                found = path.stat()
+                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+                newest = max(newest, found.st_mtime)
+    return size, newest
 
 
 class storage_errors:

@@ -29,6 +29,7 @@ from .provenance import Provenance, Recorded
 from .store import storage_errors
 from .table import COLUMN_DTYPES, TileTable
 
+DIGEST_CONTRADICTED = "its values contradict its digest"
 _CHECKED_TOGETHER = 4
 
 if TYPE_CHECKING:
@@ -162,17 +163,26 @@ class Version:
         """
         return self._read_values(self.layout.block_slice(block))
 
+    def read_commit(self, block: int) -> bytes:
+        """The digest that one block was committed with (32 bytes), zeros where there is none.
+
+        Raises:
+            IntegrityError: it is cut or flipped.
+        """
+        return self._read("commit", slice(block, block + 1)).tobytes()
+
     def read_trusted(self, block: int) -> BlockValues:
         """One block, checked against its commit.
 
         Raises:
-            IntegrityError: it is not committed, or damaged.
+            IntegrityError: it is not committed, or damaged; the message says how.
         """
         values = self.read_block(block)
-        commit = self._read("commit", slice(block, block + 1)).tobytes()
-        if values.digest(self.layout.pooling) != commit:
-            raise IntegrityError("its values contradict its digest")
-        values.refuse_unstorable(self.layout, self.layout.block_slice(block))
+        if values.digest(self.layout.pooling) != self.read_commit(block):
+            raise IntegrityError(DIGEST_CONTRADICTED)
+        contradictions = values.find_contradictions(self.layout, self.layout.block_slice(block))
+        if contradictions:
+            raise IntegrityError("; ".join(contradictions))
         return values
 
     def check_block(self, block: int) -> str | None:

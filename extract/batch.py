@@ -3,6 +3,7 @@
 What is to be read travels with the request, so a worker needs no table and its memory does not grow with the bucket.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from cache_schema import LABEL_ID_COLUMNS, NO_LABEL, Status, TileTable
-from cache_schema.layout import UInt8Array, UInt16Array
+from cache_schema.layout import BoolArray, UInt8Array, UInt16Array
 
 from .decode import RGBImage, UndecodableTileError, decode_tile
 from .errors import TileGoneError, TransportError
@@ -95,17 +96,16 @@ class PendingBatch:
     def __init__(self, source: Source, pool: ThreadPoolExecutor, requests: Sequence[TileRequest]) -> None:
         """Start every read of the batch; those beyond the pool's threads wait their turn."""
         self.requests = requests
-        self._source = source
         self._fetched = [pool.submit(_fetch, source, request) for request in requests]
 
     def finish(self) -> TileBatch:
-        """Decode tiles as they arrive.
+        """Decode tiles as they arrive, in this thread: there is a worker for every core that decodes.
 
         Raises:
             SourceError: what is no single tile's own fault: an outage, refused access, a label that changed.
         """
         started = time.perf_counter()
-        images = _ImageStack(len(self.requests))
+        images = ImageStack(len(self.requests))
         status = np.full(len(self.requests), Status.EMBEDDED, np.uint8)
         label_ids = np.zeros((len(self.requests), LABEL_ID_COLUMNS), "<u2")
         problems: list[str] = []
@@ -114,9 +114,7 @@ class PendingBatch:
         for i, (request, fetched) in enumerate(zip(self.requests, self._fetched, strict=True)):
             data, labels = fetched.result()
             decode_started = time.perf_counter()
-            image, status[i], reason = _decode(data, images.get_row(i))
-            if image is not None:
-                images.put(i, image)
+            status[i], reason = _decode(data, images, i)
             decode_s += time.perf_counter() - decode_started
             if reason:
                 problems.append(f"{request.tile}: quarantined: {reason}")
@@ -126,7 +124,7 @@ class PendingBatch:
                 problems += _name_malformed(request, labels)
         return TileBatch(
             rows=np.array([request.row for request in self.requests], np.int64),
-            images=images.finish(),
+            images=images.finish(status == Status.EMBEDDED),
             status=status,
             label_ids=label_ids,
             label_lines=lines,
@@ -134,6 +132,17 @@ class PendingBatch:
             fetch_s=time.perf_counter() - started - decode_s,
             decode_s=decode_s,
         )
+
+
+def _decode(data: bytes | Status, images: "ImageStack", row: int) -> tuple[Status, str | None]:
+    """Put a tile's image into its row, or say why there is none."""
+    if isinstance(data, Status):
+        return data, data.reason
+    try:
+        images.put(row, decode_tile(data, images.get_row(row)))
+    except UndecodableTileError as error:
+        return error.status, f"{error.status.reason} ({error})"
+    return Status.EMBEDDED, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,50 +221,51 @@ def _read_listed(source: Source, name: str, generation: int, size: int, crc32c: 
     return None
 
 
-def _decode(data: bytes | Status, into: RGBImage | None) -> tuple[RGBImage | None, Status, str | None]:
-    if isinstance(data, Status):
-        return None, data, data.reason
-    try:
-        return decode_tile(data, into), Status.EMBEDDED, None
-    except UndecodableTileError as error:
-        return None, error.status, f"{error.status.reason} ({error})"
-
-
-class _ImageStack:
-    """The images of a batch: rows of one tensor as long as their sizes agree, else one tensor each."""
+class ImageStack:
+    """A batch's images: rows of one tensor as long as their sizes agree, else one tensor each."""
 
     def __init__(self, rows: int) -> None:
         self._tensor: Tensor | None = None
-        self._odd: dict[int, RGBImage] = {}
-        self._missing = set(range(rows))
+        self._apart: dict[int, RGBImage] = {}
         self._rows = rows
 
     def get_row(self, row: int) -> RGBImage | None:
-        """Where to decode a row of the batch's usual size to; None before the first image has shown that size."""
+        """Where to decode a row of the batch's usual size to; None before two images have shown that size."""
         return None if self._tensor is None else self._tensor[row].numpy()
 
     def put(self, row: int, image: RGBImage) -> None:
-        """Take an image; one that was decoded to its row is there already."""
-        self._missing.discard(row)
-        if self._tensor is None:
-            self._tensor = torch.empty(self._rows, *image.shape, dtype=torch.uint8)
-            if get_worker_info() is not None:
-                self._tensor.share_memory_()  # decoded to where the other process reads
-        place = self._tensor[row].numpy()
-        if image.shape != place.shape:
-            self._odd[row] = image
-        elif not np.shares_memory(image, place):
-            place[:] = image
+        """Take an image; one that was decoded to its row is there already, and is no second one."""
+        place = self.get_row(row)
+        if place is None or not np.shares_memory(image, place):
+            # One huge tile among small ones must not reserve its size for each of them.
+            if self._tensor is None and any(image.shape == other.shape for other in self._apart.values()):
+                self._tensor = self._allocate(image.shape)
+            self._apart[row] = image
 
-    def finish(self) -> TileImages:
-        """The images; missing ones are zeros."""
-        if self._tensor is None:
-            return torch.zeros(self._rows, 16, 16, 3, dtype=torch.uint8)
-        for row in self._missing:
-            self._tensor[row] = 0
-        if not self._odd:
+    def finish(self, embedded: BoolArray) -> TileImages:
+        """The images; those of rows that are not `embedded` (n,) are zeros, of some small size where sizes differ."""
+        shapes = {image.shape for image in self._apart.values()}
+        if self._tensor is None and len(shapes) == 1:
+            self._tensor = self._allocate(*shapes)
+        blank = torch.zeros(16, 16, 3, dtype=torch.uint8)
+        if self._tensor is None and not shapes:
+            return blank.repeat(self._rows, 1, 1, 1)
+        if self._tensor is not None and shapes <= {tuple(self._tensor.shape[1:])}:
+            for row, image in self._apart.items():
+                self._tensor[row].numpy()[:] = image
+            for row in np.flatnonzero(~embedded).tolist():  # a mask would pass over every byte of the batch
+                self._tensor[row] = 0
             return self._tensor
-        # Copied: Pillow's arrays are read-only.
-        return [
-            torch.tensor(self._odd[row]) if row in self._odd else self._tensor[row].clone() for row in range(self._rows)
-        ]
+        images = {row: torch.tensor(image) for row, image in self._apart.items()}  # copied: Pillow's are read-only
+        images |= dict.fromkeys(np.flatnonzero(~embedded).tolist(), blank)
+        if self._tensor is not None:
+            images |= {row: self._tensor[row].clone() for row in range(self._rows) if row not in images}
+        return [images[row] for row in range(self._rows)]
+
+    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
+        if get_worker_info() is None:
+            return torch.empty(self._rows, *shape, dtype=torch.uint8)
+        # In a worker, tiles are decoded to where the other process reads them. As PyTorch's own default_collate does,
+        # since share_memory_() would first copy a batch of fresh pages.
+        storage = torch.UntypedStorage._new_shared(self._rows * math.prod(shape))
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(self._rows, *shape)

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.forkserver import ensure_running
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import TileprobeError
@@ -34,7 +33,7 @@ class TileFeed:
     """
 
     def __init__(self, source: Source, *, workers: int, pin_memory: bool = False) -> None:
-        self._batches = _Batches(ahead=workers)
+        self._batches = _Batches(ahead=max(workers, 1))
         self._loader: DataLoader[Any] = DataLoader(
             _TileDataset(source),
             batch_sampler=self._batches,
@@ -46,6 +45,11 @@ class TileFeed:
             # Forked workers can deadlock on the locks of Zarr's event loop and of the HTTP client.
             multiprocessing_context=_make_forkserver() if workers else None,
         )
+
+    def start(self) -> None:
+        """Start the workers, so that they are ready by the time of the first pass; returns at once."""
+        for _ in self.read([]):
+            pass
 
     def read(self, batches: Iterable[list[TileRequest]]) -> Iterator[TileBatch]:
         """One pass over `batches`, in order. They are drawn in this process, a few ahead of what has been yielded, so a
@@ -79,7 +83,8 @@ _Job = list[list[TileRequest]]
 class _Batches:
     """A batch sampler whose batches are replaced before each pass.
 
-    The DataLoader deals them out to its workers in turn, so the one after `ahead` others goes to the same worker.
+    The DataLoader deals them out to its workers in turn, so the one `ahead` places later goes to the same worker (with
+    none, to this process).
     """
 
     def __init__(self, *, ahead: int) -> None:
@@ -91,7 +96,7 @@ class _Batches:
         for batch in self.current:
             waiting.append(batch)
             if len(waiting) > self._ahead:
-                yield [waiting.popleft(), batch if self._ahead else []]
+                yield [waiting.popleft(), batch]
         while waiting:
             yield [waiting.popleft(), []]
 
@@ -106,22 +111,17 @@ class _TileDataset(Dataset[TileBatch | TileprobeError]):
 
     def __getitems__(self, job: _Job) -> TileBatch | TileprobeError:
         if self._pool is None:
-            torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="fetch")
         requests, following = job
         begun, self._begun = self._begun, None
         # A pass that was left early may have begun a batch that nobody asks for.
-        pending = begun if begun and begun.requests == requests else self._begin(requests)
-        self._begun = self._begin(following) if following else None
+        pending = begun if begun and begun.requests == requests else PendingBatch(self._source, self._pool, requests)
+        self._begun = PendingBatch(self._source, self._pool, following) if following else None
         try:
             return pending.finish()
         except TileprobeError as error:
             # Raised here it would reach the main process wrapped in a worker's traceback.
             return error.with_traceback(None)
-
-    def _begin(self, requests: list[TileRequest]) -> PendingBatch:
-        assert self._pool is not None
-        return PendingBatch(self._source, self._pool, requests)
 
 
 def _make_forkserver() -> multiprocessing.context.BaseContext:

@@ -23,7 +23,6 @@ from obstore.store import GCSStore
 from cache_schema.gcs_client import explain_gcs_error
 
 from .errors import SourceError, TileGoneError, TransportError
-from .source import CONCURRENT_READS
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -81,14 +80,18 @@ class RequestGate:
 class GcsReader:
     """Reads objects of one bucket; safe to share among threads, not among processes."""
 
-    def __init__(self, bucket: str) -> None:
+    def __init__(self, bucket: str, concurrency: int) -> None:
         """Look for credentials and set up the client; no request is made yet.
+
+        Args:
+            bucket: its name.
+            concurrency: requests in flight at most.
 
         Raises:
             SourceError: no credentials.
         """
         self._bucket = bucket
-        self._gate = RequestGate(CONCURRENT_READS)
+        self._gate = RequestGate(concurrency)
         try:
             self._store = _open_store(bucket)
         except GoogleAuthError as error:
@@ -152,14 +155,14 @@ def can_name(path: str) -> bool:
     return path.isprintable() and {"", ".", ".."}.isdisjoint(path.split("/"))
 
 
-def open_reader(bucket: str) -> GcsReader:
+def open_reader(bucket: str, concurrency: int) -> GcsReader:
     """This process's reader of a bucket: a forked child finds none of its parent's."""
-    return _open_reader(bucket, os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST", ""))
+    return _open_reader(bucket, concurrency, os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST", ""))
 
 
 @lru_cache(maxsize=8)
-def _open_reader(bucket: str, process: int, emulator: str) -> GcsReader:
-    return GcsReader(bucket)
+def _open_reader(bucket: str, concurrency: int, process: int, emulator: str) -> GcsReader:
+    return GcsReader(bucket, concurrency)
 
 
 def _open_store(bucket: str) -> GCSStore:

@@ -69,11 +69,12 @@ def run_extraction(config: ExtractConfig) -> None:
 def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
     """Embed and commit this rank's draw of the pending blocks."""
     version = CacheRoot(plan.cache).open_version(plan.version_id, read_only=False)
-    embedder = _load_embedder(plan, version, ranks)
-    draw, count_done = ranks.make_counter("block"), ranks.make_counter("done")
     workers = ranks.choose_workers(config.workers)
     source = open_source(config.tiles)
     feed = TileFeed(source, workers=workers, pin_memory=ranks.device.type == "cuda")
+    feed.start()
+    embedder = _load_embedder(plan, version, ranks)
+    draw, count_done = ranks.make_counter("block"), ranks.make_counter("done")
     timing, started = Timing(), time.perf_counter()
     with (
         _profiler(config.profile if ranks.is_main else None) as note_step,
@@ -189,7 +190,11 @@ def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ran
     status = version.read_status()
     missing, quarantined = int((status == Status.PENDING).sum()), int((status > Status.EMBEDDED).sum())
     if missing:
-        raise RunError(f"{missing:,} rows of {plan.cache} are missing or damaged: run the same command again")
+        if version.committed().all():
+            mend = f"damaged: run `python -m cache_schema verify {plan.cache} --repair`, then the same command again"
+        else:
+            mend = "missing: run the same command again"
+        raise RunError(f"{missing:,} rows of {plan.cache} are {mend}")
     if quarantined > config.max_quarantined * len(status):
         raise RunError(
             f"{quarantined:,} of {len(status):,} tiles are quarantined, more than --max-quarantined "
@@ -212,7 +217,8 @@ def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ran
     if not any(timing.tiles for timing in timings):
         return "\n".join([f"0 to do, {elapsed:.0f} s", *lines])
     workers = ranks.choose_workers(config.workers)
-    lines += [describe_speed(timings, elapsed), advise(timings, workers, ranks.cores)]
+    lines.append(describe_speed(timings, elapsed))
+    lines.append(advise(timings, workers, ranks.cores, on_cpu=ranks.device.type == "cpu"))
     if config.limit is not None:
         lines.append(estimate_whole(version, plan.all_tiles, timings))
     return "\n".join(lines)

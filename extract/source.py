@@ -204,7 +204,7 @@ class GcsSource:
         path = self._prefix + name
         if not can_name(path):
             return self.read_checked(name, generation)
-        return open_reader(self._bucket_name).read(path, generation)
+        return open_reader(self._bucket_name, CONCURRENT_READS).read(path, generation)
 
     def read_checked(self, name: str, generation: int) -> bytes:
         from google.cloud.exceptions import NotFound

@@ -81,13 +81,14 @@ def describe_waits(timings: Sequence[Timing]) -> str:
     return "waiting: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in share_waits(timings).items())
 
 
-def advise(timings: Sequence[Timing], workers: int, cores: int) -> str:
+def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool = False) -> str:
     """One sentence: what this run waited for most, besides the device, and what would help.
 
     Args:
         timings: of all ranks.
         workers: feed processes a rank.
         cores: CPU cores a rank.
+        on_cpu: the backbone runs on those cores, too.
     """
     shares = share_waits(timings)
     slowest = max(("fetch", "decode", "write"), key=lambda name: shares[name])
@@ -99,8 +100,11 @@ def advise(timings: Sequence[Timing], workers: int, cores: int) -> str:
     # Were the device never to wait, workers would have to be so many times as fast.
     feed = shares["fetch"] + shares["decode"]
     wanted = min(_MOST_WORKERS, math.ceil(max(workers, 1) / max(1 - feed, 1 / _MOST_WORKERS)))
-    if slowest == "decode" and wanted > cores:
-        return waiting + f"{cores} cores a rank decode no faster: give it more, or store smaller tiles"
+    if slowest == "decode" and (on_cpu or wanted > cores):
+        count = f"{cores} core{'s' if cores > 1 else ''} a rank"
+        return (
+            waiting + f"{count}{' for the model as well' if on_cpu else ''}: more of them, or smaller tiles, would help"
+        )
     if wanted <= workers:
         return waiting + "the tiles' place answers slowly: compute nearer to it"
     return waiting + f"raise --workers to {wanted}"

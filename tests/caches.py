@@ -97,3 +97,12 @@ def put_bytes(url: str, key: str, data: bytes) -> None:
 
 def delete(url: str, key: str) -> None:
     sync(CacheRoot(url).store.delete(key))
+
+
+def get_all(url: str) -> dict[str, bytes]:
+    """Every object of the cache by its key."""
+
+    async def keys() -> list[str]:
+        return [key async for key in CacheRoot(url).store.list()]
+
+    return {key: get_bytes(url, key) or b"" for key in sync(keys())}

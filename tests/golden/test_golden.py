@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from cache_schema import Provenance, Recorded, open_cache
-from cache_schema.__main__ import _find_problems
+from cache_schema.verify import verify_version
 from tests.caches import fill_cache
 from tests.golden.plain_reader import read_cache
 
@@ -113,7 +113,7 @@ def test_cache_schema_opens_it() -> None:
     assert version.sealed
     assert version.provenance == Provenance.from_json(PROVENANCE)
     assert version.recorded == Recorded.from_json(RECORDED)
-    assert _find_problems(version) == []
+    assert verify_version(version).lines == ()
     rows = version.read_rows()
     assert_golden_values(rows.pooled["cls"], rows.pooled["patch_mean"], rows.label_ids, rows.status)
     assert rows.embedded.tolist() == [status == 1 for status in STATUS]

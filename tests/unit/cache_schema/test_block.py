@@ -65,7 +65,7 @@ def test_a_quarantined_row_holds_nan_only(columns: slice, value: float) -> None:
     vectors = VALUES.pooled["cls"].copy()
     assert VALUES.status[10] == Status.UNDECODABLE
     vectors[10, columns] = value
-    with pytest.raises(IntegrityError, match="cls holds values in rows whose status says"):
+    with pytest.raises(IntegrityError, match="cls of row 266 holds values, but status says"):
         replace(VALUES, pooled={**VALUES.pooled, "cls": vectors}).refuse_unstorable(LAYOUT, ROWS)
 
 
@@ -73,8 +73,22 @@ def test_a_quarantined_row_holds_nan_only(columns: slice, value: float) -> None:
 def test_a_status_that_settles_nothing_is_refused(code: int) -> None:
     status = VALUES.status.copy()
     status[10] = code
-    with pytest.raises(IntegrityError, match=rf"status holds \[{code}\]"):
+    with pytest.raises(IntegrityError, match=rf"status of row 266 is {code}, which no"):
         replace(VALUES, status=status).refuse_unstorable(LAYOUT, ROWS)
+
+
+def test_every_contradiction_is_named_with_its_first_rows() -> None:
+    status, vectors = VALUES.status.copy(), VALUES.pooled["cls"].copy()
+    status[[3, 5]] = 9
+    vectors[[0, 1, 2, 4, 6]] = np.nan
+    vectors[10] = 1
+    wrong = replace(VALUES, status=status, pooled={**VALUES.pooled, "cls": vectors})
+    assert wrong.find_contradictions(LAYOUT, ROWS) == [
+        "array status of rows 259, 261 is 9, which no committed row has",
+        "array cls of rows 256, 257, 258 and 2 more is not finite in float16",
+        "array cls of row 266 holds values, but status says not embedded",
+    ]
+    assert VALUES.find_contradictions(LAYOUT, ROWS) == []
 
 
 @pytest.mark.parametrize(

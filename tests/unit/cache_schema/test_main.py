@@ -1,46 +1,21 @@
-"""python -m cache_schema info|verify, as a user runs it."""
+"""python -m cache_schema info|verify, as a user runs it; diff and gc have files of their own."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cache_schema import CacheRoot
-from cache_schema.__main__ import run as run_command
 from tests.caches import delete, fill_cache, get_bytes, make_values, put_bytes
 
 ROWS = 300
 
 
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Run = Callable[..., Done]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line in this process, which saves a second a call; what is no SystemExit fails the test."""
-
-    def call(*args: str) -> Done:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["cache_schema", *args])
-        with pytest.raises(SystemExit) as stop:
-            run_command()
-        code, printed = stop.value.code, capsys.readouterr()
-        if isinstance(code, str):  # Python prints it and ends with 1
-            return Done(1, printed.out, f"{printed.err}{code}\n")
-        return Done(int(code or 0), printed.out, printed.err)
-
-    return call
+Run = Callable[..., Any]
 
 
 def test_exit_statuses_and_streams_of_the_real_command(tmp_path: Path, python_env: dict[str, str]) -> None:
@@ -120,9 +95,9 @@ def test_verify_an_unfinished_cache(cache_url: str, run: Run) -> None:
 
     assert done.returncode == 1
     assert done.stdout.splitlines() == [
-        "block 1 (rows 256-299): is not committed",
+        "1 of 2 blocks (44 rows) are not committed yet",
         "the version is not sealed",
-        f"{cache_url}: 2 problems: `make extract` redoes what is missing or damaged",
+        f"{cache_url}: no block is damaged: `make extract` mends or finishes the rest",
     ]
 
 
@@ -135,11 +110,23 @@ def test_verify_names_every_damaged_block(tmp_path: Path, run: Run) -> None:
     done = run("verify", url)
 
     assert done.returncode == 1
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("block 1 (rows 256-511): array cls cannot be read")
-    assert lines[1] == "block 2 (rows 512-699): its values contradict its digest"
-    assert lines[2].endswith("2 problems: `make extract` redoes what is missing or damaged")
-    assert len(lines) == 3
+    lines = [
+        "block 1 (rows 256-511): array cls: its chunk has 4,099 bytes instead of 4,100",
+        "block 2 (rows 512-699): array status: its chunk is missing",
+    ]
+    advice = f"{url}: 2 blocks are damaged: `verify --repair` lets `make extract` redo them"
+    assert done.stdout.splitlines() == [*lines, advice]
+    assert done.stderr == ""
+
+    repaired = run("verify", url, "--repair")
+    assert repaired.returncode == 1
+    assert repaired.stdout.splitlines() == [
+        *lines,
+        "took back the seal and the commits of 2 blocks (444 rows)",
+        "to redo what is missing, run the `make extract` that made it: TILES=gs://bucket/tiles BACKBONE=tiny "
+        f"CACHE={url} IMAGE_SIZE=64",
+    ]
+    assert run("verify", url).stdout.splitlines()[0] == "2 of 3 blocks (444 rows) are not committed yet"
 
 
 def test_verify_a_seal_of_other_commits(tmp_path: Path, run: Run) -> None:
@@ -148,7 +135,7 @@ def test_verify_a_seal_of_other_commits(tmp_path: Path, run: Run) -> None:
     done = run("verify", str(tmp_path))
 
     assert done.returncode == 1
-    assert done.stdout.splitlines()[0] == "the seal contradicts the table or the commits"
+    assert done.stdout.splitlines()[0] == "array seal: contradicts the table or the commits"
 
 
 def test_verify_another_versions_table(tmp_path: Path, run: Run) -> None:
@@ -167,7 +154,8 @@ def test_verify_a_damaged_table(tmp_path: Path, run: Run) -> None:
     done = run("verify", str(tmp_path))
 
     assert done.returncode == 1
-    assert "tile table of" in done.stdout
+    table = "tile table (rows 0-299): array tile: its chunk is empty (0 bytes): `make extract` mends it"
+    assert done.stdout.splitlines()[0] == table
     info = run("info", str(tmp_path))
     assert info.returncode == 1
     assert info.stderr.startswith("error: tile table of")

@@ -17,7 +17,7 @@ import torch
 from google.cloud import storage
 
 from cache_schema import Status, TileTable
-from extract.batch import TileBatch, TileRequest, make_requests
+from extract.batch import ImageStack, TileBatch, TileRequest, make_requests
 from extract.decode import decode_tile
 from extract.errors import RunError, TransportError
 from extract.feed import PREFETCHED_BATCHES, TileFeed
@@ -25,7 +25,7 @@ from extract.labels import parse_labels
 from extract.listing import label_name, list_tiles
 from extract.source import GcsSource, LocalSource, Source, open_source
 from tests.planted import fresh_seed
-from tests.tiles import Objects, draw_objects, draw_tile, encode_png, upload, write_directory
+from tests.tiles import Objects, draw_objects, draw_pixels, draw_tile, encode_png, upload, write_directory
 
 TIMEOUT_S = 20
 
@@ -112,6 +112,28 @@ def test_sizes_that_agree_come_as_one_tensor(source: Source, table: TileTable) -
     assert all(image.dtype == torch.uint8 for batch in batches for image in batch.images)
 
 
+def test_one_large_tile_reserves_no_room_for_the_others() -> None:
+    """A size is a batch's own once two tiles have it: 64 rows of the first one's could be more than there is."""
+    rng = np.random.default_rng(fresh_seed())
+    images = [draw_pixels(rng, size, size) for size in (300, 16, 16, 16)]
+    stack = ImageStack(64)
+    stack.put(0, images[0])
+    assert stack.get_row(1) is None
+    stack.put(1, images[1])
+    assert stack.get_row(2) is None
+    stack.put(2, images[2])
+    row = stack.get_row(3)
+    assert row is not None
+    assert row.shape == (16, 16, 3)
+    row[:] = images[3]
+    stack.put(3, row)
+    stacked = stack.finish(np.arange(64) < 4)
+    for mine, expected in zip(stacked, images, strict=False):
+        np.testing.assert_array_equal(mine, expected)
+    assert {tuple(image.shape) for image in stacked[4:]} == {(16, 16, 3)}
+    assert not any(image.any() for image in stacked[4:])
+
+
 def test_problems_name_file_and_line(source: Source, table: TileTable) -> None:
     problems = [problem for batch in read_all(source, table) for problem in batch.problems]
     assert problems[0].startswith("images/102_2.png: quarantined: cannot be decoded as an image (")
@@ -170,7 +192,7 @@ def test_batches_are_drawn_late(source: Source, table: TileTable, workers: int) 
             yield batch
 
     for received, _ in enumerate(TileFeed(source, workers=workers).read(draw()), start=1):
-        assert drawn <= received + workers * (PREFETCHED_BATCHES + 1)
+        assert drawn <= received + max(workers, 1) + workers * PREFETCHED_BATCHES
 
 
 def test_without_labels_no_label_is_read(objects: Objects, tmp_path: Path) -> None:

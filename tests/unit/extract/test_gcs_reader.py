@@ -43,7 +43,7 @@ def test_what_passes_is_tried_again(bucket: storage.Bucket, proxy: Proxy, fault:
     data = np.random.default_rng(fresh_seed()).bytes(50_000)
     upload(bucket, {"a b/ü%20.png": data})
     fail_first(proxy, fault, fault, fault)
-    assert GcsReader(bucket.name).read("a b/ü%20.png", 0) == data
+    assert GcsReader(bucket.name, 16).read("a b/ü%20.png", 0) == data
     assert proxy.met == [fault] * 3
 
 
@@ -54,7 +54,7 @@ def test_what_does_not_pass_ends_with_the_last_status(
     upload(bucket, {"x": b"data"})
     proxy.choose_fault = lambda path: 503
     with pytest.raises(TransportError, match=r"gs://.*/x kept failing \(503 Service Unavailable\): check the network"):
-        GcsReader(bucket.name).read("x", 0)
+        GcsReader(bucket.name, 16).read("x", 0)
     assert len(proxy.met) > 3
 
 
@@ -63,7 +63,7 @@ def test_refused_access_is_said_at_once(bucket: storage.Bucket, proxy: Proxy, st
     upload(bucket, {"x": b"data"})
     proxy.choose_fault = lambda path: status
     with pytest.raises(SourceError, match=r"access to gs://.*/x refused: give the account the role Storage Object Vie"):
-        GcsReader(bucket.name).read("x", 0)
+        GcsReader(bucket.name, 16).read("x", 0)
     assert proxy.met == [status]
 
 
@@ -75,7 +75,7 @@ def test_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
         monkeypatch.setenv(name, empty)
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     with pytest.raises(SourceError, match=r"no Google credentials for gs://some-bucket: run `gcloud auth"):
-        GcsReader("some-bucket")
+        GcsReader("some-bucket", 16)
 
 
 def test_a_third_of_all_bodies_harmed_and_no_tile_lost(bucket: storage.Bucket, proxy: Proxy) -> None:

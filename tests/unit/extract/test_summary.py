@@ -45,13 +45,21 @@ def test_speed_names_every_rank_and_the_slowest_counts() -> None:
     (timing(100, 1, 1, 1), 1, 2, "the device was busy 99 % of the time: a faster one is all that would help"),
     (timing(100, 71, 9, 1), 2, 16, "waiting on fetch 64 %: raise --workers to 7"),
     (timing(100, 50, 1, 9), 4, 16, "waiting on decode 45 %: raise --workers to 8"),
-    (timing(100, 50, 1, 9), 4, 4, "waiting on decode 45 %: 4 cores a rank decode no faster: .*smaller tiles"),
+    (timing(100, 50, 1, 9), 4, 4, "waiting on decode 45 %: 4 cores a rank: more of them, or smaller tiles, would help"),
     (timing(100, 99.9, 9, 0), 32, 64, "waiting on fetch 100 %: the tiles' place answers slowly"),
     (timing(100, 1, 1, 1, write=30), 1, 2, "waiting on write 30 %: put CACHE on faster storage"),
     (timing(100, 40, 1, 0), 0, 2, "waiting on fetch 40 %: raise --workers to 2"),
 ])  # fmt: skip
 def test_advice(measured: Timing, workers: int, cores: int, advice: str) -> None:
     assert re.match(advice, advise([measured], workers, cores))
+
+
+def test_on_a_cpu_more_workers_would_take_cores_from_the_model() -> None:
+    advice = advise([timing(100, 50, 1, 9)], 1, 1, on_cpu=True)
+    assert (
+        advice
+        == "waiting on decode 45 %: 1 core a rank for the model as well: more of them, or smaller tiles, would help"
+    )
 
 
 def test_malformed_lines_are_counted_and_a_few_named() -> None:

@@ -1,0 +1,66 @@
+"""A damaged cache, repaired and extracted again: only the damaged blocks are computed, and nothing else changes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache_schema import BlockValues, CacheRoot, Version, open_cache
+from cache_schema.verify import repair_version, verify_version
+from extract.errors import RunError
+from tests.caches import get_all
+from tests.checkpoints import make_checkpoint
+from tests.planted import extract_cache, fresh_seed, plant_tiles
+
+
+def test_an_extraction_after_a_repair_computes_only_the_damaged_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = fresh_seed()
+    tiles = plant_tiles(tmp_path / "tiles", scenes=30, per_scene=18, seed=seed)  # blocks of 256, 256 and 28 rows
+    backbone = make_checkpoint(tmp_path / "backbone", seed=seed)
+    cache = extract_cache(tiles, tmp_path / "cache", backbone)
+    version = open_cache(cache)
+    folder = tmp_path / "cache" / f"{version.id}.zarr"
+    undisturbed = get_all(cache)
+    label_ids, status = folder / "label_ids/c/0/0", folder / "status/c/2"
+    label_ids.write_bytes(label_ids.read_bytes()[:-5])
+    status.unlink()
+    (folder / "size/c/0").write_bytes(b"")
+
+    findings = verify_version(version)
+    assert findings.damaged == (0, 2)
+    assert findings.table_damaged
+    said = repair_version(CacheRoot(cache).open_version(version.id, read_only=False), findings)
+    assert said == [
+        "took back the seal and the commits of 2 blocks (284 rows)",
+        "the tile table is mended by `make extract`, from the listing",
+        f"to redo what is missing, run the `make extract` that made it: TILES={tiles} BACKBONE={backbone} "
+        f"CACHE={cache} IMAGE_SIZE=64",
+    ]
+
+    written: list[int] = []
+    write_block = Version.write_block
+
+    def note(self: Version, block: int, values: BlockValues) -> Any:
+        written.append(block)
+        return write_block(self, block, values)
+
+    monkeypatch.setattr(Version, "write_block", note)
+    capsys.readouterr()
+    extract_cache(tiles, cache, backbone)
+    assert "284 to do in float32" in capsys.readouterr().out
+    assert written == [0, 2]
+    assert get_all(cache) == undisturbed
+    assert verify_version(open_cache(cache)).lines == ()
+
+
+def test_an_extraction_that_finds_damage_names_the_repair(tmp_path: Path) -> None:
+    """A damaged block has a commit still, so running the same command again would change nothing."""
+    seed = fresh_seed()
+    tiles = plant_tiles(tmp_path / "tiles", scenes=5, per_scene=4, seed=seed)
+    backbone = make_checkpoint(tmp_path / "backbone", seed=seed)
+    cache = extract_cache(tiles, tmp_path / "cache", backbone)
+    (tmp_path / "cache" / f"{open_cache(cache).id}.zarr/status/c/0").unlink()
+    with pytest.raises(RunError, match=r"20 rows of .*cache are damaged: run `python -m cache_schema verify .* --repa"):
+        extract_cache(tiles, cache, backbone)
