@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,15 @@ class BlockValues:
     pooled: Mapping[str, Float16Array]
     label_ids: UInt16Array
     status: UInt8Array
+
+    @classmethod
+    def make_blank(cls, layout: Layout, rows: int) -> Self:
+        """Values of `rows` rows that are all pending: what a missing chunk reads as."""
+        return cls(
+            pooled={name: np.full((rows, layout.width), np.nan, POOLED_DTYPE) for name in layout.pooling},
+            label_ids=np.zeros((rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE),
+            status=np.full(rows, Status.PENDING, STATUS_DTYPE),
+        )
 
     def digest(self, pooling: tuple[str, ...]) -> bytes:
         """sha256 over the little-endian values: pooled arrays in order, label ids, status."""

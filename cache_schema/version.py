@@ -17,9 +17,6 @@ from .layout import (
     ATTRIBUTE,
     DIGEST_BYTES,
     FORMAT_VERSION,
-    LABEL_ID_COLUMNS,
-    LABEL_IDS_DTYPE,
-    POOLED_DTYPE,
     STATUS_DTYPE,
     BoolArray,
     Float16Array,
@@ -174,16 +171,27 @@ class Version:
         """
         return self._read("commit", slice(block, block + 1)).tobytes()
 
+    def read_trusted(self, block: int) -> BlockValues:
+        """One block, checked against its commit.
+
+        Raises:
+            IntegrityError: it is not committed, or damaged; the message says how.
+        """
+        values = self.read_block(block)
+        if values.digest(self.layout.pooling) != self.read_commit(block):
+            raise IntegrityError(DIGEST_CONTRADICTED)
+        contradictions = values.find_contradictions(self.layout, self.layout.block_slice(block))
+        if contradictions:
+            raise IntegrityError("; ".join(contradictions))
+        return values
+
     def check_block(self, block: int) -> str | None:
         """What is wrong with a committed block, None if nothing."""
         try:
-            values = self.read_block(block)
-            commit = self.read_commit(block)
+            self.read_trusted(block)
         except IntegrityError as error:
             return str(error)
-        if values.digest(self.layout.pooling) != commit:
-            return DIGEST_CONTRADICTED
-        return "; ".join(values.find_contradictions(self.layout, self.layout.block_slice(block))) or None
+        return None
 
     def read_rows(self) -> CacheRows:
         """Everything into memory, in one read per array; a block that contradicts its commit reads as pending."""
@@ -227,19 +235,16 @@ class Version:
 
     def _read_block_by_block(self) -> BlockValues:
         """All rows when some chunk cannot be read: only its block is lost, and stays blank."""
-        rows = self.layout.rows
-        pooled = {name: np.full((rows, self.layout.width), np.nan, POOLED_DTYPE) for name in self.layout.pooling}
-        label_ids = np.zeros((rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE)
-        status = np.zeros(rows, STATUS_DTYPE)
+        blank = BlockValues.make_blank(self.layout, self.layout.rows)
         for block, where in enumerate(self.layout.block_slices()):
             try:
                 values = self.read_block(block)
             except IntegrityError:
                 continue
             for name, vectors in values.pooled.items():
-                pooled[name][where] = vectors
-            label_ids[where], status[where] = values.label_ids, values.status
-        return BlockValues(pooled, label_ids, status)
+                blank.pooled[name][where] = vectors
+            blank.label_ids[where], blank.status[where] = values.label_ids, values.status
+        return blank
 
     # Commit records and the seal: one that cannot be read is not there, so that the next extraction writes it anew
 

@@ -42,9 +42,11 @@ def main() -> None:
 @click.option("--unlabelled", is_flag=True, help="Embed tiles without a label file too.")
 @click.option("--max-quarantined", type=float, default=0.01, help="Largest share of unreadable tiles to accept.")
 @click.option("--retry-quarantined", is_flag=True, help="Try tiles again that were quarantined before.")
+@click.option("--yes", is_flag=True, help="Go on though more than a tenth of the tiles of the version in use are gone.")
 @click.option("--profile", help="Write a torch profiler trace of a few batches to this file (JSON, for Perfetto).")
 def run_command(**options: Any) -> None:
-    """Embed every tile once and commit the vectors block by block. Run again, it goes on where it stopped."""
+    """Embed every tile once and commit the vectors block by block. Run again, it goes on where it stopped; after a
+    change of the bucket it embeds what is new or changed, and keeps the rest."""
     from .run import run_extraction
 
     run_extraction(ExtractConfig(**options))

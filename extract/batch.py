@@ -121,8 +121,7 @@ class PendingBatch:
             if labels is not None:
                 label_ids[i] = labels.counts
                 lines += labels.lines
-                bad = labels.malformed[:_MAX_EXAMPLES]
-                problems += [f"{label_name(request.tile)}:{n}: malformed line" for n in bad]
+                problems += _name_malformed(request, labels)
         return TileBatch(
             rows=np.array([request.row for request in self.requests], np.int64),
             images=images.finish(status == Status.EMBEDDED),
@@ -144,6 +143,36 @@ def _decode(data: bytes | Status, images: "ImageStack", row: int) -> tuple[Statu
     except UndecodableTileError as error:
         return error.status, f"{error.status.reason} ({error})"
     return Status.EMBEDDED, None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelBatch:
+    """The labels of n tiles whose bytes are not needed; attributes as those of `TileBatch`."""
+
+    label_ids: UInt16Array
+    label_lines: int
+    problems: tuple[str, ...]
+
+
+def read_labels(source: Source, pool: ThreadPoolExecutor, requests: Sequence[TileRequest]) -> LabelBatch:
+    """Read the label files of `requests`, and nothing else.
+
+    Raises:
+        SourceError: an outage, refused access, a label that changed since it was listed.
+    """
+    label_ids = np.zeros((len(requests), LABEL_ID_COLUMNS), "<u2")
+    problems: list[str] = []
+    lines = 0
+    for i, labels in enumerate(pool.map(lambda request: _fetch_labels(source, request), requests)):
+        if labels is not None:
+            label_ids[i] = labels.counts
+            lines += labels.lines
+            problems += _name_malformed(requests[i], labels)
+    return LabelBatch(label_ids, lines, tuple(problems))
+
+
+def _name_malformed(request: TileRequest, labels: ParsedLabels) -> list[str]:
+    return [f"{label_name(request.tile)}:{n}: malformed line" for n in labels.malformed[:_MAX_EXAMPLES]]
 
 
 def _fetch(source: Source, request: TileRequest) -> tuple[bytes | Status, ParsedLabels | None]:

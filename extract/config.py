@@ -32,6 +32,7 @@ class ExtractConfig:
         unlabelled: embed tiles without a label object too.
         max_quarantined: largest share of quarantined tiles a finished cache may hold.
         retry_quarantined: try tiles again that were quarantined before.
+        yes: go on though more than a tenth of the rows of the version in use are gone from the bucket.
         profile: file for a torch profiler trace of a few batches.
     """
 
@@ -48,6 +49,7 @@ class ExtractConfig:
     unlabelled: bool = False
     max_quarantined: float = 0.01
     retry_quarantined: bool = False
+    yes: bool = False
     profile: str | None = None
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ chunk at a time.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -76,7 +76,7 @@ def build_table(images: Iterable[ListedPage], labels: Iterable[ListedPage], *, u
     tiles, other = _gather_tiles(images)
     tiles = _sort(tiles)
     found = _sort(ListedPage.concatenate(list(labels)))
-    row = _find_labels(tiles.name, found.name)
+    row = find_names(tiles.name, found.name, convert=label_name)
     table = TileTable(
         tile=tiles.name,
         size=tiles.size,
@@ -117,14 +117,22 @@ def _sort(objects: ListedPage) -> ListedPage:
     return objects.select(np.argsort(objects.name, kind="stable"))
 
 
-def _find_labels(tiles: npt.NDArray[np.str_], labels: npt.NDArray[np.str_]) -> npt.NDArray[np.int64]:
-    """(N,) row of each tile's label in `labels`, which are sorted; -1 where there is none."""
+def find_names(
+    tiles: npt.NDArray[np.str_], among: npt.NDArray[np.str_], *, convert: Callable[[str], str] = str
+) -> npt.NDArray[np.int64]:
+    """(N,) int64 row of each tile's name in `among`; -1 where there is none.
+
+    Args:
+        tiles: names, sorted.
+        among: other names, sorted.
+        convert: from a tile's name to the one to look for.
+    """
     found = np.empty(len(tiles), np.int64)
     for start in range(0, len(tiles), _CHUNK_ROWS):
-        names = [label_name(tile) for tile in tiles[start : start + _CHUNK_ROWS].tolist()]
-        # Labels of neighbouring tiles are neighbours, so a few of them will do. np.searchsorted would be shorter, but
-        # compares two arrays of strings wrongly (numpy issue 31533, there in 2.4).
-        first, last = bisect_left(labels, min(names)), bisect_right(labels, max(names))
-        rows = dict(zip(labels[first:last].tolist(), range(first, last), strict=True))
+        names = [convert(tile) for tile in tiles[start : start + _CHUNK_ROWS].tolist()]
+        # Neighbours stay neighbours, so a few of the others will do. np.searchsorted would be shorter, but compares two
+        # arrays of strings wrongly (numpy issue 31533, there in 2.4).
+        first, last = bisect_left(among, min(names)), bisect_right(among, max(names))
+        rows = dict(zip(among[first:last].tolist(), range(first, last), strict=True))
         found[start : start + len(names)] = [rows.get(name, -1) for name in names]
     return found

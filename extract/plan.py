@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version
+from cache_schema.layout import BoolArray
 
 from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint
+from .changes import find_earlier, open_in_use
 from .config import ExtractConfig
 from .listing import list_tiles
 from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
@@ -28,7 +30,9 @@ class Plan:
     Attributes:
         cache, version_id: the version to fill.
         checkpoint: of the backbone.
+        earlier_id: a version beside it whose rows are taken over where the tile is the same, if any.
         pending: blocks without a commit when the run started.
+        to_do: tiles in them that no earlier version knows.
         all_tiles: tiles the whole bucket would give, whatever the limit.
         notes: lines for the user.
     """
@@ -36,7 +40,9 @@ class Plan:
     cache: str
     version_id: str
     checkpoint: Checkpoint
+    earlier_id: str | None
     pending: tuple[int, ...]
+    to_do: int
     all_tiles: int
     notes: tuple[str, ...]
 
@@ -59,34 +65,51 @@ def make_plan(config: ExtractConfig, device: torch.device) -> Plan:
     root = CacheRoot(cache)
     provenance = _choose_provenance(config.precision, checkpoint, root, table, device)
     recorded = record_environment(config.backbone, source, config.batch_size, device)
+    earlier, changes = find_earlier(root, table, provenance, source.identity) or (None, None)
+    if earlier and changes:
+        if not config.yes:
+            changes.refuse_loss(earlier, source.url)
+        notes.append(f"since version {earlier.id}: {changes.describe()}")
+        notes += [f"differs from the run that made it: {d}" for d in earlier.recorded.differences(recorded)]
+        # Rows that are computed must not differ from rows that are kept by the size of their batches.
+        recorded = replace(recorded, batch_size=earlier.recorded.batch_size)
     version = root.create_version(table, provenance, recorded)
     notes += [f"differs from the run that began this version: {d}" for d in version.recorded.differences(recorded)]
+    if earlier and version.recorded.batch_size != earlier.recorded.batch_size:
+        # This version was begun before the earlier one was finished.
+        notes.append(f"nothing is taken over from {earlier.id}: a version may not mix sizes of batches")
+        earlier, changes = None, None
     if config.retry_quarantined:
         notes.append(_reopen_quarantined(version, table))
     pending = tuple(np.flatnonzero(~version.committed()).tolist())
+    to_do = _count_rows(version, pending, ~changes.same_tile if changes else np.ones(len(table), bool))
     if pending:
         precision = provenance.precision
-        notes.append(f"{count_rows(version, pending):,} to do in {precision} -> {cache} (version {version.id})")
+        notes.append(f"{to_do:,} to do in {precision} -> {cache} (version {version.id})")
         if precision == "bf16" and not multiplies_bf16(device):
             notes.append("this device has no bf16 instructions: --precision float32 would be many times as fast")
-    return Plan(cache, version.id, checkpoint, pending, len(listing.table), tuple(notes))
+    earlier_id = earlier.id if earlier else None
+    return Plan(cache, version.id, checkpoint, earlier_id, pending, to_do, len(listing.table), tuple(notes))
 
 
 def _choose_provenance(
     asked: PrecisionChoice, checkpoint: Checkpoint, root: CacheRoot, table: TileTable, device: torch.device
 ) -> Provenance:
-    """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on."""
+    """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on; for a
+    new one that of the version in use, whose rows can then be kept."""
     if asked != "auto":
         return make_provenance(checkpoint, asked)
     fastest = make_provenance(checkpoint, choose_precision(device))
     there, digest = root.versions(), table.identity_digest()
     candidates = [fastest, *(replace(fastest, precision=precision) for precision in DTYPES)]
-    return next((known for known in candidates if known.version_id(digest) in there), fastest)
+    in_use = open_in_use(root)
+    kept = in_use.provenance if in_use and in_use.provenance in candidates else fastest
+    return next((known for known in candidates if known.version_id(digest) in there), kept)
 
 
-def count_rows(version: Version, blocks: Sequence[int]) -> int:
-    slices = [version.layout.block_slice(block) for block in blocks]
-    return sum(rows.stop - rows.start for rows in slices)
+def _count_rows(version: Version, blocks: Sequence[int], mask: BoolArray) -> int:
+    """Rows of `blocks` that are in `mask`, (N,) bool."""
+    return sum(int(mask[version.layout.block_slice(block)].sum()) for block in blocks)
 
 
 def _reopen_quarantined(version: Version, table: TileTable) -> str:

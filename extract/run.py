@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cache_schema import CacheRoot, Status, Version
+from cache_schema import BlockValues, CacheRoot, Status, Version
 
 from .backbone import Backbone
 from .batch import TileRequest, make_requests
@@ -23,8 +23,9 @@ from .distributed import Counter, Ranks, join_ranks
 from .embed import TileEmbedder
 from .errors import RunError
 from .feed import TileFeed
-from .plan import Plan, count_rows, make_plan
-from .source import open_source
+from .plan import Plan, make_plan
+from .reuse import EarlierRows
+from .source import Source, open_source
 from .stop import Stopped, stop_on_signals
 from .summary import (
     Timing,
@@ -69,18 +70,20 @@ def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
     """Embed and commit this rank's draw of the pending blocks."""
     version = CacheRoot(plan.cache).open_version(plan.version_id, read_only=False)
     workers = ranks.choose_workers(config.workers)
-    feed = TileFeed(open_source(config.tiles), workers=workers, pin_memory=ranks.device.type == "cuda")
+    source = open_source(config.tiles)
+    feed = TileFeed(source, workers=workers, pin_memory=ranks.device.type == "cuda")
     feed.start()
     embedder = _load_embedder(plan, version, ranks)
     draw, count_done = ranks.make_counter("block"), ranks.make_counter("done")
     timing, started = Timing(), time.perf_counter()
     with (
         _profiler(config.profile if ranks.is_main else None) as note_step,
-        tqdm(total=count_rows(version, plan.pending), unit="tile", desc="extract", disable=not ranks.is_main) as bar,
+        tqdm(total=plan.to_do, unit="tile", desc="extract", disable=not ranks.is_main) as bar,
         BlockWriter(version) as writer,
     ):
-        asked, described = started, False
-        for batch in feed.read(_draw_batches(version, plan.pending, embedder.batch_size, draw)):
+        blocks = _BlockDraw(version, plan, source, writer, timing)
+        asked, copied, described = started, 0.0, False
+        for batch in feed.read(blocks.draw_batches(draw, embedder.batch_size)):
             got, waited = time.perf_counter(), writer.wait_s
             if not described and ranks.is_main and (embedded := np.flatnonzero(batch.status == Status.EMBEDDED)).size:
                 bar.write(describe_scale(batch.images[embedded[0]].shape[0], plan.checkpoint.image_size))
@@ -88,12 +91,15 @@ def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
             writer.add(batch, embedder.embed(batch))
             note_step()
             timing.note_batch(batch)
-            timing.feed_s += got - asked
-            timing.device_s += (asked := time.perf_counter()) - got - (writer.wait_s - waited)
-            timing.write_s, timing.wall_s = writer.wait_s, asked - started
+            timing.feed_s += got - asked - (timing.copy_s - copied)
+            timing.write_s += (wrote := writer.wait_s - waited)
+            timing.device_s += (asked := time.perf_counter()) - got - wrote
+            timing.wall_s, copied = asked - started - timing.copy_s, timing.copy_s
             bar.set_postfix_str(describe_waits([timing]), refresh=False)
             bar.update(count_done(len(batch)) - bar.n)
-    timing.write_s, timing.wall_s = writer.wait_s, time.perf_counter() - started
+        waited = writer.wait_s
+    timing.write_s += writer.wait_s - waited
+    timing.wall_s = time.perf_counter() - started - timing.copy_s
     return timing
 
 
@@ -105,11 +111,16 @@ def _load_embedder(plan: Plan, version: Version, ranks: Ranks) -> TileEmbedder:
     if not ranks.agree(embedder.fits()):
         asked, embedder.batch_size = embedder.batch_size, max(1, embedder.batch_size // 2)
         fit = ranks.agree(embedder.fits())
-        ranks.run_on_main(lambda: _record_halved_batch(version, asked, embedder.batch_size if fit else None))
+        ranks.run_on_main(lambda: _record_halved_batch(version, plan, asked, embedder.batch_size if fit else None))
     return embedder
 
 
-def _record_halved_batch(version: Version, asked: int, fitting: int | None) -> None:
+def _record_halved_batch(version: Version, plan: Plan, asked: int, fitting: int | None) -> None:
+    if plan.earlier_id:
+        raise RunError(
+            f"a batch of {asked} tiles does not fit in memory, and the rows kept from version {plan.earlier_id} were "
+            "made in such: go on where it fits, or extract into another CACHE with a smaller --batch-size"
+        )
     if fitting is None:
         size = version.provenance.image_size
         raise RunError(
@@ -139,15 +150,37 @@ def _describe_stop(stop: Stopped, plan: Plan | None) -> str:
     return f"stopped by {stop}: {done}; the same command goes on from there"
 
 
-def _draw_batches(
-    version: Version, pending: tuple[int, ...], batch_size: int, draw: Counter
-) -> Iterator[list[TileRequest]]:
-    """Batches of the blocks this rank draws; a batch never spans two blocks."""
-    table = version.read_table()
-    while (drawn := draw(1) - 1) < len(pending):
-        rows = version.layout.block_slice(pending[drawn])
-        for start in range(rows.start, rows.stop, batch_size):
-            yield make_requests(table, range(start, min(start + batch_size, rows.stop)))
+class _BlockDraw:
+    """The blocks this rank draws: what an earlier version knows of them is copied, the rest becomes batches."""
+
+    def __init__(self, version: Version, plan: Plan, source: Source, writer: BlockWriter, timing: Timing) -> None:
+        self._version, self._pending = version, plan.pending
+        self._writer, self._timing = writer, timing
+        self._table = version.read_table()
+        self._earlier = None
+        if plan.earlier_id:
+            earlier = CacheRoot(plan.cache).open_version(plan.earlier_id)
+            self._earlier = EarlierRows(earlier, self._table, source)
+
+    def draw_batches(self, draw: Counter, batch_size: int) -> Iterator[list[TileRequest]]:
+        """Batches of rows to embed; a batch never spans two blocks. Blocks without any are written on the way."""
+        while (drawn := draw(1) - 1) < len(self._pending):
+            missing = self._begin(self._pending[drawn])
+            for start in range(0, len(missing), batch_size):
+                yield make_requests(self._table, missing[start : start + batch_size])
+
+    def _begin(self, block: int) -> list[int]:
+        """Rows of `block` to be embedded."""
+        started = time.perf_counter()
+        rows = self._version.layout.block_slice(block)
+        values = BlockValues.make_blank(self._version.layout, rows.stop - rows.start)
+        if self._earlier:
+            self._timing.note_labels(self._earlier.copy(rows, values))
+        missing = rows.start + np.flatnonzero(values.status == Status.PENDING)
+        self._writer.begin(block, values)
+        self._timing.kept += len(values.status) - len(missing)
+        self._timing.copy_s += time.perf_counter() - started
+        return missing.tolist()  # type: ignore[no-any-return]
 
 
 def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ranks, elapsed: float) -> str:
@@ -176,10 +209,15 @@ def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ran
     lines = [f"{plan.cache}: {len(status) - quarantined:,} embeddings, sealed (version {version.id})"]
     if quarantined:
         lines.append(describe_quarantined(version, status))
-    if not plan.pending:
+    kept = sum(timing.kept for timing in timings)
+    if kept:
+        lines.append(f"{kept:,} rows kept from version {plan.earlier_id}")
+    if plan.pending:
+        lines.append(describe_labels(timings))
+    if not any(timing.tiles for timing in timings):
         return "\n".join([f"0 to do, {elapsed:.0f} s", *lines])
     workers = ranks.choose_workers(config.workers)
-    lines += [describe_labels(timings), describe_speed(timings, elapsed)]
+    lines.append(describe_speed(timings, elapsed))
     lines.append(advise(timings, workers, ranks.cores, on_cpu=ranks.device.type == "cpu"))
     if config.limit is not None:
         lines.append(estimate_whole(version, plan.all_tiles, timings))

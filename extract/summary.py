@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cache_schema import Status, Version
 
-from .batch import TileBatch
+from .batch import LabelBatch, TileBatch
 
 _MALFORMED = ": malformed line"
 _MAX_EXAMPLES = 5
@@ -24,7 +24,9 @@ class Timing:
 
     Attributes:
         tiles: embedded or quarantined.
-        wall_s: from the first request to the last block handed over.
+        kept: rows taken over from an earlier version.
+        copy_s: seconds that took.
+        wall_s: from the first request to the last block handed over, less `copy_s`.
         feed_s, device_s, write_s: the main process waiting for a batch, computing it, waiting for a write.
         fetch_worker_s, decode_worker_s: seconds the feed's workers spent; they divide `feed_s`.
         label_lines: lines with content in the label files.
@@ -33,6 +35,8 @@ class Timing:
     """
 
     tiles: int = 0
+    kept: int = 0
+    copy_s: float = 0.0
     wall_s: float = 0.0
     feed_s: float = 0.0
     device_s: float = 0.0
@@ -47,6 +51,9 @@ class Timing:
         self.tiles += len(batch)
         self.fetch_worker_s += batch.fetch_s
         self.decode_worker_s += batch.decode_s
+        self.note_labels(batch)
+
+    def note_labels(self, batch: TileBatch | LabelBatch) -> None:
         self.label_lines += batch.label_lines
         named = [problem.removesuffix(_MALFORMED) for problem in batch.problems if problem.endswith(_MALFORMED)]
         self.malformed += len(named)

@@ -2,32 +2,51 @@
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache_schema import BlockValues, Version
+from cache_schema import BlockValues, Status, Version
 
 from .batch import TileBatch
 
 
+@dataclass
+class _BegunBlock:
+    """A block of which `missing` rows have not come yet, and those that have."""
+
+    values: BlockValues
+    missing: int
+    batches: list[TileBatch] = field(default_factory=list)
+    vectors: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def complete(self, first_row: int) -> BlockValues:
+        """The values of the block, with what came in its batches."""
+        rows = np.concatenate([batch.rows for batch in self.batches]) - first_row
+        for name, stored in self.values.pooled.items():
+            stored[rows] = torch.cat([part[name] for part in self.vectors]).cpu().numpy()
+        self.values.label_ids[rows] = np.concatenate([batch.label_ids for batch in self.batches])
+        self.values.status[rows] = np.concatenate([batch.status for batch in self.batches])
+        return self.values
+
+
 class BlockWriter:
-    """Collects batches into blocks and writes each in a thread, while the next one is computed.
+    """Completes blocks by batches and writes each in a thread, while the next one is computed.
 
     Leaving the context waits for the block in writing; an incomplete block is abandoned, and stays pending.
 
     Attributes:
-        wait_s: seconds that `add` and leaving waited for a write.
+        wait_s: seconds that `begin`, `add` and leaving waited for a write.
     """
 
     def __init__(self, version: Version) -> None:
         self._version = version
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._writing: Future[None] | None = None
-        self._batches: list[TileBatch] = []
-        self._vectors: list[dict[str, Tensor]] = []
+        self._begun: dict[int, _BegunBlock] = {}
         self.wait_s = 0.0
 
     def __enter__(self) -> Self:
@@ -40,8 +59,20 @@ class BlockWriter:
         if self._writing and error is None:
             self._writing.result()
 
+    def begin(self, block: int, values: BlockValues) -> None:
+        """Take a block whose pending rows come in batches; one that has none is written now.
+
+        Raises:
+            CacheError: what writing the previous block met.
+        """
+        missing = int((values.status == Status.PENDING).sum())
+        if missing:
+            self._begun[block] = _BegunBlock(values, missing)
+        else:
+            self._write(block, values)
+
     def add(self, batch: TileBatch, vectors: dict[str, Tensor]) -> None:
-        """Take one batch; batches of a block come in row order.
+        """Take one batch of rows that are pending in a block that was begun.
 
         The vectors of a block leave the device together, once it is complete. Waits besides only while the previous
         block is still written.
@@ -49,17 +80,17 @@ class BlockWriter:
         Raises:
             CacheError: what writing the previous block met.
         """
-        self._batches.append(batch)
-        self._vectors.append(vectors)
         block = int(batch.rows[0]) // self._version.layout.block_rows
-        if int(batch.rows[-1]) + 1 < self._version.layout.block_slice(block).stop:
+        begun = self._begun[block]
+        begun.batches.append(batch)
+        begun.vectors.append(vectors)
+        begun.missing -= len(batch)
+        if begun.missing:
             return
-        values = BlockValues(
-            pooled={name: torch.cat([part[name] for part in self._vectors]).cpu().numpy() for name in vectors},
-            label_ids=np.concatenate([part.label_ids for part in self._batches]),
-            status=np.concatenate([part.status for part in self._batches]),
-        )
-        self._batches, self._vectors = [], []
+        del self._begun[block]
+        self._write(block, begun.complete(self._version.layout.block_slice(block).start))
+
+    def _write(self, block: int, values: BlockValues) -> None:
         if self._writing:
             started = time.perf_counter()
             self._writing.result()

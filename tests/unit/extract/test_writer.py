@@ -11,6 +11,7 @@ import torch
 
 from cache_schema import (
     LABEL_ID_COLUMNS,
+    BlockValues,
     CacheRoot,
     IntegrityError,
     Provenance,
@@ -61,7 +62,12 @@ def batches_of(version: Version, blocks: list[int]) -> list[range]:
     return [range(i, min(i + BATCH, rows.stop)) for rows in slices for i in range(rows.start, rows.stop, BATCH)]
 
 
-def add(writer: BlockWriter, vectors: dict[str, np.ndarray], rows: range) -> None:
+def add(writer: BlockWriter, version: Version, vectors: dict[str, np.ndarray], rows: range) -> None:
+    """One batch; the first of a block begins it."""
+    block, offset = divmod(rows.start, version.layout.block_rows)
+    if offset == 0:
+        where = version.layout.block_slice(block)
+        writer.begin(block, BlockValues.make_blank(version.layout, where.stop - where.start))
     part = {name: torch.from_numpy(values[rows.start : rows.stop]) for name, values in vectors.items()}
     writer.add(make_batch(rows), part)
 
@@ -70,7 +76,7 @@ def add(writer: BlockWriter, vectors: dict[str, np.ndarray], rows: range) -> Non
 def test_blocks_in_any_order(version: Version, vectors: dict[str, np.ndarray], order: list[int]) -> None:
     with BlockWriter(version) as writer:
         for rows in batches_of(version, order):
-            add(writer, vectors, rows)
+            add(writer, version, vectors, rows)
     assert version.committed().tolist() == [True] * 3
     stored = version.read_rows()
     assert stored.embedded.all()
@@ -83,14 +89,14 @@ def test_blocks_in_any_order(version: Version, vectors: dict[str, np.ndarray], o
 def test_incomplete_block_stays_pending(version: Version, vectors: dict[str, np.ndarray]) -> None:
     with BlockWriter(version) as writer:
         for rows in batches_of(version, [1, 0])[:-1]:
-            add(writer, vectors, rows)
+            add(writer, version, vectors, rows)
     assert version.committed().tolist() == [False, True, False]
 
 
 def test_block_in_writing_is_finished_when_the_run_fails(version: Version, vectors: dict[str, np.ndarray]) -> None:
     with pytest.raises(KeyError, match="something else"), BlockWriter(version) as writer:
         for rows in batches_of(version, [0]):
-            add(writer, vectors, rows)
+            add(writer, version, vectors, rows)
         raise KeyError("something else")
     assert version.committed().tolist() == [True, False, False]
     assert version.check_block(0) is None
@@ -101,7 +107,7 @@ def test_what_writing_met_is_not_lost(version: Version, vectors: dict[str, np.nd
     vectors["cls"][7, 3] = np.inf
     with pytest.raises(IntegrityError, match="cls of row 7 is not finite in float16"), BlockWriter(version) as writer:
         for rows in batches_of(version, blocks):
-            add(writer, vectors, rows)
+            add(writer, version, vectors, rows)
     assert not version.committed().any()
 
 
@@ -114,5 +120,5 @@ def test_disk_that_refuses(version: Version, vectors: dict[str, np.ndarray], tmp
         BlockWriter(version) as writer,
     ):
         for rows in batches_of(version, [0]):
-            add(writer, vectors, rows)
+            add(writer, version, vectors, rows)
     assert not version.committed().any()
