@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from cache_schema import BlockValues, CacheRoot, Status, Version
+from cache_schema.layout import UInt8Array
 
 from .backbone import Backbone
 from .batch import TileRequest, make_requests
@@ -39,6 +42,9 @@ from .summary import (
 from .transform import describe_scale
 from .writer import BlockWriter
 
+_ATTEMPTS = 2
+"""Times that a block is computed: once more if it is found damaged when the run is about to seal."""
+
 
 def run_extraction(config: ExtractConfig) -> None:
     """Bring the cache of `config.tiles` up to date with the bucket; what is committed already is not redone.
@@ -54,12 +60,19 @@ def run_extraction(config: ExtractConfig) -> None:
             plan = ranks.run_on_main(lambda: make_plan(config, ranks.device))
             for note in plan.notes if ranks.is_main else ():
                 print(note, flush=True)
-            timing = _embed(config, plan, ranks) if plan.pending else Timing()
-            timings: list[Timing] = [timing] * ranks.world_size
-            torch.distributed.all_gather_object(timings, timing)
-            summary = ranks.run_on_main(lambda: _finish(config, plan, timings, ranks, time.perf_counter() - started))
-            if ranks.is_main:
-                print(summary, flush=True)
+            timing = Timing()
+            for attempt in range(1, _ATTEMPTS + 1):
+                if plan.pending:
+                    timing.add(_embed(config, plan, ranks))
+                timings: list[Timing] = [timing] * ranks.world_size
+                torch.distributed.all_gather_object(timings, timing)
+                finish = partial(_finish, config, plan, timings, ranks, time.perf_counter() - started)
+                outcome = ranks.run_on_main(partial(finish, may_redo=attempt < _ATTEMPTS))
+                if isinstance(outcome, str):
+                    if ranks.is_main:
+                        print(outcome, flush=True)
+                    return
+                plan = outcome
         except Stopped as stop:
             if ranks.is_main:
                 print(_describe_stop(stop, plan), file=sys.stderr, flush=True)
@@ -183,18 +196,30 @@ class _BlockDraw:
         return missing.tolist()  # type: ignore[no-any-return]
 
 
-def _finish(config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ranks, elapsed: float) -> str:
-    """Recheck, refuse or seal, move `current`, and say what there is now."""
+def _reopen_damaged(version: Version, status: UInt8Array) -> tuple[int, ...]:
+    """Blocks that hold pending rows; those whose values contradict their commit lose it, and the version its seal."""
+    blocks = np.unique(np.flatnonzero(status == Status.PENDING) // version.layout.block_rows)
+    damaged = blocks[version.committed()[blocks]].tolist()
+    version.reopen_blocks(damaged)
+    print(f"{len(damaged):,} blocks of {version.root.url} are damaged: computed again", flush=True)
+    return tuple(blocks.tolist())
+
+
+def _finish(
+    config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ranks, elapsed: float, *, may_redo: bool
+) -> str | Plan:
+    """Recheck; refuse or seal, move `current`, and say what there is now, or plan what is to be computed again."""
     root = CacheRoot(plan.cache)
     version = root.open_version(plan.version_id, read_only=False)
     status = version.read_status()
     missing, quarantined = int((status == Status.PENDING).sum()), int((status > Status.EMBEDDED).sum())
     if missing:
-        if version.committed().all():
-            mend = f"damaged: run `python -m cache_schema verify {plan.cache} --repair`, then the same command again"
-        else:
-            mend = "missing: run the same command again"
-        raise RunError(f"{missing:,} rows of {plan.cache} are {mend}")
+        if may_redo:
+            return replace(plan, pending=_reopen_damaged(version, status), to_do=missing)
+        raise RunError(
+            f"{missing:,} rows of {plan.cache} are damaged again just after they were written: check its disk or "
+            "bucket, and that no other extraction writes there; then run the same command again"
+        )
     if quarantined > config.max_quarantined * len(status):
         raise RunError(
             f"{quarantined:,} of {len(status):,} tiles are quarantined, more than --max-quarantined "

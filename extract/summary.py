@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,11 @@ class Timing:
     label_lines: int = 0
     malformed: int = 0
     examples: list[str] = field(default_factory=list)
+
+    def add(self, other: "Timing") -> None:
+        """Count in what the same rank did besides."""
+        for name in (item.name for item in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def note_batch(self, batch: TileBatch) -> None:
         self.tiles += len(batch)

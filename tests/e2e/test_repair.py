@@ -55,12 +55,40 @@ def test_an_extraction_after_a_repair_computes_only_the_damaged_blocks(
     assert verify_version(open_cache(cache)).lines == ()
 
 
-def test_an_extraction_that_finds_damage_names_the_repair(tmp_path: Path) -> None:
-    """A damaged block has a commit still, so running the same command again would change nothing."""
+def test_an_extraction_that_finds_damage_computes_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a power loss leaves of files that were renamed, but not yet on the disk."""
+    seed = fresh_seed()
+    tiles = plant_tiles(tmp_path / "tiles", scenes=30, per_scene=18, seed=seed)
+    backbone = make_checkpoint(tmp_path / "backbone", seed=seed)
+    cache = extract_cache(tiles, tmp_path / "cache", backbone)
+    undisturbed = get_all(cache)
+    folder = tmp_path / "cache" / f"{open_cache(cache).id}.zarr"
+    for sealed in (True, False):
+        (folder / "status/c/2").unlink()
+        (folder / "patch_mean/c/0/0").write_bytes(b"")
+        if not sealed:
+            (folder / "seal/c/0").unlink()
+            (tmp_path / "cache/current").unlink()
+        capsys.readouterr()
+        extract_cache(tiles, cache, backbone)
+        said = capsys.readouterr().out
+        assert "2 blocks of" in said
+        assert "284 tiles in" in said
+        assert get_all(cache) == undisturbed
+
+
+def test_a_disk_that_keeps_damaging_blocks_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = fresh_seed()
     tiles = plant_tiles(tmp_path / "tiles", scenes=5, per_scene=4, seed=seed)
     backbone = make_checkpoint(tmp_path / "backbone", seed=seed)
-    cache = extract_cache(tiles, tmp_path / "cache", backbone)
-    (tmp_path / "cache" / f"{open_cache(cache).id}.zarr/status/c/0").unlink()
-    with pytest.raises(RunError, match=r"20 rows of .*cache are damaged: run `python -m cache_schema verify .* --repa"):
-        extract_cache(tiles, cache, backbone)
+    write_block = Version.write_block
+
+    def write_and_lose(self: Version, block: int, values: BlockValues) -> None:
+        write_block(self, block, values)
+        (tmp_path / "cache" / f"{self.id}.zarr/status/c/{block}").unlink()
+
+    monkeypatch.setattr(Version, "write_block", write_and_lose)
+    with pytest.raises(
+        RunError, match="20 rows of .*cache are damaged again just after they were written: check its disk"
+    ):
+        extract_cache(tiles, tmp_path / "cache", backbone)
