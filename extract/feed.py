@@ -4,7 +4,9 @@ Each worker fetches its next batch while it decodes the present one, so it waits
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +44,7 @@ class TileFeed:
             prefetch_factor=PREFETCHED_BATCHES if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=_end_with_rank if workers else None,
             # Forked workers can deadlock on the locks of Zarr's event loop and of the HTTP client.
             multiprocessing_context=_make_forkserver() if workers else None,
         )
@@ -122,6 +125,21 @@ class _TileDataset(Dataset[TileBatch | TileprobeError]):
         except TileprobeError as error:
             # Raised here it would reach the main process wrapped in a worker's traceback.
             return error.with_traceback(None)
+
+
+def _end_with_rank(worker: int) -> None:
+    """Have this worker end when the rank it works for is gone, however that ended.
+
+    PyTorch's own watch looks at the parent process, which is the fork server here; and that lives as long as a worker.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank
+
+    def watch() -> None:
+        rank.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-rank", daemon=True).start()
 
 
 def _make_forkserver() -> multiprocessing.context.BaseContext:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -73,10 +74,11 @@ class Fired:
 
 
 def arm(charge: Charge | None) -> None:
-    """Make this process end as `charge` says, blocks small, and the patience of ranks with each other short."""
+    """Make this process end as `charge` says, and blocks small; ranks wait for one that is halted for seconds only."""
     cache_schema.creation.choose_block_rows = lambda rows: BLOCK_ROWS  # type: ignore[assignment]
-    extract.distributed.GROUP_TIMEOUT = timedelta(seconds=10)
     if charge:
+        if charge.signal == signal.SIGSTOP:
+            extract.distributed.GROUP_TIMEOUT = timedelta(seconds=20)
         _watch_stores(_Fuse(charge).note)
 
 

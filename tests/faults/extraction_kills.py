@@ -27,6 +27,8 @@ from tests.tiles import draw_objects, write_directory
 from .armed import ARMED, BLOCK_ROWS, Charge, Fired, arm
 
 _TIMEOUT_S = 120.0
+_PROJECT_ROOT = str(Path(__file__).parents[2])
+_ARMED_MODULE = Charge.__module__
 _POINTS: dict[str, dict[str, Any]] = {
     "before a block's first put": {"key": r"(^|/)cls/c/"},
     "between two arrays": {"key": r"(^|/)label_ids/c/"},
@@ -134,6 +136,39 @@ def run_extraction_kills(folder: Path, kills: int, seed: int, cache: str | None 
     return [{"fault": f"extract: {fault}", "tried": n, "survived": n} for fault, n in sorted(tried.items())]
 
 
+def run_hung_rank(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Halt one of two ranks for good: the other must end the job with a message, not wait in silence.
+
+    Returns, raises:
+        as `run_extraction_kills`.
+    """
+    write_directory(folder / "tiles", draw_objects(np.random.default_rng(seed), 100, size=32))
+    make_checkpoint(folder / "backbone", seed=seed, image_size=32)
+    charge = Charge(str(folder / "marker"), "put", key="/commit/c/", signal=signal.SIGSTOP)
+    process = start_armed(folder, charge, "--nproc-per-node=2")
+    assert process.stdout
+    said = []
+    for line in process.stdout:  # ends at the latest when torchrun has ended the halted rank, too
+        said.append(line)
+    process.wait(_TIMEOUT_S)
+    assert process.returncode != 0, said
+    assert any("lost touch with the other ranks" in line for line in said), said
+    return [{"fault": "extract: a rank hangs (SIGSTOP)", "tried": 1, "survived": 1}]
+
+
+def start_armed(folder: Path, charge: Charge, *launch: str) -> subprocess.Popen[str]:
+    """torchrun in `folder`, on its `tiles` and `backbone`, into `killed`."""
+    arguments = ["--tiles", "tiles", "--backbone", "backbone", "--cache", "killed", "--device", "cpu", "--workers", "1"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "extract.launch", "--standalone", *launch, "-m", _ARMED_MODULE, "run", *arguments],
+        env={**os.environ, ARMED: json.dumps(asdict(charge)), "PYTHONPATH": _PROJECT_ROOT},
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 class _Runs:
     """Starts runs of one extraction: forked from a process that has the libraries loaded, or by torchrun."""
 
@@ -141,7 +176,7 @@ class _Runs:
         self._folder = folder
         self._arguments = [*arguments, "--device", "cpu", "--precision", "float32"]
         self._fork = multiprocessing.get_context("forkserver")
-        self._fork.set_forkserver_preload([Charge.__module__])
+        self._fork.set_forkserver_preload([_ARMED_MODULE])
         self.log = folder / "runs.log"
 
     def run_alone(self, cache: str, charge: Charge | None = None) -> int | None:
@@ -170,10 +205,9 @@ class _Runs:
         return fired
 
     def _run_torchrun(self, cache: str, ranks: int, charge: Charge) -> int:
-        launch = ["-m", "extract.launch", "--standalone", f"--nproc-per-node={ranks}", "-m", "tests.faults.armed"]
+        launch = ["-m", "extract.launch", "--standalone", f"--nproc-per-node={ranks}", "-m", _ARMED_MODULE]
         arguments = [*self._arguments, "--workers", "1", "--cache", cache]
-        root = str(Path(__file__).parents[2])
-        env = {**os.environ, ARMED: json.dumps(asdict(charge)), "PYTHONPATH": root}
+        env = {**os.environ, ARMED: json.dumps(asdict(charge)), "PYTHONPATH": _PROJECT_ROOT}
         with self.log.open("ab") as log:
             return subprocess.run(
                 [sys.executable, *launch, *arguments],

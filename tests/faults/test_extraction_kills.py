@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import uuid
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +15,9 @@ from google.cloud import storage
 from tests.checkpoints import make_checkpoint
 from tests.tiles import draw_objects, read_arrays, run_extract, write_directory
 
-from .armed import ARMED, Charge, Fired
+from .armed import Charge
+from .extraction_kills import start_armed
 
-PROJECT_ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 150
 
 
@@ -47,19 +44,7 @@ def test_a_directory(tmp_path: Path, python_env: dict[str, str]) -> None:
 
 
 def test_a_bucket(tmp_path: Path, bucket: storage.Bucket, python_env: dict[str, str]) -> None:
-    run_kills(tmp_path, python_env, 6, 12, f"gs://{bucket.name}/cache")
-
-
-def start_armed(folder: Path, env: dict[str, str], charge: Charge, *launch: str) -> subprocess.Popen[str]:
-    arguments = ["--tiles", "tiles", "--backbone", "backbone", "--cache", "killed", "--device", "cpu", "--workers", "1"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "extract.launch", *launch, "-m", "tests.faults.armed", "run", *arguments],
-        env={**env, ARMED: json.dumps(asdict(charge))},
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    run_kills(tmp_path, python_env, 8, 1, f"gs://{bucket.name}/cache")
 
 
 @pytest.fixture
@@ -72,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_torchrun_restarts_a_killed_rank_and_goes_on(folder: Path, python_env: dict[str, str]) -> None:
     charge = Charge(str(folder / "marker"), "put", key="/commit/c/", nth=2, when="after")
-    process = start_armed(folder, python_env, charge, "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    process = start_armed(folder, charge, "--nproc-per-node=2", "--max-restarts=1")
     said, _ = process.communicate(timeout=TIMEOUT_S)
     assert (folder / "marker").exists()
     assert process.returncode == 0, said
@@ -85,25 +70,3 @@ def test_torchrun_restarts_a_killed_rank_and_goes_on(folder: Path, python_env: d
         np.testing.assert_array_equal(killed[name], undisturbed[name], err_msg=name)
     for name in ("cls", "patch_mean"):  # of other batches: a block was small in the one and not in the other
         np.testing.assert_allclose(killed[name], undisturbed[name], atol=4e-3, err_msg=name)
-
-
-def test_a_hung_rank_ends_the_job_with_a_message(folder: Path, python_env: dict[str, str]) -> None:
-    charge = Charge(str(folder / "marker"), "put", key="/commit/c/", signal=signal.SIGSTOP)
-    process = start_armed(folder, python_env, charge, "--standalone", "--nproc-per-node=2")
-    assert process.stdout
-    said = []
-    try:
-        for line in process.stdout:  # ends with the processes, or with this test's time
-            said.append(line)
-            if "lost touch with the other ranks" in line:
-                break
-        assert said[-1].startswith("error: rank"), "".join(said)
-    finally:
-        hung = Fired(**json.loads((folder / "marker").read_text()))
-        for pid in hung.pids[1:]:
-            try:
-                os.kill(pid, signal.SIGKILL)  # or torchrun would wait half a minute for the stopped one
-            except ProcessLookupError:
-                continue
-        process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode != 0
