@@ -170,6 +170,31 @@ def test_optimiser_state_runs_no_code(last: Path, tmp_path: Path) -> None:
     assert touched.exists()
 
 
+def test_weights_run_no_code(last: Path, tmp_path: Path) -> None:
+    touched = tmp_path / "owned"
+
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (touched,))
+
+    for write in (
+        lambda path: torch.save({"weight": Malicious()}, path),
+        lambda path: path.write_bytes(pickle.dumps(Malicious())),
+    ):
+        write(last / "model.safetensors")
+        redo_digest(last, "model.safetensors")
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            load_checkpoint(last)
+        # Nor beside it, under names that other tools load.
+        for name in ("pytorch_model.bin", "model.pt"):
+            write(last / name)
+        with pytest.raises(CheckpointError, match="does not match its sha256"):
+            load_checkpoint(last)
+        for name in ("pytorch_model.bin", "model.pt"):
+            (last / name).unlink()
+        assert not touched.exists()
+
+
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04 and no more", b"text"])
 def test_an_optimiser_file_that_is_none_is_an_error(last: Path, data: bytes) -> None:
     (last / "optimizer.pt").write_bytes(data)
