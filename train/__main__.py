@@ -1,5 +1,6 @@
 """python -m train head|finetune|evaluate|predict"""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from cache_schema import CacheNotFoundError, TileprobeError
 from extract.config import LAST_CACHE
 from extract.distributed import exit_with
 from extract.scenes import DEFAULT_SCENE_REGEX
+from extract.stop import Stopped
 
 from .config import DataConfig, TrainConfig
 
@@ -195,11 +197,13 @@ def _last_cache() -> str:
 
 
 def run() -> None:
-    """Run the command line; an error a user can act on is one line and status 1."""
+    """Run the command line; an error a user can act on is one line and status 1, a signal 128 and its number."""
     try:
         main(prog_name="python -m train")
     except TileprobeError as error:
         exit_with(error)
+    except Stopped as stop:
+        sys.exit(stop.status)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from extract.distributed import Ranks
 
+from .rows import LabelledRows
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -17,16 +19,20 @@ class Batch:
     Attributes:
         inputs: (b, F) embeddings or (b, 3, S, S) pixel values on the device; b may be 0.
         labels: (b, C) bool on the device.
+        rows: (b,) int64, which of the set's rows these are; on the CPU.
         global_size: rows of the batch over all ranks.
     """
 
     inputs: Tensor
     labels: Tensor
+    rows: Tensor
     global_size: int
 
 
 class Tiles(Protocol):
-    """A set of labelled tiles the loop can train or evaluate on."""
+    """A set of labelled tiles the loop can train or evaluate on; `rows` says which."""
+
+    rows: LabelledRows
 
     def __len__(self) -> int: ...
 

@@ -21,6 +21,7 @@ class CachedTiles:
     """
 
     def __init__(self, cache: LabelledCache, features: tuple[str, ...], ranks: Ranks) -> None:
+        self.rows = cache.rows
         joined = np.concatenate([cache.values.pooled[name][cache.rows.index] for name in features], axis=1)
         self._embeddings = torch.from_numpy(joined).to(ranks.device)
         self._labels = torch.from_numpy(cache.rows.labels).to(ranks.device)
@@ -34,8 +35,9 @@ class CachedTiles:
         order = epoch_order(len(self), seed, epoch)
         for start in range(0, len(self), batch_size):
             chosen = order[start : start + batch_size]
-            mine = take_share(chosen, self._ranks).to(self._labels.device)
-            yield Batch(self._embeddings[mine], self._labels[mine], len(chosen))
+            share = take_share(chosen, self._ranks)
+            mine = share.to(self._labels.device)
+            yield Batch(self._embeddings[mine], self._labels[mine], share, len(chosen))
 
     def iterate_share(self) -> Iterator[Tensor]:
         """Inputs of every world_size-th row in order, unpadded, for evaluation."""

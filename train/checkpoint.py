@@ -73,26 +73,42 @@ class LoadedCheckpoint:
 def save_checkpoint(
     directory: Path, tensors: dict[str, Tensor], meta: CheckpointMeta, optimizer: dict[str, Any] | None = None
 ) -> None:
-    """Write `directory` whole, keeping the one that was there as `previous` when it is a resumable one."""
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _WEIGHTS)
-    (temporary / _META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
+    """Write `directory` whole, keeping the one that was there as `previous` when it is a resumable one.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is still there.
+    """
+    try:
+        temporary = directory.with_name(directory.name + ".tmp")
+        _write(temporary, tensors, meta, optimizer)
+        if directory.exists():
+            previous = directory.with_name("previous" if optimizer is not None else directory.name + ".old")
+            shutil.rmtree(previous, ignore_errors=True)
+            directory.rename(previous)
+        temporary.rename(directory)
+        sync(directory.parent)
+        shutil.rmtree(directory.with_name(directory.name + ".old"), ignore_errors=True)
+    # torch and safetensors have errors of their own for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"cannot write {directory}: {reason}: make room or access, then continue with --resume"
+        ) from error
+
+
+def _write(directory: Path, tensors: dict[str, Tensor], meta: CheckpointMeta, optimizer: dict[str, Any] | None) -> None:
+    """Write every file of a checkpoint, digests last, and have them on the disk before it returns."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / _WEIGHTS)
+    (directory / _META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
     if optimizer is not None:
-        torch.save(optimizer, temporary / _OPTIMIZER)
-    digests = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-    (temporary / _DIGESTS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
-    for file in temporary.iterdir():
-        _sync(file)
-    _sync(temporary)
-    if directory.exists():
-        previous = directory.with_name("previous" if optimizer is not None else directory.name + ".old")
-        shutil.rmtree(previous, ignore_errors=True)
-        directory.rename(previous)
-    temporary.rename(directory)
-    _sync(directory.parent)
-    shutil.rmtree(directory.with_name(directory.name + ".old"), ignore_errors=True)
+        torch.save(optimizer, directory / _OPTIMIZER)
+    digests = {file.name: _sha256(file) for file in sorted(directory.iterdir())}
+    (directory / _DIGESTS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+    for file in directory.iterdir():
+        sync(file)
+    sync(directory)
 
 
 def load_checkpoint(directory: Path) -> LoadedCheckpoint:
@@ -131,19 +147,18 @@ def _load_optimizer(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_last(run: Path) -> LoadedCheckpoint:
-    """The newest resumable checkpoint of a run that is whole.
+def load_best(run: Path) -> LoadedCheckpoint:
+    """The best epoch of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it is missing or damaged; the message says how to get it back.
     """
-    errors = []
-    for name in ("last", "previous"):
-        try:
-            return load_checkpoint(run / name)
-        except CheckpointError as error:
-            errors.append(str(error))
-    raise CheckpointError(f"cannot resume {run}: {'; '.join(errors)}: start a new run without --resume")
+    try:
+        return load_checkpoint(run / "best")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}: continue that run with --resume, which mends it if it can, or train anew"
+        ) from error
 
 
 def _sha256(path: Path) -> str:
@@ -151,7 +166,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or directory on the disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -23,7 +23,7 @@ from extract.listing import list_tiles
 from extract.source import open_source
 from extract.transform import TileTransform
 
-from .checkpoint import CheckpointMeta, load_checkpoint
+from .checkpoint import CheckpointMeta, load_best
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
 from .evaluation import describe_evaluation, evaluate_rows
@@ -82,7 +82,7 @@ class LoadedRun:
     @classmethod
     def load(cls, run: str) -> "LoadedRun":
         directory = RunDirectory.open(run)
-        best = load_checkpoint(directory.best)
+        best = load_best(directory.path)
         return cls(directory, directory.read_config(), best.meta, best.tensors)
 
     @property

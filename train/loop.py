@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from cache_schema.layout import BoolArray
 from extract.distributed import Ranks
 
 from .batches import Batch, Tiles
-from .checkpoint import CheckpointMeta, LoadedCheckpoint, save_checkpoint
+from .checkpoint import CheckpointMeta, LoadedCheckpoint, save_checkpoint, sync
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
 from .evaluation import predict_logits, score_epoch
@@ -26,6 +27,8 @@ from .rows import LabelledRows
 from .rundir import RunDirectory
 
 MIN_EPOCH_STEPS = 20
+CHECK_STEPS = 20
+"""Steps after which the losses are looked at: each look waits for the device and for the other ranks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,8 @@ class Trainer:
         """Train the remaining epochs; `best/` and `last/` and a history line an epoch are left in the run directory.
 
         Raises:
-            TrainError: the loss is no longer finite.
+            TrainError: the loss is no longer finite; it names the rows.
+            CheckpointError: a checkpoint cannot be written.
         """
         try:
             self._fit(note)
@@ -138,14 +142,8 @@ class Trainer:
                 started = time.perf_counter()
                 logits = predict_logits(self.classifier, self._val.tiles, self._ranks, amp=self._amp)
                 self._epoch += 1
-                if logits is not None:
-                    _refuse_diverged(logits, self._epoch)
-                    metrics = score_epoch(
-                        logits, self._val.rows, self._val.counted, alpha=self.config.alpha, gamma=self.config.gamma
-                    )
-                    timing.val_s = time.perf_counter() - started
-                    self._record(loss, metrics, timing, bar, note)
-                self._ranks.wait()
+                # What fails on rank 0 alone ends every rank.
+                self._ranks.run_on_main(partial(self._close_epoch, logits, loss, timing, started, bar, note))
 
     def _train_epoch(self, bar: "tqdm[Any]", timing: EpochTiming) -> float:
         """Mean training loss of one epoch over all ranks."""
@@ -157,32 +155,87 @@ class Trainer:
         step = self._epoch * math.ceil(len(self._train) / config.batch_size)
         total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
         classes = len(self._meta.class_ids)
+        unchecked: list[_StepRows] = []
         for batch in _time_waits(batches, timing):
             self._set_learning_rate(scale_learning_rate(step, self._steps, config.warmup))
-            total += self._train_step(batch, classes)
+            summed, finite = self._train_step(batch, classes)
+            total += summed
             bar.update(batch.global_size)
             step += 1
+            unchecked.append(_StepRows(step, batch.rows, finite))
+            if len(unchecked) == CHECK_STEPS:
+                self._refuse_not_finite(unchecked)
+                unchecked.clear()
+        self._refuse_not_finite(unchecked)
         dist.all_reduce(total)
         timing.train_s = time.perf_counter() - started
-        loss = float(total) / (len(self._train) * classes)
-        if not math.isfinite(loss):
-            raise TrainError(f"the loss is not finite in epoch {self._epoch + 1}: lower --lr, or train without --amp")
-        return loss
+        return float(total) / (len(self._train) * classes)
 
-    def _train_step(self, batch: Batch, classes: int) -> torch.Tensor:
-        """One optimiser step; returns this rank's summed loss, detached."""
+    def _refuse_not_finite(self, steps: list["_StepRows"]) -> None:
+        """End training on every rank if one of them met a loss that is not finite, and name the rows it came from.
+
+        From the step after it on everything is NaN, so the earliest step of all ranks is the one to name.
+        """
+        finite = torch.cat([step.finite for step in steps]).all() if steps else torch.ones((), dtype=torch.bool)
+        agreed = finite.to(self._ranks.device, torch.int32)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        if agreed:
+            return
+        mine = next(((step.number, step.bad_rows()) for step in steps if not step.finite.all()), None)
+        found: list[tuple[int, list[int]] | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(found, mine)
+        first = min(number for number, _ in filter(None, found))
+        rows = sorted(row for number, part in filter(None, found) if number == first for row in part)
+
+        def refuse() -> None:
+            raise TrainError(
+                f"the loss is not finite in epoch {self._epoch + 1}, step {first:,} of {self._steps:,}, for "
+                f"{self._train.rows.describe(rows)} of a batch of {self.config.batch_size:,}: lower --lr, train "
+                "without --amp, or check these tiles; the checkpoints are as they were"
+            )
+
+        self._ranks.run_everywhere(refuse)
+
+    def _train_step(self, batch: Batch, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step; returns this rank's summed loss, detached, and which of its rows have a finite one."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp):
             logits = self._model(batch.inputs)
-        summed = focal_loss(logits, batch.labels.float(), alpha=self.config.alpha, gamma=self.config.gamma).sum()
+        losses = focal_loss(logits, batch.labels.float(), alpha=self.config.alpha, gamma=self.config.gamma)
+        summed = losses.sum()
         # DDP averages over ranks: scaled like this the gradient is that of the mean over the global batch.
         (summed * self._ranks.world_size / (batch.global_size * classes)).backward()
         self._optimizer.step()
-        return summed.detach()
+        return summed.detach(), losses.detach().isfinite().all(dim=1)
 
     def _set_learning_rate(self, scale: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
+
+    def _close_epoch(
+        self,
+        logits: torch.Tensor | None,
+        loss: float,
+        timing: EpochTiming,
+        started: float,
+        bar: "tqdm[Any]",
+        note: Callable[[str], None],
+    ) -> None:
+        """Rank 0: score the validation rows and leave everything of this epoch in the run directory."""
+        assert logits is not None
+        # The very last step of an epoch can spoil the weights after its loss was still finite.
+        spoilt = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if spoilt:
+            raise TrainError(
+                f"the model gives NaN or infinity after epoch {self._epoch}, for {self._val.rows.describe(spoilt)} of "
+                f"{len(logits):,} validation tiles: lower --lr, or train without --amp; the checkpoints are as they "
+                "were"
+            )
+        metrics = score_epoch(
+            logits, self._val.rows, self._val.counted, alpha=self.config.alpha, gamma=self.config.gamma
+        )
+        timing.val_s = time.perf_counter() - started
+        self._record(loss, metrics, timing, bar, note)
 
     def _record(
         self, loss: float, metrics: dict[str, Any], timing: EpochTiming, bar: "tqdm[Any]", note: Callable[[str], None]
@@ -200,6 +253,7 @@ class Trainer:
             self._best, self._best_epoch = value, self._epoch
             self._save(self._run.best)
         if self._epoch % self.config.save_every == 0 or self._epoch == self.config.epochs:
+            sync(self._run.history)  # a checkpoint that outlived its history line could not be resumed
             self._save(self._run.last, optimizer=True)
         bar.set_postfix_str(
             f"loss {loss:.4f}, F1 weighted {metrics['f1_weighted']:.3f}, mAP {metrics['map_macro']:.3f}", refresh=False
@@ -246,10 +300,17 @@ def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor]) ->
     classifier.load_state_dict(dict(tensors), strict=False)
 
 
-def _refuse_diverged(logits: torch.Tensor, epoch: int) -> None:
-    """The very last step of an epoch can spoil the weights after its loss was still finite."""
-    if logits.isnan().any():
-        raise TrainError(f"the model gives NaN after epoch {epoch}: lower --lr, or train without --amp")
+@dataclass(frozen=True, eq=False)
+class _StepRows:
+    """Of one step, counted from 1 over all epochs: this rank's rows and whether the loss of each is finite."""
+
+    number: int
+    rows: torch.Tensor
+    finite: torch.Tensor
+
+    def bad_rows(self) -> list[int]:
+        rows: list[int] = self.rows[~self.finite.cpu()].tolist()
+        return rows
 
 
 def _time_waits(batches: Iterator[Batch], timing: EpochTiming) -> Iterator[Batch]:

@@ -1,5 +1,6 @@
 """Rows of a cache with their labels: what a trainer may use, and what it leaves out and why."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -58,6 +59,12 @@ class LabelledRows:
     def empty(self) -> BoolArray:
         """(n,) bool: tiles that show none of the classes."""
         return np.asarray(~self.labels.any(axis=1))
+
+    def describe(self, chosen: Sequence[int], *, shown: int = 5) -> str:
+        """Some of the n rows for an error message: their number in the table and their tile."""
+        named = [f"{self.index[i]} ({self.tiles[i]})" for i in chosen[:shown]]
+        more = f" and {len(chosen) - shown:,} more" if len(chosen) > shown else ""
+        return f"{'row' if len(chosen) == 1 else 'rows'} {', '.join(named)}{more}"
 
     def select(self, chosen: BoolArray) -> Self:
         """The rows where `chosen` (n,) is true."""

@@ -4,6 +4,7 @@ The cached path (`unfreeze` 0) and the streamed one differ in two things only: w
 classifier holds a backbone. Split, loop, metrics, checkpoints and report are the same.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 
 from cache_schema import ProvenanceError, open_cache
 from extract.distributed import Ranks, join_ranks
+from extract.stop import Stopped, stop_on_signals
 
 from .batches import Tiles
 from .cached import CachedTiles
-from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_checkpoint, load_last, save_checkpoint
+from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_best, save_checkpoint
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
 from .evaluation import Evaluation, describe_evaluation, evaluate_rows, predict_logits, score_epoch
@@ -24,6 +26,7 @@ from .finetune import TileStream, check_finetuning, check_head, find_cached_chec
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
 from .model import Classifier, Head
 from .report import write_report
+from .resume import load_last, recover_run
 from .rows import LabelledCache
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
@@ -37,7 +40,7 @@ class Start:
 
     run: RunDirectory
     resume: LoadedCheckpoint | None
-    note: str
+    notes: tuple[str, ...]
 
 
 def run_training(config: TrainConfig) -> None:
@@ -45,22 +48,44 @@ def run_training(config: TrainConfig) -> None:
 
     Raises:
         TileprobeError: whatever a user can mend; nothing of an earlier run is touched.
+        Stopped: SIGTERM or SIGINT came; one line has said what a resumed run goes on from.
     """
-    with join_ranks(config.device) as ranks:
-        config, head, notes = ranks.run_on_main(lambda: _resolve(config))
-        sets = ranks.run_everywhere(lambda: read_sets(config))
-        config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
-        start = ranks.run_on_main(lambda: _open_run(config, head, sets))
-        for line in (*sets.notes, *notes, start.note):
-            _say(ranks, line)
-        trainer, make_tiles = _prepare(config, start.run, sets, ranks)
-        if start.resume is not None:
-            trainer.restore(start.resume)
-        elif head is not None:
-            load_tensors(trainer.classifier, head.tensors)
-            _compare_cached_and_streamed(trainer, make_tiles, sets, ranks)
-        trainer.fit(lambda line: _say(ranks, line))
-        _finish(config, start.run, sets, trainer.classifier, make_tiles, ranks)
+    with stop_on_signals(), join_ranks(config.device) as ranks:
+        start = None
+        try:
+            config, head, notes = ranks.run_on_main(lambda: _resolve(config))
+            sets = ranks.run_everywhere(lambda: read_sets(config))
+            config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
+            start = ranks.run_on_main(lambda: _open_run(config, head, sets))
+            for line in (*sets.notes, *notes, *start.notes):
+                _say(ranks, line)
+            _train(config, start, head, sets, ranks)
+        except Stopped as stop:
+            if ranks.is_main:
+                print(_describe_stop(stop, start, config.epochs), file=sys.stderr, flush=True)
+            raise
+
+
+def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks) -> None:
+    """From the state decided on to a finished run."""
+    trainer, make_tiles = _prepare(config, start.run, sets, ranks)
+    if start.resume is not None:
+        trainer.restore(start.resume)
+    elif head is not None:
+        load_tensors(trainer.classifier, head.tensors)
+        _compare_cached_and_streamed(trainer, make_tiles, sets, ranks)
+    trainer.fit(lambda line: _say(ranks, line))
+    _finish(config, start.run, sets, trainer.classifier, make_tiles, ranks)
+
+
+def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
+    if start is None:
+        return f"stopped by {stop} before the run began"
+    try:
+        saved = load_last(start.run.path)[0].meta.epoch
+    except CheckpointError:
+        saved = 0
+    return f"stopped by {stop}: {saved} of {epochs} epochs of {start.run} are saved; --resume goes on from there"
 
 
 def _say(ranks: Ranks, line: str) -> None:
@@ -102,7 +127,7 @@ def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | N
     if config.head_run is None and not Path(path, "best").is_dir():
         return None
     run = RunDirectory.open(path)
-    head = load_checkpoint(run.best)
+    head = load_best(run.path)
     if config.head_run is None and run.read_config().cache != config.cache:
         return None
     return run, head
@@ -123,10 +148,13 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
     if config.resume:
         run = RunDirectory.open(config.run)
         _refuse_other_tiles(run, config.cache, sets)
-        resume = load_last(run.path)
-        run.cut_history(resume.meta.epoch)
-        return Start(run, resume, f"resuming {run} after epoch {resume.meta.epoch} of {config.epochs}")
+        resume, notes = recover_run(run, config.save_every)
+        epoch = resume.meta.epoch if resume else 0
+        run.cut_history(epoch)
+        return Start(run, resume, (*notes, f"resuming {run} after epoch {epoch} of {config.epochs}"))
     run = RunDirectory.create(config.run)
+    run.write_json("split.json", sets.split)
+    # The settings last: with them the directory is a run, which can be resumed.
     run.write_json(
         "config.json",
         {
@@ -136,8 +164,7 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
             "recorded": version.recorded.to_json(),
         },
     )
-    run.write_json("split.json", sets.split)
-    return Start(run, None, f"global batch {config.batch_size}; files go to {run}")
+    return Start(run, None, (f"global batch {config.batch_size}; files go to {run}",))
 
 
 def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
@@ -219,7 +246,7 @@ def _finish(
     config: TrainConfig, run: RunDirectory, sets: Sets, classifier: Classifier, make_tiles: MakeTiles, ranks: Ranks
 ) -> None:
     """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
-    best = ranks.run_on_main(lambda: load_checkpoint(run.best))
+    best = ranks.run_on_main(lambda: load_best(run.path))
     load_tensors(classifier, best.tensors)
     amp = use_amp(config, ranks)
     val_logits = predict_logits(classifier, make_tiles(sets.val), ranks, amp=amp)

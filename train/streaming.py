@@ -41,8 +41,8 @@ class StreamedTiles:
         dtype: torch.dtype,
         eval_batch: int,
     ) -> None:
+        self.rows = cache.rows
         self._table = cache.table
-        self._index = cache.rows.index
         self._labels = torch.from_numpy(cache.rows.labels)
         self._feed = feed
         self._transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
@@ -51,7 +51,7 @@ class StreamedTiles:
         self._eval_batch = eval_batch
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.rows)
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
@@ -63,7 +63,7 @@ class StreamedTiles:
         for start, share in zip(starts, shares, strict=True):
             size = min(batch_size, len(self) - start)
             inputs = next(pixels) if len(share) else self._no_pixels()
-            yield Batch(inputs, self._labels[share].to(self._ranks.device), size)
+            yield Batch(inputs, self._labels[share].to(self._ranks.device), share, size)
 
     def iterate_share(self) -> Iterator[Tensor]:
         """Pixel values of every world_size-th row in order, unpadded, for evaluation."""
@@ -71,7 +71,9 @@ class StreamedTiles:
         return self._read([part for part in share.split(self._eval_batch) if len(part)])
 
     def _read(self, batches: list[Tensor]) -> Iterator[Tensor]:
-        requests = (make_requests(self._table, self._index[batch.numpy()].tolist(), labels=False) for batch in batches)
+        requests = (
+            make_requests(self._table, self.rows.index[batch.numpy()].tolist(), labels=False) for batch in batches
+        )
         for batch in self._feed.read(requests):
             refuse_changed(batch, self._table)
             yield self._transform(batch.images, device=self._ranks.device, dtype=self._dtype)

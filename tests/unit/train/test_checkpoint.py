@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests.planted import fresh_seed
-from train.checkpoint import CheckpointMeta, LoadedCheckpoint, load_checkpoint, load_last, save_checkpoint
+from train.checkpoint import CheckpointMeta, LoadedCheckpoint, load_checkpoint, save_checkpoint
 from train.errors import CheckpointError
+from train.resume import load_last
 
 FILES = ("model.safetensors", "checkpoint.json", "optimizer.pt", "sha256")
 
@@ -169,6 +170,31 @@ def test_optimiser_state_runs_no_code(last: Path, tmp_path: Path) -> None:
     assert touched.exists()
 
 
+def test_weights_run_no_code(last: Path, tmp_path: Path) -> None:
+    touched = tmp_path / "owned"
+
+    class Malicious:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (touched,))
+
+    for write in (
+        lambda path: torch.save({"weight": Malicious()}, path),
+        lambda path: path.write_bytes(pickle.dumps(Malicious())),
+    ):
+        write(last / "model.safetensors")
+        redo_digest(last, "model.safetensors")
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            load_checkpoint(last)
+        # Nor beside it, under names that other tools load.
+        for name in ("pytorch_model.bin", "model.pt"):
+            write(last / name)
+        with pytest.raises(CheckpointError, match="does not match its sha256"):
+            load_checkpoint(last)
+        for name in ("pytorch_model.bin", "model.pt"):
+            (last / name).unlink()
+        assert not touched.exists()
+
+
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04 and no more", b"text"])
 def test_an_optimiser_file_that_is_none_is_an_error(last: Path, data: bytes) -> None:
     (last / "optimizer.pt").write_bytes(data)
@@ -183,11 +209,11 @@ def test_a_damaged_last_falls_back_to_the_one_before(tmp_path: Path) -> None:
         saved[epoch], optimizer = train_a_little(epoch)
         save_checkpoint(tmp_path / "last", saved[epoch], make_meta(epoch), optimizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "previous"]
-    assert_is(load_last(tmp_path), saved[3], make_meta(3))
+    assert_is(load_last(tmp_path)[0], saved[3], make_meta(3))
     data = bytearray((tmp_path / "last" / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "last" / "model.safetensors").write_bytes(data)
-    assert_is(load_last(tmp_path), saved[2], make_meta(2))
+    assert_is(load_last(tmp_path)[0], saved[2], make_meta(2))
     (tmp_path / "previous" / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"cannot resume .*sha256.*optimizer\.pt.*without --resume"):
         load_last(tmp_path)
@@ -233,7 +259,7 @@ def test_killed_at_any_step_of_saving_the_old_or_the_new_one_is_there(
             else:
                 stopped = False
         saved[3] = train_a_little(3)[0]
-        loaded = load_last(root) if resumable else load_checkpoint(root / name)
+        loaded = load_last(root)[0] if resumable else load_checkpoint(root / name)
         assert loaded.meta.epoch in (2, 3)
         assert_is(loaded, saved[loaded.meta.epoch], make_meta(loaded.meta.epoch))
         seen.add(loaded.meta.epoch)

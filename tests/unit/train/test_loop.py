@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from extract.distributed import Ranks, join_ranks
 from tests.checkpoints import make_checkpoint
 from tests.planted import fresh_seed
 from train.batches import Batch, epoch_order
-from train.checkpoint import CheckpointMeta, load_checkpoint, load_last
+from train.checkpoint import CheckpointMeta, load_checkpoint
 from train.config import TrainConfig
 from train.errors import CheckpointError, TrainError
 from train.loop import (
@@ -29,6 +30,7 @@ from train.loop import (
     scale_learning_rate,
 )
 from train.model import Classifier, Head
+from train.resume import load_last
 from train.rows import LabelledRows
 from train.rundir import RunDirectory
 
@@ -100,13 +102,23 @@ class Rows:
         generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(rows, WIDTH, generator=generator)
         self.labels = self.inputs @ torch.randn(WIDTH, CLASSES, generator=generator) > 0.7
+        self.rows = LabelledRows(
+            index=100 + np.arange(rows),
+            tiles=np.array([f"t{i}" for i in range(rows)]),
+            scenes=np.array([f"s{i % 4}" for i in range(rows)]),
+            labels=self.labels.numpy(),
+            reading="type",
+            class_ids=tuple(range(CLASSES)),
+            class_names=tuple(f"class {c}" for c in range(CLASSES)),
+            notes=(),
+        )
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         for rows in epoch_order(len(self), seed, epoch).split(batch_size):
-            yield Batch(self.inputs[rows], self.labels[rows], len(rows))
+            yield Batch(self.inputs[rows], self.labels[rows], rows, len(rows))
 
     def iterate_share(self) -> Iterator[torch.Tensor]:
         yield from self.inputs.split(10)
@@ -119,15 +131,14 @@ def make_trainer(
     run = RunDirectory.create(str(tmp_path / "head"))
     settings: dict[str, Any] = {"epochs": 4, "batch_size": 8, "lr": 0.02, "hidden": 8, "dropout": 0.0, "seed": 5}
     config = TrainConfig(cache="c", run=str(tmp_path / "head"), **(settings | options))
-    names = tuple(f"class {c}" for c in range(CLASSES))
     meta = CheckpointMeta(
         epoch=0,
         unfreeze=0,
         features=("cls",),
         hidden=8,
         dropout=config.dropout,
-        class_ids=tuple(range(CLASSES)),
-        class_names=names,
+        class_ids=val.rows.class_ids,
+        class_names=val.rows.class_names,
         reading="type",
         thresholds=(),
         backbone="demo",
@@ -135,20 +146,10 @@ def make_trainer(
         precision="float32",
         weights_sha256="",
     )
-    rows = LabelledRows(
-        index=np.arange(len(val)),
-        tiles=np.array([f"t{i}" for i in range(len(val))]),
-        scenes=np.array([f"s{i % 4}" for i in range(len(val))]),
-        labels=val.labels.numpy(),
-        reading="type",
-        class_ids=meta.class_ids,
-        class_names=names,
-        notes=(),
-    )
     torch.manual_seed(seed if init is None else init)
     classifier = Classifier(Head(WIDTH, CLASSES, hidden=8, dropout=config.dropout), None, ("cls",))
     counted = np.ones(len(val), bool)
-    return Trainer(classifier, train, ValidationSet(val, rows, counted), config, meta, run, ranks), train, val
+    return Trainer(classifier, train, ValidationSet(val, val.rows, counted), config, meta, run, ranks), train, val
 
 
 def reference_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -231,7 +232,7 @@ def test_a_resumed_run_writes_the_same_history(tmp_path: Path, stop: int, save_e
             stopped.fit(print)
         torch.rand(17)
         run = RunDirectory(tmp_path / "stopped" / "head-001")
-        checkpoint = load_last(run.path)
+        checkpoint, _ = load_last(run.path)
         assert checkpoint.meta.epoch == resumes_at
         run.cut_history(resumes_at)
         again, _, _ = make_trainer(tmp_path / "again", ranks, seed, init=seed + 1, **options)
@@ -254,20 +255,37 @@ def test_a_checkpoint_without_optimiser_state_cannot_be_resumed(tmp_path: Path) 
             trainer.restore(load_checkpoint(tmp_path / "head-001" / "best"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(tmp_path: Path, value: float) -> None:
+    """In the third epoch: the rows of the first bad batch alone, not the NaN that follows it everywhere."""
+    seed, run = fresh_seed(), RunDirectory(tmp_path / "head-001")
     with join_ranks("cpu") as ranks:
-        trainer, train, _ = make_trainer(tmp_path, ranks, 0)
-        train.inputs[3] = torch.inf
-        with pytest.raises(TrainError, match=r"not finite in epoch 1: lower --lr"):
+        trainer, train, _ = make_trainer(tmp_path, ranks, seed)
+        iterate, order = train.iterate_epoch, epoch_order(47, 5, 2)
+        bad = [int(order[8 * 2 + 1]), int(order[8 * 2 + 6])]  # in the third batch
+        kept: dict[str, bytes] = {}
+
+        def spoil_the_third(*, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+            if epoch == 2:
+                kept.update({str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()})
+                train.inputs[bad] = value
+            return iterate(batch_size=batch_size, seed=seed, epoch=epoch)
+
+        train.iterate_epoch = spoil_the_third  # type: ignore[method-assign]
+        named = ", ".join(f"{100 + row} (t{row})" for row in sorted(bad))
+        message = f"not finite in epoch 3, step 15 of 24, for rows {named} of a batch of 8: lower --lr"
+        with pytest.raises(TrainError, match=re.escape(message)):
             trainer.fit(print)
-    assert not (tmp_path / "head-001" / "last").exists()
+    assert {str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == kept
+    assert load_checkpoint(run.last).meta.epoch == 2
 
 
 def test_weights_spoilt_by_an_epochs_last_step_end_the_run(tmp_path: Path) -> None:
     with join_ranks("cpu") as ranks:
         trainer, _, val = make_trainer(tmp_path, ranks, 0)
         val.inputs[2] = torch.nan  # as if from the weights: the training loss stays finite
-        with pytest.raises(TrainError, match=r"NaN after epoch 1: lower --lr"):
+        message = r"NaN or infinity after epoch 1, for row 102 \(t2\) of 23 validation tiles: lower --lr"
+        with pytest.raises(TrainError, match=message):
             trainer.fit(print)
     assert not (tmp_path / "head-001" / "history.jsonl").exists()
 
