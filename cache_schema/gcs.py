@@ -20,7 +20,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.common import concurrent_map
 
 from .errors import StorageError
-from .gcs_client import GCS_ERRORS, connect, explain_gcs_error
+from .gcs_client import AGAIN, GCS_ERRORS, connect, explain_gcs_error
 
 _T = TypeVar("_T")
 
@@ -54,6 +54,8 @@ class GcsStore(Store):
         concurrency: int = 32,
         deadline_s: float = 120.0,
         first_delay_s: float = 1.0,
+        setting: str = "CACHE",
+        again: str = AGAIN,
     ) -> None:
         """Make no request yet.
 
@@ -63,6 +65,8 @@ class GcsStore(Store):
             concurrency: requests in flight at a time, over all stores of this process with the same number.
             deadline_s: seconds after which a request that keeps failing is given up.
             first_delay_s: longest pause before the first repetition, in seconds; it doubles up to a minute.
+            setting: the variable that names it, for messages.
+            again: what is not lost, and how to go on, for messages.
 
         Raises:
             StorageError: not a `gs://` URL, or one without a bucket.
@@ -76,6 +80,8 @@ class GcsStore(Store):
         self._concurrency = concurrency
         self._deadline_s = deadline_s
         self._first_delay_s = first_delay_s
+        self._setting = setting
+        self._again = again
 
     @property
     def url(self) -> str:
@@ -99,6 +105,8 @@ class GcsStore(Store):
             concurrency=self._concurrency,
             deadline_s=self._deadline_s,
             first_delay_s=self._first_delay_s,
+            setting=self._setting,
+            again=self._again,
         )
 
     async def _open(self) -> None:
@@ -228,7 +236,8 @@ class GcsStore(Store):
             return await loop.run_in_executor(connect(self._concurrency).threads, lambda: request(*args))
         except GCS_ERRORS as error:
             role = "Storage Object Viewer" if self.read_only else "Storage Object User"
-            raise StorageError(explain_gcs_error(error, self.url, setting="CACHE", role=role)) from error
+            explained = explain_gcs_error(error, self.url, setting=self._setting, role=role, again=self._again)
+            raise StorageError(explained) from error
 
     def _name(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
@@ -337,7 +346,7 @@ class GcsStore(Store):
     def _describe_damage(self, key: str) -> str:
         return (
             f"{self.url}/{key} arrived damaged {_TRANSFER_ATTEMPTS} times (its crc32c does not match): "
-            "check proxies and the network between here and the bucket, then run the same command again"
+            f"check proxies and the network between here and the bucket; {self._again}"
         )
 
 

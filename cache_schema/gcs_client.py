@@ -15,6 +15,8 @@ from requests.exceptions import RequestException
 GCS_ERRORS = (GoogleAPIError, GoogleAuthError, RequestException, ConnectionError)
 """What a request may raise for reasons outside this program."""
 
+AGAIN = "what is committed stays, and the same command goes on from there"
+
 
 class GcsConnection:
     """A client and the threads that wait for its answers."""
@@ -60,14 +62,15 @@ def _make_client(concurrency: int) -> Any:
     return client
 
 
-def explain_gcs_error(error: Exception, url: str, *, setting: str, role: str) -> str:
+def explain_gcs_error(error: Exception, url: str, *, setting: str, role: str, again: str = AGAIN) -> str:
     """What happened and what to do; never the text of a credentials error, which may quote a key.
 
     Args:
         error: one of `GCS_ERRORS`.
         url: what was being read or written.
-        setting: the variable that names it, `CACHE` or `TILES`.
+        setting: the variable that names it, `CACHE`, `TILES` or `RUN`.
         role: the role on the bucket that would do.
+        again: what is not lost, and how to go on.
     """
     if isinstance(error, DefaultCredentialsError):
         return (
@@ -77,15 +80,9 @@ def explain_gcs_error(error: Exception, url: str, *, setting: str, role: str) ->
     if isinstance(error, (Forbidden, Unauthorized)):
         return f"access to {url} refused ({error.code}): give the account the role {role} on the bucket"
     if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
-        return (
-            f"Google credentials were not accepted for {url}: run `gcloud auth application-default login`; "
-            "what is committed stays, and the same command goes on from there"
-        )
+        return f"Google credentials were not accepted for {url}: run `gcloud auth application-default login`; {again}"
     if isinstance(error, NotFound):
         bucket = url.removeprefix("gs://").partition("/")[0]
         return f"no bucket {bucket} for {url}: check the name in {setting}"
     code = f" {error.code}" if isinstance(error, GoogleAPICallError) else ""
-    return (
-        f"{url} kept failing ({type(error).__name__}{code}): check the network; "
-        "what is committed stays, and the same command goes on from there"
-    )
+    return f"{url} kept failing ({type(error).__name__}{code}): check the network; {again}"

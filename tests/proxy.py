@@ -34,8 +34,9 @@ class Proxy:
         self._lock = threading.Lock()
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+            def forward(self) -> None:
                 self.close_connection = True
+                sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 fault = proxy.note(self.path)
                 if fault == "reset":
                     self.reset()
@@ -44,7 +45,7 @@ class Proxy:
                     self.answer(fault, {}, b"harmed")
                     return
                 onward = http.client.HTTPConnection(address, timeout=20)
-                onward.request("GET", self.path, headers=proxy.pass_on(self.headers))
+                onward.request(self.command, self.path, sent, headers=proxy.pass_on(self.headers))
                 answer = onward.getresponse()
                 body = answer.read()
                 onward.close()
@@ -52,6 +53,8 @@ class Proxy:
                     body = body[:-1] + bytes([body[-1] ^ 1])
                 kept = body[: len(body) // 2] if fault == "cut" else body
                 self.answer(answer.status, dict(answer.getheaders()), kept, len(body))
+
+            do_GET = do_POST = do_PUT = do_DELETE = forward
 
             def answer(self, status: int, headers: dict[str, str], body: bytes, length: int | None = None) -> None:
                 self.send_response_only(status)

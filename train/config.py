@@ -52,7 +52,7 @@ class TrainConfig:
 
     Attributes:
         cache: of the training tiles; tile source, backbone and image size come from it.
-        run: link to the newest run, `runs/head` -> `runs/head-003`.
+        run: link to the newest run, `runs/head` -> `runs/head-003`, or `gs://bucket/prefix/head`.
         unfreeze: last transformer layers to train.
         val_cache, test_cache: sets of their own.
         features: pooled arrays the head sees, joined by `+`.
@@ -95,8 +95,6 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.run.startswith("gs://"):
-            raise TrainError(f"RUN={self.run}: runs are written to a local directory")
         unknown = set(self.features.split("+")) - set(POOLING)
         if unknown or len(set(self.features.split("+"))) != len(self.features.split("+")):
             raise TrainError(f"--features {self.features}: choose of {', '.join(POOLING)}, joined by +")

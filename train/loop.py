@@ -255,6 +255,7 @@ class Trainer:
         if self._epoch % self.config.save_every == 0 or self._epoch == self.config.epochs:
             sync(self._run.history)  # a checkpoint that outlived its history line could not be resumed
             self._save(self._run.last, optimizer=True)
+            self._run.upload()
         bar.set_postfix_str(
             f"loss {loss:.4f}, F1 weighted {metrics['f1_weighted']:.3f}, mAP {metrics['map_macro']:.3f}", refresh=False
         )

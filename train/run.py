@@ -7,7 +7,6 @@ classifier holds a backbone. Split, loop, metrics, checkpoints and report are th
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from extract.distributed import Ranks, join_ranks
 from extract.stop import Stopped, stop_on_signals
 
 from .batches import Tiles
+from .bucket import is_bucket
 from .cached import CachedTiles
 from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_best, save_checkpoint
 from .config import TrainConfig
@@ -96,7 +96,11 @@ def _say(ranks: Ranks, line: str) -> None:
 def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
     """The settings a run really uses: a resumed run's own, or completed from the head it starts from."""
     if config.resume:
-        stored = RunDirectory.open(config.run).read_config()
+        run = RunDirectory.resume(config.run)
+        stored = run.read_config()
+        if stored.data.split_file and is_bucket(str(run)) and not is_bucket(stored.data.split_file):
+            # The machine that had that file may be lost, the run's own split is in the bucket.
+            stored = replace(stored, data=replace(stored.data, split_file=run.split_file))
         return replace(stored, run=config.run, resume=True, device=config.device, workers=config.workers), None, ()
     found = _find_head(config) if config.unfreeze else None
     if found is None:
@@ -115,7 +119,7 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None,
         if stored.val_cache:
             data, split, config = stored.data, stored.val_cache, replace(config, val_cache=stored.val_cache)
         else:
-            data, split = replace(stored.data, split_file=str(run.path / "split.json")), "the split of that run"
+            data, split = replace(stored.data, split_file=run.split_file), "the split of that run"
     features = "+".join(head.meta.features)
     config = replace(config, data=data, features=features, hidden=head.meta.hidden, head_run=str(run))
     return config, head, (f"head starts from {run}, best epoch {head.meta.epoch}; validates on {split}",)
@@ -123,10 +127,10 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None,
 
 def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | None:
     """The cached head to start from: the run asked for, else the newest beside this one, if it is of this cache."""
-    path = config.head_run or str(Path(config.run).with_name("head"))
-    if config.head_run is None and not Path(path, "best").is_dir():
+    beside, slash, _ = config.run.rstrip("/").rpartition("/")
+    run = RunDirectory.open(config.head_run) if config.head_run else RunDirectory.find(f"{beside}{slash}head")
+    if run is None:
         return None
-    run = RunDirectory.open(path)
     head = load_best(run.path)
     if config.head_run is None and run.read_config().cache != config.cache:
         return None
@@ -146,12 +150,12 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
     if config.unfreeze:
         check_finetuning([cache for cache in (sets.train, sets.val, sets.test) if cache is not None], config.unfreeze)
     if config.resume:
-        run = RunDirectory.open(config.run)
+        run = RunDirectory.resume(config.run)
         _refuse_other_tiles(run, config.cache, sets)
         resume, notes = recover_run(run, config.save_every)
         epoch = resume.meta.epoch if resume else 0
         run.cut_history(epoch)
-        return Start(run, resume, (*notes, f"resuming {run} after epoch {epoch} of {config.epochs}"))
+        return Start(run, resume, (*run.notes, *notes, f"resuming {run} after epoch {epoch} of {config.epochs}"))
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
     # The settings last: with them the directory is a run, which can be resumed.
@@ -164,6 +168,7 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
             "recorded": version.recorded.to_json(),
         },
     )
+    run.finish()
     return Start(run, None, (f"global batch {config.batch_size}; files go to {run}",))
 
 
@@ -270,6 +275,7 @@ def _finish(
         run.write_json("test_metrics.json", test.to_json())
         results["test, scored once"] = test
     write_report(run, config, results)
+    run.finish()
     for title, evaluation in results.items():
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
     print(f"\nrun: {run} (best/, last/, metrics.json, report.html)", flush=True)

@@ -1,31 +1,45 @@
-"""A run's directory: numbered, never overwritten, and a link to the newest."""
+"""A run's directory: numbered, never overwritten, and a link to the newest; or its working copy of one in a bucket."""
 
+import atexit
 import json
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from .bucket import BucketRun, claim_run, find_run, is_bucket, work_folder
 from .config import TrainConfig
 from .errors import TrainError
 
 
 class RunDirectory:
-    """The files one run leaves; see the README for what each holds."""
+    """The files one run leaves; see the README for what each holds.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        path: where they lie on this machine.
+        notes: lines for the user about what came down from the bucket.
+    """
+
+    def __init__(self, path: Path, remote: BucketRun | None = None, notes: tuple[str, ...] = ()) -> None:
         self.path = path
+        self.notes = notes
+        self._remote = remote
         self.best = path / "best"
         self.last = path / "last"
         self.history = path / "history.jsonl"
 
     @classmethod
     def create(cls, link: str) -> "RunDirectory":
-        """Make `runs/head-004` for the link `runs/head` and point the link at it.
+        """Make `runs/head-004` for the link `runs/head` and point the link at it; in a bucket, take that number.
 
         Raises:
             TrainError: `link` is a directory, not a link, or nothing can be written there.
+            StorageError: the bucket refuses.
         """
+        if is_bucket(link):
+            return cls._create_working_copy(claim_run(link))
         base = Path(link)
         if base.exists() and not base.is_symlink():
             raise TrainError(f"{link} is a directory, not a link to the newest run: choose another RUN")
@@ -43,18 +57,69 @@ class RunDirectory:
         return cls(path)
 
     @classmethod
+    def _create_working_copy(cls, remote: BucketRun) -> "RunDirectory":
+        path = work_folder(remote.url)
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise TrainError(f"cannot make the working folder {path}: {error.strerror}") from error
+        return cls(path, remote)
+
+    @classmethod
+    def find(cls, run: str) -> "RunDirectory | None":
+        """An existing run with a best epoch, None if there is none."""
+        found = find_run(run) if is_bucket(run) else Path(run, "best").is_dir()
+        opened = cls.open(run) if found else None
+        return opened if opened and opened.best.is_dir() else None
+
+    @classmethod
     def open(cls, run: str) -> "RunDirectory":
-        """An existing run, by its link or its own name.
+        """An existing run, by its link or its own name; of one in a bucket, its best epoch until this process ends.
 
         Raises:
             TrainError: there is none.
+            StorageError: the bucket cannot be read.
         """
+        if is_bucket(run):
+            remote = _find_remote(run)
+            folder = Path(tempfile.mkdtemp(prefix="tileprobe-run-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            return cls(folder, remote, tuple(remote.fetch(folder, best_only=True)))
         if not Path(run, "config.json").is_file():
-            raise TrainError(f"no run at {run}: train one first (`make train-head`), or check RUN")
+            raise _no_run(run)
         return cls(Path(os.path.realpath(run)))
 
+    @classmethod
+    def resume(cls, run: str) -> "RunDirectory":
+        """An existing run to go on with; the working folder of one in a bucket becomes what the bucket holds.
+
+        Raises:
+            TrainError: there is none.
+            StorageError: the bucket cannot be read.
+        """
+        if not is_bucket(run):
+            return cls.open(run)
+        remote = _find_remote(run)
+        path = work_folder(remote.url)
+        return cls(path, remote, tuple(remote.fetch(path)))
+
     def __str__(self) -> str:
-        return os.path.relpath(self.path)
+        return self._remote.url if self._remote else os.path.relpath(self.path)
+
+    @property
+    def split_file(self) -> str:
+        """Where its split can be read from, on any machine if it is in a bucket."""
+        return f"{self._remote.url}/split.json" if self._remote else str(self.path / "split.json")
+
+    def upload(self) -> None:
+        """Send a checkpoint to the bucket in the background; nothing to do for a local run."""
+        if self._remote:
+            self._remote.upload(self.path)
+
+    def finish(self) -> None:
+        """Send everything to the bucket and wait for it; nothing to do for a local run."""
+        if self._remote:
+            self._remote.finish(self.path)
 
     def write_json(self, name: str, value: Any) -> None:
         temporary = self.path / f"{name}.tmp"
@@ -111,6 +176,17 @@ class RunDirectory:
         temporary = self.history.with_name("history.jsonl.tmp")
         temporary.write_text("".join(kept))
         temporary.rename(self.history)
+
+
+def _find_remote(run: str) -> BucketRun:
+    remote = find_run(run)
+    if remote is None:
+        raise _no_run(run)
+    return remote
+
+
+def _no_run(run: str) -> TrainError:
+    return TrainError(f"no run at {run}: train one first (`make train-head`), or check RUN")
 
 
 def _numbered(base: str, name: str) -> re.Match[str] | None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from cache_schema.layout import BoolArray
 
+from .bucket import is_bucket, read_object
 from .config import DataConfig
 from .errors import SplitError
 
@@ -62,7 +63,7 @@ def _split_scenes(scenes: npt.NDArray[np.str_], fraction: float, seed: int) -> S
 
 def _read_split(tiles: npt.NDArray[np.str_], path: str) -> Split:
     try:
-        stored: Any = json.loads(Path(path).read_text())
+        stored: Any = json.loads(read_object(path) if is_bucket(path) else Path(path).read_text())
         sides = dict.fromkeys(stored["val"], "val") | dict.fromkeys(stored["train"], "train")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SplitError(f"--split-file {path} is not a split.json: {error}") from error

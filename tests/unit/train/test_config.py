@@ -43,7 +43,6 @@ def test_like_original_is_its_split_and_its_classes() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"run": "gs://bucket/runs"}, "RUN=gs://bucket/runs"),
         ({"features": "cls+cls"}, "--features cls.cls: choose of cls, patch_mean"),
         ({"features": "mean"}, "--features mean"),
         ({"features": ""}, "--features"),
