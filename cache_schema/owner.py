@@ -160,9 +160,7 @@ def _find_life(
     alive = owner.is_alive(me) if owner else None
     if alive is not None:
         return _describe(found) if alive else None
-    say(
-        f"version {version_id} was being written by {_describe(found)}: looking for its heartbeat, {pace.stale_s:.0f} s"
-    )
+    say(f"version {version_id} was being written by {_describe(found)}: waiting {pace.stale_s:.0f} s for its heartbeat")
     deadline = time.monotonic() + pace.stale_s
     while time.monotonic() < deadline:
         time.sleep(pace.look_s)
