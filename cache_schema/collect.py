@@ -84,7 +84,7 @@ def list_versions(
         elif version_id in references:
             kept = f"{references[version_id]} was trained on it"
         elif not unsealed and not (sealed[version_id] and current):
-            kept = "not finished, to be gone on with (--unsealed)"
+            kept = "not finished (--unsealed)"
         elif owner := find_owner(root.url, version_id, pace=pace):
             kept = f"being written by {owner}"
         versions.append(StoredVersion(version_id, *root.measure_version(version_id), kept))
