@@ -13,12 +13,14 @@ from .errors import (
     CacheFormatError,
     CacheNotFoundError,
     IntegrityError,
+    OwnedError,
     ProvenanceError,
     StorageError,
     TaxonomyError,
     TileprobeError,
 )
 from .layout import LABEL_ID_COLUMNS, Layout, Status
+from .owner import own_version
 from .provenance import Provenance, Recorded
 from .root import CacheRoot, open_cache
 from .table import NO_LABEL, TileTable
@@ -38,6 +40,7 @@ __all__ = [
     "IntegrityError",
     "LabelIds",
     "Layout",
+    "OwnedError",
     "Provenance",
     "ProvenanceError",
     "Recorded",
@@ -50,4 +53,5 @@ __all__ = [
     "Version",
     "format_histogram",
     "open_cache",
+    "own_version",
 ]

@@ -2,8 +2,10 @@
 
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -13,6 +15,7 @@ from .collect import MIB, find_references, list_versions, remove_versions
 from .compare import compare_versions
 from .errors import TileprobeError
 from .layout import Status, UInt8Array
+from .owner import own_version
 from .root import CacheRoot, open_cache
 from .taxonomy import format_histogram
 from .verify import repair_version, verify_version
@@ -54,31 +57,37 @@ def info(cache: str, version_id: str | None, as_json: bool) -> None:
 @click.argument("cache")
 @click.option("--version", "version_id", help="Another version than the one in use.")
 @click.option("--repair", is_flag=True, help="Take back the commits of damaged blocks, for `make extract` to redo.")
-def verify(cache: str, version_id: str | None, repair: bool) -> None:
+@click.option("--sample", type=click.IntRange(min=1), metavar="K", help="Embed K random rows again and compare them.")
+@click.option("--seed", type=int, help="Draw the rows of an earlier --sample.")
+@click.option("--tiles", help="Where the tiles are now, for --sample.  [default: where they were]")
+@click.option("--backbone", help="Where the checkpoint is now, for --sample.  [default: as it was named]")
+def verify(cache: str, version_id: str | None, repair: bool, sample: int | None, **now: Any) -> None:
     """Recompute every digest of CACHE, and name what is damaged by array, block and rows.
 
-    Ends with status 1 if anything is wrong or unfinished, repaired or not: `make extract` has to run then.
+    Ends with status 1 if anything is wrong or unfinished, repaired or not: `make extract` has to run then. So it does
+    if vectors of --sample are not what the backbone gives today.
     """
     version = open_cache(cache, version=version_id, allow_unsealed=True)
-    findings = verify_version(version)
-    for line in findings.lines:
-        click.echo(line)
+    with own_version(cache, version.id) if repair else nullcontext():
+        findings = verify_version(version)
+        for line in findings.lines:
+            click.echo(line)
+        if repair and findings.lines:
+            writable = CacheRoot(cache).open_version(version.id, read_only=False)
+            click.echo("\n".join(repair_version(writable, findings)))
     if not findings.lines:
         stored: Any = version.group["status"]
         counts = _describe_status(_count_status(stored[:]))
         rows, blocks = version.layout.rows, version.layout.blocks
         click.echo(f"{cache}: version {version.id} is sound: {rows:,} rows ({counts}) in {blocks:,} blocks, sealed")
-        return
-    if repair:
-        writable = CacheRoot(cache).open_version(version.id, read_only=False)
-        click.echo("\n".join(repair_version(writable, findings)))
-    elif findings.damaged:
+    elif findings.damaged and not repair:
         click.echo(
             f"{cache}: {len(findings.damaged):,} blocks are damaged: `verify --repair` lets `make extract` redo them"
         )
-    else:
+    elif not repair:
         click.echo(f"{cache}: no block is damaged: `make extract` mends or finishes the rest")
-    sys.exit(1)
+    agrees = sample is None or _embed_sample(version, sample, now)
+    sys.exit(0 if agrees and not findings.lines else 1)
 
 
 @main.command()
@@ -104,12 +113,12 @@ def diff(a: str, b: str) -> None:
     metavar="DIR",
     help="Where run directories lie whose versions stay.  [default: runs]",
 )
-@click.option("--unsealed", is_flag=True, help="Remove unfinished versions, too: make sure that no extraction runs.")
+@click.option("--unsealed", is_flag=True, help="Remove unfinished versions, too, unless an extraction runs.")
 @click.option("--yes", is_flag=True, help="Remove them; otherwise they are only listed.")
 def gc(cache: str, keep: int, runs: str | None, unsealed: bool, yes: bool) -> None:
     """Remove versions of CACHE that are not in use and that no run was trained on.
 
-    A version that is not finished counts as one with an extraction under way, and stays.
+    A version that is not finished stays, since an extraction goes on with it, and so does one that a process writes to.
     """
     root = CacheRoot(cache, read_only=not yes)
     references = find_references(runs or "runs")
@@ -122,6 +131,14 @@ def gc(cache: str, keep: int, runs: str | None, unsealed: bool, yes: bool) -> No
         click.echo(f"removed {what}")
     else:
         click.echo(f"{what} to remove: --yes removes them" if doomed else "nothing to remove")
+
+
+def _embed_sample(version: Version, rows: int, now: dict[str, Any]) -> bool:
+    """Have `extract`, which alone can embed and which this package does not import, compare rows in its own process."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "extract", "sample", "--version", version.id, "--rows", str(rows)]
+    command += [f"--{name}={value}" for name, value in now.items() if value is not None]
+    return subprocess.run([*command, "--", version.root.url], check=False).returncode == 0
 
 
 def _open_named_version(name: str) -> Version:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import CacheError, CacheFormatError, CacheNotFoundError
+from .errors import CacheError
+from .owner import PACE, Pace, find_owner, own_version
 from .root import CacheRoot
 
 MIB = 2**20
@@ -62,7 +63,7 @@ def find_references(runs: str) -> dict[str, str]:
 
 
 def list_versions(
-    root: CacheRoot, references: Mapping[str, str], *, keep: int = 0, unsealed: bool = False
+    root: CacheRoot, references: Mapping[str, str], *, keep: int = 0, unsealed: bool = False, pace: Pace = PACE
 ) -> list[StoredVersion]:
     """All versions of a cache, the one last written to first.
 
@@ -70,9 +71,10 @@ def list_versions(
         root: the cache.
         references: what runs refer to, see `find_references`.
         keep: how many stay, the newest first, of those that nothing else keeps.
-        unsealed: let go of unfinished versions.
+        unsealed: let go of unfinished versions, except those that a process writes to.
+        pace: for tests; a process elsewhere is given time to show that it lives.
     """
-    sealed = {version_id: _is_sealed(root, version_id) for version_id in root.versions()}
+    sealed = {version_id: root.is_sealed(version_id) for version_id in root.versions()}
     current = root.current()  # after the seals: a version that was sealed before it became the one in use is seen here
     versions = []
     for version_id in sealed:
@@ -82,7 +84,9 @@ def list_versions(
         elif version_id in references:
             kept = f"{references[version_id]} was trained on it"
         elif not unsealed and not (sealed[version_id] and current):
-            kept = "not finished, an extraction may be under way (--unsealed)"
+            kept = "not finished (--unsealed)"
+        elif owner := find_owner(root.url, version_id, pace=pace):
+            kept = f"being written by {owner}"
         versions.append(StoredVersion(version_id, *root.measure_version(version_id), kept))
     versions.sort(key=lambda version: version.written, reverse=True)
     spared = [version.id for version in versions if version.kept is None][:keep]
@@ -91,16 +95,19 @@ def list_versions(
 
 
 def remove_versions(root: CacheRoot, versions: Sequence[StoredVersion]) -> None:
-    """Remove these versions.
+    """Remove these versions, each owned meanwhile: an extraction that is about to begin is told.
 
     Raises:
+        OwnedError: an extraction has begun to write to one since they were listed.
         CacheError: an extraction has taken one into use since they were listed.
         StorageError: the disk or the bucket refuses; what is removed already stays so.
     """
     for version in versions:
-        if root.current() == version.id:
-            raise CacheError(f"version {version.id} of {root.url} has just come into use: run the same command again")
-        root.remove_version(version.id)
+        with own_version(root.url, version.id):
+            if root.current() == version.id:
+                message = f"version {version.id} of {root.url} has just come into use: run the same command again"
+                raise CacheError(message)
+            root.remove_version(version.id)
 
 
 def describe_age(seconds: float) -> str:
@@ -110,11 +117,3 @@ def describe_age(seconds: float) -> str:
             number = int(seconds // length)
             return f"{number} {unit}{'s' if number > 1 else ''} old"
     return "new"
-
-
-def _is_sealed(root: CacheRoot, version_id: str) -> bool:
-    """Whether a version is finished; one whose creation was interrupted is not, nor is one that cannot be opened."""
-    try:
-        return root.open_version(version_id).sealed
-    except (CacheNotFoundError, CacheFormatError):
-        return False

@@ -5,6 +5,7 @@ TileprobeError
 │   ├── CacheNotFoundError   no cache, or no finished version, at this place
 │   ├── CacheFormatError     not a cache, or a format this program does not read
 │   ├── IntegrityError       stored values contradict their digest, or cannot be stored at all
+│   ├── OwnedError           another process writes to it
 │   ├── ProvenanceError      the cache was made from something else than what is asked of it
 │   └── StorageError         the disk or the bucket refuses
 └── TaxonomyError            label ids that fit no class list, or two
@@ -29,6 +30,10 @@ class CacheFormatError(CacheError):
 
 class IntegrityError(CacheError):
     """Stored values contradict their digest, or cannot be stored at all."""
+
+
+class OwnedError(CacheError):
+    """Another process writes to this version."""
 
 
 class ProvenanceError(CacheError):

@@ -7,8 +7,8 @@ this module and gcs_client.py import Google's libraries, and they are imported w
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import google_crc32c
@@ -130,7 +130,8 @@ class GcsStore(Store):
         bounds = _to_bounds(byte_range)
         await self._ensure_open()
         if bounds is None:
-            data = await self._call(self._download, key)
+            found = await self._call(self._download, key)
+            data = found[0] if found else None
         else:
             data = await self._call(self._download_range, key, *bounds)
         return None if data is None else prototype.buffer.from_bytes(data)
@@ -227,13 +228,46 @@ class GcsStore(Store):
             for folder in page.prefixes:
                 yield folder
 
+    # One object compared and swapped. These block, in the caller's own thread: an interpreter that ends waits for the
+    # connection's threads, and must not wait for a heartbeat.
+
+    def read_generation(self, key: str) -> tuple[bytes, int] | None:
+        """The object's bytes and their generation; None when there is no such object."""
+        with self._errors():
+            return self._download(key)
+
+    def replace_generation(self, key: str, data: bytes, generation: int) -> int | None:
+        """Write an object over one generation of it alone (0: where there is none).
+
+        Returns:
+            The new generation; None when another was there, or when this very write was refused on its repetition
+            after its acknowledgement was lost: what is there now tells.
+        """
+        self._check_writable()
+        with self._errors():
+            try:
+                return self._upload(key, data, generation)
+            except PreconditionFailed:
+                return None
+
+    def delete_generation(self, key: str, generation: int) -> None:
+        """Remove one generation of an object, if it is the one that is there."""
+        self._check_writable()
+        with self._errors(), suppress(NotFound, PreconditionFailed):
+            self._blob(key).delete(if_generation_match=generation, **self._options())
+
     # Blocking requests; they run in the connection's threads
 
     async def _call(self, request: Callable[..., _T], *args: Any) -> _T:
         """Run a blocking request off the event loop, and explain what goes wrong with it."""
         loop = asyncio.get_running_loop()
-        try:
+        with self._errors():
             return await loop.run_in_executor(connect(self._concurrency).threads, lambda: request(*args))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except GCS_ERRORS as error:
             role = "Storage Object Viewer" if self.read_only else "Storage Object User"
             explained = explain_gcs_error(error, self.url, setting=self._setting, role=role, again=self._again)
@@ -256,12 +290,13 @@ class GcsStore(Store):
         # Listing needs no right beyond what a cache needs anyway; asking for the bucket itself would.
         next(iter(self._open_bucket().list_blobs(max_results=1, fields="items(name)", **self._options())), None)
 
-    def _download(self, key: str) -> bytes | None:
+    def _download(self, key: str) -> tuple[bytes, int] | None:
+        """The object's bytes and their generation."""
         for _ in range(_TRANSFER_ATTEMPTS):
             blob = self._blob(key)
             try:
                 data = bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c", **self._options()))
-                if blob.crc32c is None:  # the answer had no hash, so the library checked nothing
+                if blob.crc32c is None or blob.generation is None:  # without a hash the library checked nothing
                     blob.reload(**self._options())
             except NotFound:
                 return None
@@ -269,7 +304,7 @@ class GcsStore(Store):
                 pass  # unlike other faults of the transport this one is not repeated by the library
             else:
                 if blob.crc32c == _compute_crc32c(data):
-                    return data
+                    return data, blob.generation
             time.sleep(_TRANSFER_PAUSE_S)
         raise StorageError(self._describe_damage(key))
 
@@ -292,8 +327,8 @@ class GcsStore(Store):
             return None
         return int(blob.size)
 
-    def _upload(self, key: str, data: bytes, generation: int | None) -> None:
-        """Write, over the given generation only if there is one (0: no object)."""
+    def _upload(self, key: str, data: bytes, generation: int | None) -> int:
+        """Write, over the given generation only if there is one (0: no object); returns the new generation."""
         crc32c = _compute_crc32c(data)
         for _ in range(_TRANSFER_ATTEMPTS):
             blob = self._blob(key)
@@ -312,7 +347,7 @@ class GcsStore(Store):
                     raise
             else:
                 if blob.crc32c == crc32c:
-                    return
+                    return int(blob.generation)
                 if generation is not None:
                     generation = blob.generation  # a server that does not check kept it: replace that, nothing else
             time.sleep(_TRANSFER_PAUSE_S)
@@ -322,7 +357,8 @@ class GcsStore(Store):
         try:
             self._upload(key, data, 0)
         except PreconditionFailed:
-            return self._download(key) == data
+            found = self._download(key)
+            return found is not None and found[0] == data
         return True
 
     def _delete(self, key: str) -> None:

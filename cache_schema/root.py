@@ -89,6 +89,13 @@ class CacheRoot:
             )
         return version
 
+    def is_sealed(self, version_id: str) -> bool:
+        """Whether a version is finished; one that was created in part is not, nor is one that cannot be opened."""
+        try:
+            return self.open_version(version_id).sealed
+        except (CacheNotFoundError, CacheFormatError):
+            return False
+
     def create_version(self, table: TileTable, provenance: Provenance, recorded: Recorded) -> Version:
         """Open the version of this table and provenance for writing; create it where it does not exist.
 

@@ -1,4 +1,4 @@
-"""python -m extract run|demo"""
+"""python -m extract run|sample|demo"""
 
 import sys
 from typing import Any
@@ -50,6 +50,22 @@ def run_command(**options: Any) -> None:
     from .run import run_extraction
 
     run_extraction(ExtractConfig(**options))
+
+
+@main.command("sample", hidden=True)
+@click.argument("cache")
+@click.option("--version", "version_id", required=True)
+@click.option("--rows", type=click.IntRange(min=1), required=True)
+@click.option("--seed", type=int)
+@click.option("--tiles")
+@click.option("--backbone")
+def sample_command(cache: str, version_id: str, rows: int, **now: Any) -> None:
+    """Embed random rows of CACHE again and compare: `python -m cache_schema verify --sample` runs this."""
+    from .sample import compare_sample
+
+    comparison = compare_sample(cache, version_id, rows, **now)
+    click.echo("\n".join(comparison.lines))
+    sys.exit(0 if comparison.agrees else 1)
 
 
 @main.command("demo", context_settings={"ignore_unknown_options": True})

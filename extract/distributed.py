@@ -33,6 +33,12 @@ class PeerLostError(TileprobeError):
     """Another rank ended in the middle of what all do together; it has said why, or torchrun will."""
 
 
+def get_job_id() -> str | None:
+    """torchrun's id of this job, the same after its restarts; None without one that no other job has."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if job == "none" else job
+
+
 def exit_with(error: TileprobeError) -> NoReturn:
     """End this rank with one line and status 1.
 

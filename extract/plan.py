@@ -2,18 +2,20 @@
 
 import platform
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 
 import numpy as np
 import torch
 
-from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version
+from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version, own_version
 from cache_schema.layout import BoolArray
 
 from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint
 from .changes import find_earlier, open_in_use
 from .config import ExtractConfig
+from .distributed import get_job_id
 from .listing import list_tiles
 from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
 from .scenes import choose_whole_scenes, find_scenes
@@ -47,8 +49,11 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(config: ExtractConfig, device: torch.device) -> Plan:
-    """List the bucket, read the checkpoint's files, and open or create the version they lead to."""
+def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) -> Plan:
+    """List the bucket, read the checkpoint's files, and open or create the version they lead to.
+
+    What is not finished is owned from here on, until `at_end` closes.
+    """
     checkpoint = find_checkpoint(config.backbone, config.image_size)
     source = open_source(config.tiles)
     listing = list_tiles(source, unlabelled=config.unlabelled)
@@ -73,6 +78,9 @@ def make_plan(config: ExtractConfig, device: torch.device) -> Plan:
         notes += [f"differs from the run that made it: {d}" for d in earlier.recorded.differences(recorded)]
         # Rows that are computed must not differ from rows that are kept by the size of their batches.
         recorded = replace(recorded, batch_size=earlier.recorded.batch_size)
+    version_id = provenance.version_id(table.identity_digest())
+    if config.retry_quarantined or not root.is_sealed(version_id):
+        at_end.enter_context(own_version(root.url, version_id, job=get_job_id()))
     version = root.create_version(table, provenance, recorded)
     notes += [f"differs from the run that began this version: {d}" for d in version.recorded.differences(recorded)]
     if earlier and version.recorded.batch_size != earlier.recorded.batch_size:

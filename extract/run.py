@@ -7,7 +7,7 @@ takes fewer, and what a block holds does not depend on who computed it.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -53,11 +53,11 @@ def run_extraction(config: ExtractConfig) -> None:
         TileprobeError: whatever a user can mend; committed blocks stay.
         Stopped: SIGTERM or SIGINT came; committed blocks stay, and one line has said how many.
     """
-    with stop_on_signals(), join_ranks(config.device) as ranks:
+    with stop_on_signals(), join_ranks(config.device) as ranks, ExitStack() as at_end:
         plan = None
         try:
             started = time.perf_counter()
-            plan = ranks.run_on_main(lambda: make_plan(config, ranks.device))
+            plan = ranks.run_on_main(lambda: make_plan(config, ranks.device, at_end))
             for note in plan.notes if ranks.is_main else ():
                 print(note, flush=True)
             timing = Timing()

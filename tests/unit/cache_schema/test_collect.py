@@ -34,7 +34,7 @@ def test_only_what_nothing_refers_to_is_removed(cache_url: str, tmp_path: Path, 
     assert lines[trained].endswith(f"stays: {head} was trained on it")
     assert lines[doomed].endswith("to remove")
     assert lines[current].endswith("stays: in use")
-    assert lines[unfinished].endswith("stays: not finished, an extraction may be under way (--unsealed)")
+    assert lines[unfinished].endswith("stays: not finished (--unsealed)")
     assert listed.stdout.splitlines()[4] == "1 of 4 versions, 0.2 MiB to remove: --yes removes them"
     assert get_all(cache_url) == before
 
