@@ -15,6 +15,7 @@ import google_crc32c
 from google.api_core.exceptions import BadRequest, NotFound, PreconditionFailed, RequestRangeNotSatisfiable
 from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
+from requests.exceptions import ChunkedEncodingError
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.common import concurrent_map
@@ -300,8 +301,8 @@ class GcsStore(Store):
                     blob.reload(**self._options())
             except NotFound:
                 return None
-            except DataCorruption:
-                pass  # unlike other faults of the transport this one is not repeated by the library
+            except (DataCorruption, ChunkedEncodingError):
+                pass  # unlike other faults of the transport, these are not repeated by the library
             else:
                 if blob.crc32c == _compute_crc32c(data):
                     return data, blob.generation

@@ -209,14 +209,16 @@ class GcsSource:
     def read_checked(self, name: str, generation: int) -> bytes:
         from google.cloud.exceptions import NotFound
         from google.cloud.storage.exceptions import DataCorruption
+        from requests.exceptions import ChunkedEncodingError
 
         from cache_schema.gcs_client import GCS_ERRORS
 
         try:
             for _ in range(_TRANSFER_ATTEMPTS):
                 blob = self._bucket().blob(self._prefix + name, generation=generation or None)
-                # Unlike other faults of the transport, a damaged body is not read again by the library.
-                with suppress(DataCorruption):
+                # Unlike other faults of the transport, a damaged body is not read again by the library, nor is an
+                # answer that is cut where it says that there is no object.
+                with suppress(DataCorruption, ChunkedEncodingError):
                     return bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c"))
                 time.sleep(_TRANSFER_PAUSE_S)
         except NotFound as error:

@@ -7,13 +7,15 @@ import http.server
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-Fault = int | Literal["reset", "cut", "flip"] | None
-"""A status instead of the answer, a connection reset, a body cut short or with one bit flipped, or no fault."""
+Fault = int | Literal["reset", "lost", "cut", "flip", "slow"] | None
+"""A status instead of the answer, a connection reset before or after the server did what was asked, a body cut short,
+with one bit flipped or in pieces with pauses, or no fault."""
 
 
 class Proxy:
@@ -49,21 +51,36 @@ class Proxy:
                 answer = onward.getresponse()
                 body = answer.read()
                 onward.close()
+                if fault == "lost":
+                    self.reset()
+                    return
                 if fault == "flip" and body:
                     body = body[:-1] + bytes([body[-1] ^ 1])
                 kept = body[: len(body) // 2] if fault == "cut" else body
-                self.answer(answer.status, dict(answer.getheaders()), kept, len(body))
+                self.answer(answer.status, dict(answer.getheaders()), kept, len(body), slow=fault == "slow")
 
             do_GET = do_POST = do_PUT = do_DELETE = forward
 
-            def answer(self, status: int, headers: dict[str, str], body: bytes, length: int | None = None) -> None:
+            def answer(
+                self,
+                status: int,
+                headers: dict[str, str],
+                body: bytes,
+                length: int | None = None,
+                *,
+                slow: bool = False,
+            ) -> None:
                 self.send_response_only(status)
                 for name, value in headers.items():
                     if name.lower() not in ("content-length", "transfer-encoding"):
                         self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body) if length is None else length))
                 self.end_headers()
-                self.wfile.write(body)
+                for start in range(0, len(body), max(1, len(body) // 3)) if slow else ():
+                    self.wfile.write(body[start : start + max(1, len(body) // 3)])
+                    time.sleep(0.05)
+                if not slow:
+                    self.wfile.write(body)
 
             def reset(self) -> None:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
