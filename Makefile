@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo extract train-head finetune evaluate predict info check test bench
+.PHONY: help help-all demo extract train-head finetune evaluate predict info check test soak bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
@@ -69,6 +69,9 @@ check: $(READY) ## (more) lint, types, import contract
 
 test: $(READY) ## run the tests
 	@$(PYTHON) -m pytest tests $(ARGS)
+
+soak: $(READY) ## (more) kills, network faults and odd bytes by the thousand; figures go to runs/soak.json
+	@$(PYTHON) -m tests.faults.soak $(ARGS)
 
 bench: $(READY) ## (more) measure against the way this replaces: ratios of what runs side by side [AREA=extract]
 	@$(PYTHON) -m tests.benchmarks $(if $(AREA),--area '$(AREA)') $(ARGS)

@@ -79,7 +79,7 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
         # Rows that are computed must not differ from rows that are kept by the size of their batches.
         recorded = replace(recorded, batch_size=earlier.recorded.batch_size)
     version_id = provenance.version_id(table.identity_digest())
-    if config.retry_quarantined or not root.is_sealed(version_id):
+    if config.retry_quarantined or root.current() != version_id or not root.is_sealed(version_id):
         at_end.enter_context(own_version(root.url, version_id, job=get_job_id()))
     version = root.create_version(table, provenance, recorded)
     notes += [f"differs from the run that began this version: {d}" for d in version.recorded.differences(recorded)]
