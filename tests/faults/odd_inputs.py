@@ -143,7 +143,7 @@ _LABELS: list[tuple[str, bytes, dict[int, int], int, str]] = [
         LABEL * (MAX_LABEL_BYTES // len(LABEL) + 1),
         {LAST: 1},
         1,
-        "the file is one malformed line",
+        "the file is one malformed line, unread",
     ),
     ("`nan`", b"18 nan 0.5 0.1 0.1\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
     ("`inf`", b"18 inf 0.5 0.1 0.1\n" + LABEL, {18: 1, LAST: 1}, 1, ""),

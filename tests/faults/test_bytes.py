@@ -19,12 +19,16 @@ from google.cloud import storage
 from PIL import Image
 
 from cache_schema import Status, open_cache
-from extract.labels import parse_labels
-from extract.listing import label_name
+from extract.batch import make_requests
+from extract.decode import MAX_FILE_BYTES
+from extract.feed import TileFeed
+from extract.labels import MAX_LABEL_BYTES, parse_labels
+from extract.listing import label_name, list_tiles
+from extract.source import LocalSource
 from tests.checkpoints import make_checkpoint
 from tests.faults.odd_inputs import LAST, OddInput, make_table
 from tests.planted import extract_cache, fresh_seed
-from tests.tiles import encode, read_arrays, relative_differences, upload
+from tests.tiles import encode, read_arrays, relative_differences, upload, write_directory
 
 README = Path(__file__).parents[2] / "extract" / "README.md"
 TABLE = make_table()
@@ -136,3 +140,25 @@ def test_nothing_is_written_outside_the_cache(extracted: Extracted) -> None:
 def test_the_users_table_is_this_one() -> None:
     shown = [line for line in README.read_text().splitlines() if re.match(r"\| (image|label|name) \|", line)]
     assert shown == [odd.markdown for odd in TABLE]
+
+
+def test_objects_over_the_limit_are_not_read(tmp_path: Path) -> None:
+    """The listing tells their size: memory would not hold a few such."""
+    root = write_directory(tmp_path, {"images/1.png": b"", "labels/1.txt": b""})
+    os.truncate(root / "images/1.png", MAX_FILE_BYTES + 1)
+    os.truncate(root / "labels/1.txt", MAX_LABEL_BYTES + 1)
+    source = UnreadableSource(str(root))
+    (batch,) = TileFeed(source, workers=0).read([make_requests(list_tiles(source).table, [0])])
+    assert batch.status.tolist() == [Status.OVER_LIMIT]
+    assert (batch.label_ids.sum(), batch.label_ids[0, LAST], batch.label_lines) == (1, 1, 1)
+    assert batch.problems == (
+        f"images/1.png: quarantined: {Status.OVER_LIMIT.reason}",
+        "labels/1.txt:1: malformed line",
+    )
+
+
+class UnreadableSource(LocalSource):
+    def read(self, name: str, generation: int) -> bytes:
+        raise AssertionError(f"{name} was read")
+
+    read_checked = read
