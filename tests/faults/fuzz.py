@@ -257,15 +257,16 @@ def fuzz_labels(count: int, seed: int) -> list[dict[str, Any]]:
 
 def parse(text: bytes) -> str:
     """`parsed`, or `failed: WHY`: nothing raised, every line with content counted once, malformed ones numbered."""
-    content = [number for number, line in enumerate(text.split(b"\n"), 1) if line.strip(b" \t\r")]
-    if text.startswith(b"\xef\xbb\xbf") and not text.split(b"\n")[0][3:].strip(b" \t\r"):
-        content = content[1:]
+    lines = list(enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1))
+    content = {number for number, line in lines if line.strip(b" \t\r")}
+    not_five = {number for number, line in lines if number in content and len(line.split()) != 5}
     try:
         parsed = parse_labels(text)
         checks = {
             "lines": parsed.lines == len(content),
             "sum": int(parsed.counts.sum()) == parsed.lines,
-            "malformed": set(parsed.malformed) <= set(content) and sorted(set(parsed.malformed)) == [*parsed.malformed],
+            "malformed": not_five <= set(parsed.malformed) <= content,
+            "order": sorted(set(parsed.malformed)) == [*parsed.malformed],
             "last column": len(parsed.malformed) <= parsed.counts[LABEL_ID_COLUMNS - 1],
         }
     except Exception as error:
