@@ -48,7 +48,7 @@ _REASONS = {
     Status.PENDING: "not embedded yet",
     Status.EMBEDDED: "embedded",
     Status.UNDECODABLE: "cannot be decoded as an image",
-    Status.OVER_LIMIT: "has more pixels than the limit",
+    Status.OVER_LIMIT: "has more pixels or bytes than the limit",
     Status.GONE: "was listed but is gone",
     Status.CHECKSUM_MISMATCH: "differs from its listing in two fresh reads",
 }

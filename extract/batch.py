@@ -19,9 +19,9 @@ from torch.utils.data import get_worker_info
 from cache_schema import LABEL_ID_COLUMNS, NO_LABEL, Status, TileTable
 from cache_schema.layout import BoolArray, UInt8Array, UInt16Array
 
-from .decode import RGBImage, UndecodableTileError, decode_tile
+from .decode import MAX_FILE_BYTES, RGBImage, UndecodableTileError, decode_tile
 from .errors import TileGoneError, TransportError
-from .labels import ParsedLabels, parse_labels
+from .labels import MAX_LABEL_BYTES, ParsedLabels, parse_labels, refuse_labels
 from .listing import label_name
 from .source import Source
 from .transform import TileImages
@@ -181,6 +181,8 @@ def _fetch(source: Source, request: TileRequest) -> tuple[bytes | Status, Parsed
 
 def _fetch_tile(source: Source, request: TileRequest) -> bytes | Status:
     """A tile's bytes, or why it is quarantined."""
+    if request.size > MAX_FILE_BYTES:
+        return Status.OVER_LIMIT
     try:
         data = _read_listed(source, request.tile, request.generation, request.size, request.crc32c)
     except TileGoneError:
@@ -197,6 +199,8 @@ def _fetch_labels(source: Source, request: TileRequest) -> ParsedLabels | None:
         return None
     if request.label_size == 0:
         return parse_labels(b"")
+    if request.label_size > MAX_LABEL_BYTES:
+        return refuse_labels()
     name = label_name(request.tile)
     try:
         # The table pins the tile's generation; a label is pinned by its checksum.

@@ -13,6 +13,8 @@ from cache_schema import Status
 
 MAX_PIXELS = 64 * 2**20
 """A tile larger than this is quarantined before a pixel of it is decompressed (Pillow itself only warns at 89 Mpx)."""
+MAX_FILE_BYTES = 8 * MAX_PIXELS
+"""As many pixels in 16-bit RGBA without compression: a larger file is quarantined unread."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"

@@ -29,6 +29,13 @@ class ParsedLabels:
     malformed: tuple[int, ...]
 
 
+def refuse_labels() -> ParsedLabels:
+    """What stands for a file of more than `MAX_LABEL_BYTES`: one malformed line."""
+    counts = np.zeros(LABEL_ID_COLUMNS, "<u2")
+    counts[-1] = 1
+    return ParsedLabels(counts, 1, (1,))
+
+
 def parse_labels(text: bytes) -> ParsedLabels:
     """Count instances per raw id in a YOLO label file: `id cx cy w h` a line, the last four in 0..1.
 
@@ -41,8 +48,7 @@ def parse_labels(text: bytes) -> ParsedLabels:
     malformed = []
     lines = 0
     if len(text) > MAX_LABEL_BYTES:
-        counts[-1] = 1
-        return ParsedLabels(counts.astype("<u2"), 1, (1,))
+        return refuse_labels()
     for number, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         content = line.strip(b" \t\r")
         if not content:

@@ -130,7 +130,7 @@ def describe_labels(timings: Sequence[Timing]) -> str:
     malformed = sum(t.malformed for t in timings)
     if not malformed:
         return f"{lines:,} label lines read"
-    examples = [example for t in timings for example in t.examples]
+    examples = [show_name(example) for t in timings for example in t.examples]
     return f"{lines:,} label lines read, malformed ones among them: {show_first(examples, of=malformed)}"
 
 
@@ -138,7 +138,7 @@ def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str
     """Name and reason of the quarantined tiles, the first ten."""
     rows = np.flatnonzero(status > Status.EMBEDDED).tolist()
     names = version.read_table().tile
-    lines = [f"\n  {names[row]}: {Status(status[row]).reason}" for row in rows]
+    lines = [f"\n  {show_name(names[row])}: {Status(status[row]).reason}" for row in rows]
     return f"quarantined {len(rows):,}:{show_first(lines, separator='', limit=10)}"
 
 
@@ -150,6 +150,11 @@ def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) 
         f"all {all_tiles:,} tiles: about {_format_duration(seconds)} on this hardware and {size / 2**20:,.0f} MiB "
         "of cache (the same command without LIMIT)"
     )
+
+
+def show_name(name: str) -> str:
+    """A name on one line: what a terminal would obey instead of showing is escaped as Python does it."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 def show_first(items: Sequence[str], *, separator: str = ", ", limit: int = 5, of: int | None = None) -> str:

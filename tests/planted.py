@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +100,18 @@ class Finished:
 
 def train(cwd: Path, *arguments: object) -> Finished:
     """`python -m train ARGUMENTS` in this process, which saves the seconds torch needs to start."""
+    return run_here(run_command_line, cwd, *arguments)
+
+
+def run_here(command_line: Callable[[], None], cwd: Path, *arguments: object) -> Finished:
+    """A command line of the project with `arguments`, in this process."""
     out, err = io.StringIO(), io.StringIO()
     status: Any = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["tileprobe", *map(str, arguments)])
         try:
-            run_command_line()
+            command_line()
         except SystemExit as exit_:
             status = exit_.code
     if isinstance(status, str):  # what the interpreter does with it

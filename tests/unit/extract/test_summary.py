@@ -9,7 +9,7 @@ import pytest
 
 from cache_schema import LABEL_ID_COLUMNS
 from extract.batch import TileBatch
-from extract.summary import Timing, advise, describe_labels, describe_speed, describe_waits, share_waits
+from extract.summary import Timing, advise, describe_labels, describe_speed, describe_waits, share_waits, show_name
 
 
 def timing(wall: float, feed: float, fetch_worker: float, decode_worker: float, write: float = 0.0) -> Timing:
@@ -73,3 +73,11 @@ def test_malformed_lines_are_counted_and_a_few_named() -> None:
     shown = ", ".join(f"labels/{row}.txt:3" for row in range(5))
     assert describe_labels([summed]) == (f"7,000 label lines read, malformed ones among them: {shown}, and 995 more")
     assert len(summed.examples) == 5
+
+
+def test_name_is_shown_on_one_line_and_does_nothing_to_a_terminal() -> None:
+    assert show_name("images/caf\u00e9 東京's.png") == "images/café 東京's.png"
+    name = "a\nerror: b\x1b[2J\r\x07\u202e\x9b.png"
+    assert show_name(name) == r"a\nerror: b\x1b[2J\r\x07\u202e\x9b.png"
+    timing = Timing(label_lines=9, malformed=1, examples=[f"labels/{name}.txt:1"])
+    assert describe_labels([timing]).isprintable()
