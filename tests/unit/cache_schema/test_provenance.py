@@ -52,6 +52,15 @@ def test_provenance_survives_json(made: Provenance) -> None:
     assert read.differences(made) == []
 
 
+@given(PROVENANCES, PROVENANCES, st.sets(st.sampled_from([field.name for field in fields(Provenance)])))
+def test_ids_are_the_same_where_all_ingredients_are(made: Provenance, other: Provenance, names: set[str]) -> None:
+    changed = replace(made, **{name: getattr(other, name) for name in names})
+    differing = {name for name in names if getattr(made, name) != getattr(other, name)}
+
+    assert {line.partition(":")[0] for line in made.differences(changed)} == differing
+    assert (changed.version_id(b"") == made.version_id(b"")) == (not differing)
+
+
 @given(RECORDS)
 def test_recorded_survives_json(made: Recorded) -> None:
     assert Recorded.from_json(json.loads(json.dumps(made.to_json()))) == made
