@@ -52,6 +52,15 @@ def test_provenance_survives_json(made: Provenance) -> None:
     assert read.differences(made) == []
 
 
+@given(PROVENANCES, PROVENANCES, st.sampled_from([field.name for field in fields(Provenance)]))
+def test_another_value_of_any_ingredient_is_another_id(made: Provenance, other: Provenance, name: str) -> None:
+    changed = replace(made, **{name: getattr(other, name)})
+    same = getattr(made, name) == getattr(other, name)
+
+    assert [line.partition(":")[0] for line in made.differences(changed)] == ([] if same else [name])
+    assert (changed.version_id(b"") == made.version_id(b"")) == same
+
+
 @given(RECORDS)
 def test_recorded_survives_json(made: Recorded) -> None:
     assert Recorded.from_json(json.loads(json.dumps(made.to_json()))) == made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -133,3 +135,90 @@ def test_range_is_that_of_the_numbers_python_reads(label_id: int, numbers: list[
     accepted = all(math.isfinite(number) and 0 <= number <= 1 for number in numbers)
     assert parsed.malformed == (() if accepted else (1,))
     assert parsed.counts[min(label_id, LAST) if accepted else LAST] == 1
+
+
+# Beside a parser that knows no regular expression and goes through the text byte by byte
+
+DIGITS = b"0123456789"
+
+
+def parse_slowly(text: bytes) -> tuple[Counter[int], int, list[int]]:
+    """Instances by column, lines with content, numbers of malformed lines; for short texts."""
+    counts: Counter[int] = Counter()
+    malformed, number, fields, field, blank = [], 1, [], b"", True
+    if text[:3] == b"\xef\xbb\xbf":
+        text = text[3:]
+    for i in range(len(text) + 1):
+        byte = text[i : i + 1] or b"\n"
+        if byte in b" \t\r\v\f\n":
+            fields += [field] if field else []
+            field = b""
+        else:
+            field += byte
+        blank = blank and byte in b" \t\r\n"
+        if byte == b"\n":
+            if not blank:
+                label_id = read_slowly(fields)
+                counts[LAST if label_id is None else min(label_id, LAST)] += 1
+                malformed += [number] if label_id is None else []
+            number, fields, blank = number + 1, [], True
+    return counts, sum(counts.values()), malformed
+
+
+def read_slowly(fields: list[bytes]) -> int | None:
+    if len(fields) != 5 or not set(fields[0]) <= set(DIGITS) or len(fields[0]) > 9:
+        return None
+    return int(fields[0]) if all(map(is_share, fields[1:])) else None
+
+
+def is_share(field: bytes) -> bool:
+    """Whether `field` is a decimal number whose nearest float64 is in 0..1."""
+    mantissa, e, exponent = field.replace(b"E", b"e").partition(b"e")
+    negative = mantissa[:1] == b"-"
+    whole, _, part = mantissa[mantissa[:1] in (b"-", b"+") :].partition(b".")
+    power = exponent[exponent[:1] in (b"-", b"+") :]
+    if not set(whole + part + power) <= set(DIGITS) or not whole + part or bool(e) != bool(power):
+        return False
+    digits = int(whole + part)
+    shift = int(power or b"0") * (-1 if exponent[:1] == b"-" else 1) - len(part)
+    if digits == 0 or len(str(digits)) + shift < -400:  # far below the smallest float64
+        return True
+    if len(str(digits)) + shift > 2:
+        return False
+    nearest = float(Fraction(digits) * Fraction(10) ** shift)
+    return nearest == 0 or (not negative and nearest <= 1)
+
+
+IDS = b"0 7 018 126 127 128 999999999 1000000000 0000000001 +1 1.0"
+NUMBERS = b"0 1 0.5 .5 1. -0 +1 1e0 5E-1 1e-400 1e99999 -1e-999 1.0000000000000001 1.000000000000001 -0.1"
+JUNK = b"0x1 nan 1_0 . e 1e - car 123456789 0000000001 \xd9\xa1 \xef\xbb\xbf \x00 \x1c \x85"
+pieces = st.sampled_from([*NUMBERS.split(), *JUNK.split(), b""])
+separators = st.sampled_from([b" ", b"  ", b"\t", b"\r", b"\v", b"\f", b"\xa0", b""])
+texts = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(IDS.split()), *[st.sampled_from(NUMBERS.split())] * 4).map(b" ".join),
+        st.lists(st.tuples(separators, pieces).map(b"".join), max_size=7).map(b"".join),
+        lines,
+        st.text(" \t\r\v\f", max_size=3).map(str.encode),
+        st.binary(max_size=20),
+        st.text("01589.eE+- \t\r", max_size=30).map(str.encode),
+    ),
+    max_size=8,
+).map(b"\n".join)
+
+
+@given(texts)
+def test_as_a_slow_parser_reads_it(text: bytes) -> None:
+    parsed = parse_labels(text)
+    counts, read, malformed = parse_slowly(text)
+    assert {int(i): int(parsed.counts[i]) for i in np.flatnonzero(parsed.counts)} == counts
+    assert (parsed.lines, list(parsed.malformed)) == (read, malformed)
+
+
+@given(texts, texts)
+def test_lines_are_independent(above: bytes, below: bytes) -> None:
+    both, first, second = parse_labels(above + b"\n" + below), parse_labels(above), parse_labels(b"\n" + below)
+    np.testing.assert_array_equal(both.counts, first.counts + second.counts)
+    shift = above.count(b"\n")
+    assert both.malformed == (*first.malformed, *(shift + number for number in second.malformed))
+    assert both.lines == first.lines + second.lines
