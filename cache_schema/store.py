@@ -16,6 +16,8 @@ from .errors import StorageError
 
 def open_store(url: str, *, read_only: bool) -> Store:
     """The store at a directory or `gs://bucket/prefix`; no request is made yet."""
+    if carries_credentials(url):
+        raise StorageError("CACHE is a URL with a user or password in it: leave them out")
     if url.startswith("gs://"):
         from .gcs import GcsStore
 
@@ -23,6 +25,12 @@ def open_store(url: str, *, read_only: bool) -> Store:
     if "://" in url:
         raise StorageError(f"cannot open {url}: a cache is a local directory or gs://bucket/prefix")
     return LocalStore(url, read_only=read_only)
+
+
+def carries_credentials(url: str) -> bool:
+    """Whether it is `scheme://user:password@place`: refused, since what is asked for is written to caches and runs."""
+    _, mark, rest = url.partition("://")
+    return bool(mark) and "@" in rest.partition("/")[0]
 
 
 def measure_folder(url: str, folder: str) -> tuple[int, float]:

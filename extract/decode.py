@@ -15,9 +15,14 @@ MAX_PIXELS = 64 * 2**20
 """A tile larger than this is quarantined before a pixel of it is decompressed (Pillow itself only warns at 89 Mpx)."""
 MAX_FILE_BYTES = 8 * MAX_PIXELS
 """As many pixels in 16-bit RGBA without compression: a larger file is quarantined unread."""
+_MAX_SCANS = 100
+"""Passes of a progressive JPEG (an encoder makes ten); each costs time for every pixel, and a few bytes of the file."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_PNG_HEADER_END = 33
+_PNG_COMPRESSED_NOTES = frozenset({b"iCCP", b"iTXt", b"zTXt"})
+_JPEG_START, _JPEG_SCAN = b"\xff\xd8", b"\xff\xda"
 _RGB_8_BIT = (8, 2, 0, 0, 0)
 """Bit depth, colour type, compression, filter and interlace method of the PNG that most tiles are."""
 
@@ -48,6 +53,8 @@ def decode_tile(data: bytes, into: RGBImage | None = None) -> RGBImage:
     Raises:
         UndecodableTileError: not an image, truncated, or over `MAX_PIXELS`.
     """
+    if data.startswith(_JPEG_START) and data.count(_JPEG_SCAN) > _MAX_SCANS:  # cannot stand in a scan's own data
+        raise UndecodableTileError(Status.UNDECODABLE, f"a JPEG of more than {_MAX_SCANS} scans")
     shape = _read_plain_png(data)
     if shape is not None:
         try:
@@ -73,11 +80,26 @@ def decode_tile(data: bytes, into: RGBImage | None = None) -> RGBImage:
 
 
 def _read_plain_png(data: bytes) -> tuple[int, int, int] | None:
-    """Shape of what claims to be an 8-bit RGB PNG within the limit (PNG specification, section 11.2.1), else None."""
+    """Shape of what claims to be an 8-bit RGB PNG within the limit (PNG specification, section 11.2.1), else None.
+
+    None, too, with compressed text or a colour profile before the pixels: libspng unpacks a megabyte of either to a
+    gigabyte, where Pillow has a limit.
+    """
     if len(data) < 29 or not data.startswith(_PNG_START):
         return None
     width, height, *kind = struct.unpack(">IIBBBBB", data[16:29])
-    return (height, width, 3) if tuple(kind) == _RGB_8_BIT and 0 < width * height <= MAX_PIXELS else None
+    if tuple(kind) != _RGB_8_BIT or not 0 < width * height <= MAX_PIXELS:
+        return None
+    return None if _PNG_COMPRESSED_NOTES & _list_chunks_before_pixels(data) else (height, width, 3)
+
+
+def _list_chunks_before_pixels(data: bytes) -> set[bytes]:
+    """Kinds of a PNG's chunks between its header and its first IDAT."""
+    kinds, position = set(), _PNG_HEADER_END
+    while (kind := data[position + 4 : position + 8]) not in (b"IDAT", b""):
+        kinds.add(kind)
+        position += 12 + int.from_bytes(data[position : position + 4])
+    return kinds
 
 
 def _to_rgb(image: Image.Image) -> RGBImage:

@@ -26,7 +26,7 @@ from .errors import SourceError, TileGoneError, TransportError
 
 if TYPE_CHECKING:
     from obstore import GetOptions
-    from obstore.store import RetryConfig
+    from obstore.store import GCSCredential, RetryConfig
 
 T = TypeVar("T")
 
@@ -165,6 +165,10 @@ def _open_reader(bucket: str, concurrency: int, process: int, emulator: str) -> 
     return GcsReader(bucket, concurrency)
 
 
+def _be_nobody() -> "GCSCredential":
+    return {"token": "nobody", "expires_at": None}
+
+
 def _open_store(bucket: str) -> GCSStore:
     # The client's own retries would hide refusals from the gate.
     retries: RetryConfig = {"max_retries": 0}
@@ -175,6 +179,8 @@ def _open_store(bucket: str) -> GCSStore:
         return GCSStore(
             bucket,
             config={"base_url": emulator, "skip_signature": True},
+            # Without one the client reads GOOGLE_APPLICATION_CREDENTIALS, and stops at a kind of file it does not know.
+            credential_provider=_be_nobody,
             client_options={"allow_http": True, "default_headers": headers},
             retry_config=retries,
         )

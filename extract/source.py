@@ -13,11 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol, Self
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+from cache_schema.store import carries_credentials
 
 from .errors import SourceError, TileGoneError, TransportError
 
@@ -108,6 +111,8 @@ def open_source(url: str) -> Source:
     Raises:
         SourceError: another kind of URL, or a directory that does not exist.
     """
+    if carries_credentials(url):
+        raise SourceError("TILES is a URL with a user or password in it: leave them out")
     if url.startswith("gs://"):
         return GcsSource(url)
     if "://" in url:
@@ -142,6 +147,8 @@ class LocalSource:
                     stat = os.stat(path)
                 except (OSError, UnicodeEncodeError) as error:
                     raise SourceError(f"cannot list {path!r}: {error.args[-1]}: mend or remove it") from error
+                if not S_ISREG(stat.st_mode):  # reading a pipe would wait for ever, a device never end
+                    raise SourceError(f"cannot list {path!r}: not a file: remove it")
                 stand_in = google_crc32c.value(stat.st_mtime_ns.to_bytes(8, "little"))
                 yield name, stat.st_size, stand_in, stat.st_mtime_ns
 

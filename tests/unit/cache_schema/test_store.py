@@ -74,3 +74,9 @@ def test_no_request_and_no_directory_until_used(tmp_path: Path) -> None:
     open_store(str(tmp_path / "cache"), read_only=False)
     open_store("gs://no-such-bucket-anywhere/cache", read_only=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["gs://me:secret@bucket/c", "https://me:secret@host/c"])
+def test_a_password_in_the_url_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(StorageError, match="^CACHE is a URL with a user or password in it: leave them out$"):
+        CacheRoot(url)

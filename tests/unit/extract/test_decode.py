@@ -200,6 +200,30 @@ def test_bomb_is_refused_by_its_header(side: int) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
+@pytest.mark.parametrize("kind, start", [(b"zTXt", b"a\0\0"), (b"iCCP", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0")])
+def test_packed_notes_are_not_unpacked_without_end(kind: bytes, start: bytes) -> None:
+    """Sixty kilobytes of comment or profile that fill 64 MiB; an IDAT in another comment must not hide it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj()
+    packed = b"".join(packer.compress(bytes(2**24)) for _ in range(4)) + packer.flush()
+    data = rgb(np.random.default_rng(fresh_seed()))[0]
+    data = data[:33] + chunk(b"tEXt", b"a\0IDAT") + chunk(kind, start + packed) + data[33:]
+    with pytest.raises(UndecodableTileError, match="too large"):
+        decode_tile(data)
+
+
+def test_a_jpeg_of_endless_scans_is_refused() -> None:
+    """Thirty bytes a scan cost time for every pixel."""
+    data = rgb(np.random.default_rng(fresh_seed()), "JPEG", progressive=True)[0]
+    assert decode_tile(data).shape == (HEIGHT, WIDTH, 3)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(UndecodableTileError, match="more than 100 scans"):
+        decode_tile(data[:-2] + data[last:-2] * 200 + data[-2:])
+
+
 def test_limit_itself_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_PIXELS == 64 * 2**20
     data, pixels = rgb(np.random.default_rng(fresh_seed()))

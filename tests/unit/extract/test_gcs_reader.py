@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,16 @@ def test_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: 
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     with pytest.raises(SourceError, match=r"no Google credentials for gs://some-bucket: run `gcloud auth"):
         GcsReader("some-bucket", 16)
+
+
+def test_the_server_on_loopback_is_read_whatever_key_file_is_set(
+    bucket: storage.Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A kind that the fast client does not know: workload identity."""
+    (tmp_path / "key.json").write_text('{"type": "external_account", "audience": "a"}')
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    bucket.blob("1").upload_from_string(b"bytes")
+    assert GcsReader(bucket.name, 2).read("1", 0) == b"bytes"
 
 
 def test_a_third_of_all_bodies_harmed_and_no_tile_lost(bucket: storage.Bucket, proxy: Proxy) -> None:

@@ -180,6 +180,8 @@ def test_no_labels_at_all(place: Place) -> None:
     ("gs:///x", "names no bucket"),
     ("gs://ab/x", "names no bucket"),
     ("s3://bucket/x", "TILES is gs://bucket/prefix or a local directory"),
+    ("gs://me:secret@bucket/x", "^TILES is a URL with a user or password in it: leave them out$"),
+    ("https://me:secret@host/x", "^TILES is a URL with a user or password in it: leave them out$"),
     ("/no/such/directory", "no directory /no/such/directory: check TILES"),
 ])  # fmt: skip
 def test_places_that_cannot_be(url: str, message: str) -> None:
@@ -224,6 +226,14 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "images/1.png").mkdir()
     with pytest.raises(TransportError, match=r"images/1.png: Is a directory"):
         source.read("images/1.png", 0)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "device"])
+def test_what_is_no_file_is_named_and_not_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+    write_directory(tmp_path, draw("images/1.png", "labels/1.txt"))
+    make(tmp_path / "images" / "2.png")
+    with pytest.raises(SourceError, match=r"cannot list .*images/2\.png.*: not a file: remove it"):
+        list_tiles(open_source(str(tmp_path)))
 
 
 def test_broken_link_is_named(tmp_path: Path) -> None:
