@@ -102,6 +102,11 @@ NEW = [f"images/{name}.png" for name in ("0_1", "100_0a", "125_6a", "142_1a", "1
 CHANGED, RELABELLED, REMOVED = [3, 255, 256, 300, 559], [0, 100, 257, 400], [7, 150, 260, 511]
 
 
+def draw_bucket(rng: np.random.Generator) -> Objects:
+    """Random tiles and labels; one label that will be emptied is not empty by chance, or nothing would change there."""
+    return draw_objects(rng, TILES) | {label(RELABELLED[-1]): LABEL}
+
+
 def change_everything(place: Place, rng: np.random.Generator) -> None:
     """In every block; new tiles before, between and after the old ones, so that rows move from block to block."""
     place.put({name: draw_tile(rng, 48) for name in NEW})
@@ -155,7 +160,7 @@ def stain(cache: str) -> None:
 
 def test_every_kind_of_change_at_once(place: Place, config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(fresh_seed())
-    place.put(draw_objects(rng, TILES) | {tile(20): b"no image"})
+    place.put(draw_bucket(rng) | {tile(20): b"no image"})
     run_extraction(config(place.url, cache="a"))
     stain("a")
     before, old = read_arrays("a"), open_cache("a").id
@@ -209,7 +214,7 @@ def asked_objects(proxy: Proxy) -> list[str]:
 
 def test_only_what_changed_is_read(in_bucket: Place, config: Any, proxy: Proxy) -> None:
     rng, place = np.random.default_rng(fresh_seed()), in_bucket
-    place.put(draw_objects(rng, TILES) | {tile(20): b"no image", tile(21): b"?"})
+    place.put(draw_bucket(rng) | {tile(20): b"no image", tile(21): b"?"})
     proxy.choose_fault = lambda path: 404 if Proxy.reads(path, tile(30)) else None
     run_extraction(config(place.url, cache="a"))
     assert np.flatnonzero(read_arrays("a")["status"] == Status.GONE).tolist() == [30]
@@ -268,7 +273,7 @@ def test_a_damaged_block_is_not_trusted(
 ) -> None:
     rng = np.random.default_rng(fresh_seed())
     place = Place(tmp_path / "tiles")
-    place.put(draw_objects(rng, TILES))
+    place.put(draw_bucket(rng))
     run_extraction(config(place.url, cache="a"))
     undamaged = read_arrays("a")
     stain("a")
@@ -286,7 +291,7 @@ def test_a_damaged_block_is_not_trusted(
 
 def test_stopped_in_between_it_goes_on(place: Place, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(fresh_seed())
-    place.put(draw_objects(rng, TILES))
+    place.put(draw_bucket(rng))
     run_extraction(config(place.url, cache="a"))
     stain("a")
     before, old = read_arrays("a"), open_cache("a").id
@@ -353,7 +358,7 @@ def test_losing_more_than_a_tenth_needs_a_word(
 def test_two_ranks(config: Any, checkpoint: Path, tmp_path: Path, python_env: dict[str, str], gcs_server: str) -> None:
     rng = np.random.default_rng(fresh_seed())
     place = Place(make_bucket())
-    place.put(draw_objects(rng, TILES))
+    place.put(draw_bucket(rng))
     cache = f"gs://{make_bucket().name}/caches/a"
     run_extraction(config(place.url, cache=cache))
     stain(cache)
