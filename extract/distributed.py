@@ -143,7 +143,9 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     chosen = _choose_device(device, local_rank, local_world)
     store: dist.Store
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+        shared, rank, world_size = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
+        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that are gone.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
     dist.init_process_group(
