@@ -6,7 +6,8 @@ takes fewer, and what a block holds does not depend on who computed it.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,8 @@ from cache_schema.layout import UInt8Array
 from .backbone import Backbone
 from .batch import TileRequest, make_requests
 from .config import ExtractConfig, remember_cache
-from .distributed import Counter, Ranks, join_ranks
+from .distributed import Counter as SharedCounter
+from .distributed import Ranks, join_ranks
 from .embed import TileEmbedder
 from .errors import RunError
 from .feed import TileFeed
@@ -43,7 +45,7 @@ from .transform import describe_scale
 from .writer import BlockWriter
 
 _ATTEMPTS = 2
-"""Times that a block is computed: once more if it is found damaged when the run is about to seal."""
+"""Times that a run computes a block: once more if it is found damaged when the run is about to seal."""
 
 
 def run_extraction(config: ExtractConfig) -> None:
@@ -60,14 +62,15 @@ def run_extraction(config: ExtractConfig) -> None:
             plan = ranks.run_on_main(lambda: make_plan(config, ranks.device, at_end))
             for note in plan.notes if ranks.is_main else ():
                 print(note, flush=True)
-            timing = Timing()
-            for attempt in range(1, _ATTEMPTS + 1):
+            timing, tried = Timing(), Counter[int]()
+            while True:
                 if plan.pending:
                     timing.add(_embed(config, plan, ranks))
+                    tried.update(plan.pending)
                 timings: list[Timing] = [timing] * ranks.world_size
                 torch.distributed.all_gather_object(timings, timing)
-                finish = partial(_finish, config, plan, timings, ranks, time.perf_counter() - started)
-                outcome = ranks.run_on_main(partial(finish, may_redo=attempt < _ATTEMPTS))
+                elapsed = time.perf_counter() - started
+                outcome = ranks.run_on_main(partial(_finish, config, plan, timings, ranks, elapsed, tried))
                 if isinstance(outcome, str):
                     if ranks.is_main:
                         print(outcome, flush=True)
@@ -175,7 +178,7 @@ class _BlockDraw:
             earlier = CacheRoot(plan.cache).open_version(plan.earlier_id)
             self._earlier = EarlierRows(earlier, self._table, source)
 
-    def draw_batches(self, draw: Counter, batch_size: int) -> Iterator[list[TileRequest]]:
+    def draw_batches(self, draw: SharedCounter, batch_size: int) -> Iterator[list[TileRequest]]:
         """Batches of rows to embed; a batch never spans two blocks. Blocks without any are written on the way."""
         while (drawn := draw(1) - 1) < len(self._pending):
             missing = self._begin(self._pending[drawn])
@@ -193,33 +196,50 @@ class _BlockDraw:
         self._writer.begin(block, values)
         self._timing.kept += len(values.status) - len(missing)
         self._timing.copy_s += time.perf_counter() - started
-        return missing.tolist()  # type: ignore[no-any-return]
+        rows_to_do: list[int] = missing.tolist()
+        return rows_to_do
 
 
-def _reopen_damaged(version: Version, status: UInt8Array) -> tuple[int, ...]:
-    """Blocks that hold pending rows; those whose values contradict their commit lose it, and the version its seal."""
-    blocks = np.unique(np.flatnonzero(status == Status.PENDING) // version.layout.block_rows)
-    damaged = blocks[version.committed()[blocks]].tolist()
-    version.reopen_blocks(damaged)
-    print(f"{len(damaged):,} blocks of {version.root.url} are damaged: computed again", flush=True)
-    return tuple(blocks.tolist())
+def _reopen_damaged(version: Version, status: UInt8Array, tried: Mapping[int, int]) -> tuple[int, ...]:
+    """Blocks that hold pending rows; those whose values contradict their commit lose it, and the version its seal.
+
+    Raises:
+        RunError: this run has computed one of them often enough.
+    """
+    blocks = np.unique(np.flatnonzero(status == Status.PENDING) // version.layout.block_rows).tolist()
+    hopeless = [block for block in blocks if tried[block] >= _ATTEMPTS]
+    if hopeless:
+        raise RunError(
+            f"{len(hopeless):,} blocks of {version.root.url} are damaged again just after they were written: check its "
+            "disk or bucket, and that no other extraction writes there; then run the same command again"
+        )
+    print(f"{len(blocks):,} blocks of {version.root.url} are damaged or missing: computed again", flush=True)
+    committed = version.committed()
+    version.reopen_blocks([block for block in blocks if committed[block]])
+    return tuple(blocks)
 
 
 def _finish(
-    config: ExtractConfig, plan: Plan, timings: list[Timing], ranks: Ranks, elapsed: float, *, may_redo: bool
+    config: ExtractConfig,
+    plan: Plan,
+    timings: list[Timing],
+    ranks: Ranks,
+    elapsed: float,
+    tried: Mapping[int, int],
 ) -> str | Plan:
-    """Recheck; refuse or seal, move `current`, and say what there is now, or plan what is to be computed again."""
+    """Recheck; refuse or seal, move `current`, and say what there is now, or plan what is to be computed again.
+
+    Args:
+        config, plan, timings, ranks: of the run.
+        elapsed: seconds since it began.
+        tried: how often it has computed each block.
+    """
     root = CacheRoot(plan.cache)
     version = root.open_version(plan.version_id, read_only=False)
     status = version.read_status()
     missing, quarantined = int((status == Status.PENDING).sum()), int((status > Status.EMBEDDED).sum())
     if missing:
-        if may_redo:
-            return replace(plan, pending=_reopen_damaged(version, status), to_do=missing)
-        raise RunError(
-            f"{missing:,} rows of {plan.cache} are damaged again just after they were written: check its disk or "
-            "bucket, and that no other extraction writes there; then run the same command again"
-        )
+        return replace(plan, pending=_reopen_damaged(version, status, tried), to_do=missing)
     if quarantined > config.max_quarantined * len(status):
         raise RunError(
             f"{quarantined:,} of {len(status):,} tiles are quarantined, more than --max-quarantined "

@@ -89,6 +89,27 @@ def test_a_disk_that_keeps_damaging_blocks_ends_the_run(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Version, "write_block", write_and_lose)
     with pytest.raises(
-        RunError, match="20 rows of .*cache are damaged again just after they were written: check its disk"
+        RunError, match="1 blocks of .*cache are damaged again just after they were written: check its disk"
     ):
         extract_cache(tiles, tmp_path / "cache", backbone)
+
+
+def test_a_write_lost_while_damage_is_mended_is_mended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run has computed the block once when it finds it wanting for the second time."""
+    seed = fresh_seed()
+    tiles = plant_tiles(tmp_path / "tiles", scenes=5, per_scene=4, seed=seed)
+    backbone = make_checkpoint(tmp_path / "backbone", seed=seed)
+    cache = extract_cache(tiles, tmp_path / "cache", backbone)
+    undisturbed, folder = get_all(cache), tmp_path / "cache" / f"{open_cache(cache).id}.zarr"
+    (folder / "label_ids/c/0/0").write_bytes(b"")
+    write_block, lost = Version.write_block, iter([True])
+
+    def write_and_lose_once(self: Version, block: int, values: BlockValues) -> None:
+        write_block(self, block, values)
+        if next(lost, False):
+            (folder / f"cls/c/{block}/0").unlink()
+
+    monkeypatch.setattr(Version, "write_block", write_and_lose_once)
+    extract_cache(tiles, cache, backbone)
+    assert next(lost, None) is None
+    assert get_all(cache) == undisturbed
