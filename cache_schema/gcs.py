@@ -1,33 +1,20 @@
 """A Zarr store in a Google Cloud Storage bucket, for caches at `gs://bucket/prefix`.
 
-Written against zarr.abc.store.Store of Zarr-Python 3.1 (https://zarr.readthedocs.io) and google-cloud-storage 3. Only
-this module and gcs_client.py import Google's libraries, and they are imported when such a URL is opened.
+Written against zarr.abc.store.Store of Zarr-Python 3.1 (https://zarr.readthedocs.io). It is imported when such a URL is
+opened, and Google's libraries with it.
 """
 
 import asyncio
-import base64
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-import google_crc32c
-from google.api_core.exceptions import BadRequest, NotFound, PreconditionFailed, RequestRangeNotSatisfiable
-from google.cloud.storage.exceptions import DataCorruption
-from google.cloud.storage.retry import DEFAULT_RETRY
-from requests.exceptions import ChunkedEncodingError
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.common import concurrent_map
 
-from .errors import StorageError
-from .gcs_client import AGAIN, GCS_ERRORS, connect, explain_gcs_error
+from .gcs_objects import GcsObjects
 
 _T = TypeVar("_T")
-
-_REQUEST_TIMEOUT_S = (10.0, 60.0)  # to connect, and between two packets
-_TRANSFER_ATTEMPTS = 10  # of a body that arrives damaged; at 3 damaged bodies in 10, all of them fail 1 time in 170,000
-_TRANSFER_PAUSE_S = 0.2
 
 
 class GcsStore(Store):
@@ -55,8 +42,6 @@ class GcsStore(Store):
         concurrency: int = 32,
         deadline_s: float = 120.0,
         first_delay_s: float = 1.0,
-        setting: str = "CACHE",
-        again: str = AGAIN,
     ) -> None:
         """Make no request yet.
 
@@ -64,30 +49,25 @@ class GcsStore(Store):
             url: `gs://bucket` or `gs://bucket/prefix`.
             read_only: refuse to write and delete.
             concurrency: requests in flight at a time, over all stores of this process with the same number.
-            deadline_s: seconds after which a request that keeps failing is given up.
-            first_delay_s: longest pause before the first repetition, in seconds; it doubles up to a minute.
-            setting: the variable that names it, for messages.
-            again: what is not lost, and how to go on, for messages.
+            deadline_s, first_delay_s: see `GcsObjects`.
 
         Raises:
             StorageError: not a `gs://` URL, or one without a bucket.
         """
         super().__init__(read_only=read_only)
-        scheme, _, path = url.partition("://")
-        self._bucket, _, prefix = path.partition("/")
-        self._prefix = prefix.strip("/")
-        if scheme != "gs" or len(self._bucket) < 3:
-            raise StorageError(f"{url} names no bucket: write gs://bucket/prefix")
-        self._concurrency = concurrency
-        self._deadline_s = deadline_s
-        self._first_delay_s = first_delay_s
-        self._setting = setting
-        self._again = again
+        self._concurrency, self._deadline_s, self._first_delay_s = concurrency, deadline_s, first_delay_s
+        self._objects = GcsObjects(
+            url,
+            concurrency=concurrency,
+            deadline_s=deadline_s,
+            first_delay_s=first_delay_s,
+            role="Storage Object Viewer" if read_only else "Storage Object User",
+        )
 
     @property
     def url(self) -> str:
         """`gs://bucket/prefix`, without a slash at the end."""
-        return f"gs://{self._bucket}/{self._prefix}".rstrip("/")
+        return self._objects.url
 
     def __str__(self) -> str:
         return self.url
@@ -106,8 +86,6 @@ class GcsStore(Store):
             concurrency=self._concurrency,
             deadline_s=self._deadline_s,
             first_delay_s=self._first_delay_s,
-            setting=self._setting,
-            again=self._again,
         )
 
     async def _open(self) -> None:
@@ -121,7 +99,7 @@ class GcsStore(Store):
         Unlike the inherited method, two tasks may get here together.
         """
         if not self._is_open:
-            await self._call(self._first_name)
+            await self._call(self._objects.check_access)
             self._is_open = True
 
     # Reading
@@ -131,10 +109,10 @@ class GcsStore(Store):
         bounds = _to_bounds(byte_range)
         await self._ensure_open()
         if bounds is None:
-            found = await self._call(self._download, key)
+            found = await self._call(self._objects.download, key)
             data = found[0] if found else None
         else:
-            data = await self._call(self._download_range, key, *bounds)
+            data = await self._call(self._objects.download_range, key, *bounds)
         return None if data is None else prototype.buffer.from_bytes(data)
 
     async def get_partial_values(
@@ -147,12 +125,12 @@ class GcsStore(Store):
     async def exists(self, key: str) -> bool:
         """Whether there is such an object."""
         await self._ensure_open()
-        return await self._call(self._size, key) is not None
+        return await self._call(self._objects.size, key) is not None
 
     async def getsize(self, key: str) -> int:
         """The object's size in bytes; FileNotFoundError when there is none."""
         await self._ensure_open()
-        size = await self._call(self._size, key)
+        size = await self._call(self._objects.size, key)
         if size is None:
             raise FileNotFoundError(f"{self.url}/{key}")
         return size
@@ -164,7 +142,7 @@ class GcsStore(Store):
         self._check_writable()
         data = _to_bytes(value)
         await self._ensure_open()
-        await self._call(self._upload, key, data, None)
+        await self._call(self._objects.upload, key, data)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write an object unless there is one."""
@@ -180,13 +158,13 @@ class GcsStore(Store):
         self._check_writable()
         data = _to_bytes(value)
         await self._ensure_open()
-        return await self._call(self._create, key, data)
+        return await self._call(self._objects.create, key, data)
 
     async def delete(self, key: str) -> None:
         """Remove an object; no error when there is none."""
         self._check_writable()
         await self._ensure_open()
-        await self._call(self._delete, key)
+        await self._call(self._objects.delete, key)
 
     async def delete_dir(self, prefix: str) -> None:
         """Remove every object below a folder, or the whole store for ""."""
@@ -204,187 +182,25 @@ class GcsStore(Store):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """All keys that begin with `prefix`, whole."""
-        async for name in self._list_names(self._name(prefix), None):
-            yield name[len(self._name("")) :]
+        async for names in self._stream(self._objects.list_pages(self._objects.name(prefix))):
+            for name in names:
+                yield name[len(self._objects.name("")) :]
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """Names of objects and folders directly below a folder, without slashes."""
-        folder = self._name(f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else "")
-        async for name in self._list_names(folder, "/"):
-            child = name[len(folder) :].rstrip("/")
-            if child:  # not the placeholder that consoles make for a folder
-                yield child
+        async for name in self._stream(self._objects.list_dir(prefix)):
+            yield name
 
-    async def measure_dir(self, prefix: str) -> tuple[int, float]:
-        """Bytes of all objects below a folder, and when the newest was written (seconds since 1970; 0 for none)."""
+    async def _stream(self, items: Iterator[_T]) -> AsyncIterator[_T]:
+        """What a blocking iterator gives; none of it is None."""
         await self._ensure_open()
-        return await self._call(self._measure, self._name(f"{prefix.rstrip('/')}/"))
-
-    async def _list_names(self, prefix: str, delimiter: str | None) -> AsyncIterator[str]:
-        await self._ensure_open()
-        pages = await self._call(self._list_pages, prefix, delimiter)
-        while (page := await self._call(next, pages, None)) is not None:
-            for blob in page:
-                yield blob.name
-            for folder in page.prefixes:
-                yield folder
-
-    # One object compared and swapped. These block, in the caller's own thread: an interpreter that ends waits for the
-    # connection's threads, and must not wait for a heartbeat.
-
-    def read_generation(self, key: str) -> tuple[bytes, int] | None:
-        """The object's bytes and their generation; None when there is no such object."""
-        with self._errors():
-            return self._download(key)
-
-    def replace_generation(self, key: str, data: bytes, generation: int) -> int | None:
-        """Write an object over one generation of it alone (0: where there is none).
-
-        Returns:
-            The new generation; None when another was there, or when this very write was refused on its repetition
-            after its acknowledgement was lost: what is there now tells.
-        """
-        self._check_writable()
-        with self._errors():
-            try:
-                return self._upload(key, data, generation)
-            except PreconditionFailed:
-                return None
-
-    def delete_generation(self, key: str, generation: int) -> None:
-        """Remove one generation of an object, if it is the one that is there."""
-        self._check_writable()
-        with self._errors(), suppress(NotFound, PreconditionFailed):
-            self._blob(key).delete(if_generation_match=generation, **self._options())
-
-    # Blocking requests; they run in the connection's threads
+        while (item := await self._call(next, items, None)) is not None:
+            yield item
 
     async def _call(self, request: Callable[..., _T], *args: Any) -> _T:
-        """Run a blocking request off the event loop, and explain what goes wrong with it."""
+        """Run a blocking request in the connection's threads, off the event loop."""
         loop = asyncio.get_running_loop()
-        with self._errors():
-            return await loop.run_in_executor(connect(self._concurrency).threads, lambda: request(*args))
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except GCS_ERRORS as error:
-            role = "Storage Object Viewer" if self.read_only else "Storage Object User"
-            explained = explain_gcs_error(error, self.url, setting=self._setting, role=role, again=self._again)
-            raise StorageError(explained) from error
-
-    def _name(self, key: str) -> str:
-        return f"{self._prefix}/{key}" if self._prefix else key
-
-    def _open_bucket(self) -> Any:
-        return connect(self._concurrency).client().bucket(self._bucket)
-
-    def _blob(self, key: str) -> Any:
-        return self._open_bucket().blob(self._name(key))
-
-    def _options(self) -> dict[str, Any]:
-        retry = DEFAULT_RETRY.with_timeout(self._deadline_s).with_delay(initial=self._first_delay_s)
-        return {"retry": retry, "timeout": _REQUEST_TIMEOUT_S}
-
-    def _first_name(self) -> None:
-        # Listing needs no right beyond what a cache needs anyway; asking for the bucket itself would.
-        next(iter(self._open_bucket().list_blobs(max_results=1, fields="items(name)", **self._options())), None)
-
-    def _download(self, key: str) -> tuple[bytes, int] | None:
-        """The object's bytes and their generation."""
-        for _ in range(_TRANSFER_ATTEMPTS):
-            blob = self._blob(key)
-            try:
-                data = bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c", **self._options()))
-                if blob.crc32c is None or blob.generation is None:  # without a hash the library checked nothing
-                    blob.reload(**self._options())
-            except NotFound:
-                return None
-            except (DataCorruption, ChunkedEncodingError):
-                pass  # unlike other faults of the transport, these are not repeated by the library
-            else:
-                if blob.crc32c == _compute_crc32c(data):
-                    return data, blob.generation
-            time.sleep(_TRANSFER_PAUSE_S)
-        raise StorageError(self._describe_damage(key))
-
-    def _download_range(self, key: str, start: int, last: int | None) -> bytes | None:
-        blob = self._blob(key)
-        try:
-            return bytes(
-                blob.download_as_bytes(start=start, end=last, raw_download=True, checksum=None, **self._options())
-            )
-        except NotFound:
-            return None
-        except RequestRangeNotSatisfiable:
-            return b""  # begins behind the end; the stores that come with Zarr answer the same
-
-    def _size(self, key: str) -> int | None:
-        blob = self._blob(key)
-        try:
-            blob.reload(**self._options())
-        except NotFound:
-            return None
-        return int(blob.size)
-
-    def _upload(self, key: str, data: bytes, generation: int | None) -> int:
-        """Write, over the given generation only if there is one (0: no object); returns the new generation."""
-        crc32c = _compute_crc32c(data)
-        for _ in range(_TRANSFER_ATTEMPTS):
-            blob = self._blob(key)
-            try:
-                blob.upload_from_string(
-                    data,
-                    content_type="application/octet-stream",
-                    checksum="crc32c",
-                    if_generation_match=generation,
-                    **self._options(),
-                )
-            except DataCorruption:
-                pass
-            except BadRequest as error:
-                if "crc32c" not in str(error).lower():
-                    raise
-            else:
-                if blob.crc32c == crc32c:
-                    return int(blob.generation)
-                if generation is not None:
-                    generation = blob.generation  # a server that does not check kept it: replace that, nothing else
-            time.sleep(_TRANSFER_PAUSE_S)
-        raise StorageError(self._describe_damage(key))
-
-    def _create(self, key: str, data: bytes) -> bool:
-        try:
-            self._upload(key, data, 0)
-        except PreconditionFailed:
-            found = self._download(key)
-            return found is not None and found[0] == data
-        return True
-
-    def _delete(self, key: str) -> None:
-        with suppress(NotFound):  # also the answer to a repeated request whose first acknowledgement was lost
-            self._blob(key).delete(**self._options())
-
-    def _list_pages(self, prefix: str, delimiter: str | None) -> Any:
-        fields = "items(name),prefixes,nextPageToken"
-        blobs = self._open_bucket().list_blobs(prefix=prefix, delimiter=delimiter, fields=fields, **self._options())
-        return blobs.pages
-
-    def _measure(self, prefix: str) -> tuple[int, float]:
-        fields = "items(name,size,updated),nextPageToken"
-        size, newest = 0, 0.0
-        for blob in self._open_bucket().list_blobs(prefix=prefix, fields=fields, **self._options()):
-            size, newest = size + blob.size, max(newest, blob.updated.timestamp())
-        return size, newest
-
-    # Messages
-
-    def _describe_damage(self, key: str) -> str:
-        return (
-            f"{self.url}/{key} arrived damaged {_TRANSFER_ATTEMPTS} times (its crc32c does not match): "
-            f"check proxies and the network between here and the bucket; {self._again}"
-        )
+        return await loop.run_in_executor(self._objects.connection.threads, lambda: request(*args))
 
 
 def _to_bounds(byte_range: ByteRequest | None) -> tuple[int, int | None] | None:
@@ -407,8 +223,3 @@ def _to_bytes(value: Buffer) -> bytes:
     if not isinstance(value, Buffer):
         raise TypeError(f"a store holds Buffers, not {type(value).__name__}")
     return value.to_bytes()
-
-
-def _compute_crc32c(data: bytes) -> str:
-    """As GCS writes it: base64 of four big-endian bytes."""
-    return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()

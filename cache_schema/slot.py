@@ -105,20 +105,20 @@ class GcsSlot:
     """An object of a bucket, swapped by its generation."""
 
     def __init__(self, url: str, name: str) -> None:
-        from .gcs import GcsStore
+        from .gcs_objects import GcsObjects
 
-        self._store, self._name = GcsStore(url, deadline_s=_DEADLINE_S), name
+        self._objects, self._name = GcsObjects(url, deadline_s=_DEADLINE_S), name
 
     def read(self) -> Stored | None:
-        found = self._store.read_generation(self._name)
+        found = self._objects.download(self._name)
         return None if found is None else Stored(*found)
 
     def put(self, data: bytes, over: Stored | None) -> Stored | None:
-        generation = self._store.replace_generation(self._name, data, over.generation if over else 0)
+        generation = self._objects.replace(self._name, data, over.generation if over else 0)
         return None if generation is None else Stored(data, generation)
 
     def remove(self, stored: Stored) -> None:
-        self._store.delete_generation(self._name, stored.generation)
+        self._objects.delete(self._name, stored.generation)
 
 
 def _lock(file: int, kind: int) -> None:

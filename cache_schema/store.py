@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Self
 
 from zarr.abc.store import Store
-from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from .errors import StorageError
@@ -39,9 +38,9 @@ def measure_folder(url: str, folder: str) -> tuple[int, float]:
     Zarr's stores know sizes, but no times.
     """
     if url.startswith("gs://"):
-        from .gcs import GcsStore
+        from .gcs_objects import GcsObjects
 
-        return sync(GcsStore(url, read_only=True).measure_dir(folder))
+        return GcsObjects(url, role="Storage Object Viewer").measure_dir(folder)
     size, newest = 0, 0.0
     with storage_errors(url):
         for path in Path(url, folder).rglob("*"):

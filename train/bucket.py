@@ -25,15 +25,15 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
-
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
+from typing import TYPE_CHECKING, BinaryIO
 
 from .errors import CheckpointError, TrainError
+
+if TYPE_CHECKING:
+    from cache_schema.gcs_objects import GcsObjects
 
 WORK = Path("runs", "gs")
 """Local working folders of runs in buckets."""
@@ -68,7 +68,7 @@ def read_object(url: str) -> bytes:
         StorageError: the bucket cannot be read.
     """
     parent, name = _split_url(url)
-    data = _Objects(parent).get(name)
+    data = _read(_open_objects(parent), name)
     if data is None:
         raise FileNotFoundError(f"no object {url}")
     return data
@@ -84,7 +84,7 @@ def claim_run(url: str) -> "BucketRun":
     parent, name = _split_url(url)
     local = work_folder(f"{parent}/{name}").parent
     here = [path.name for path in local.iterdir()] if local.is_dir() else []
-    used = _find_numbers(name, [*_Objects(parent).list_dir(""), *here])
+    used = _find_numbers(name, [*_open_objects(parent).list_dir(), *here])
     for number in itertools.count(max(used, default=0) + 1):
         run = BucketRun(f"{parent}/{name}-{number:03d}")
         if run.claim():
@@ -100,7 +100,7 @@ def find_run(url: str) -> "BucketRun | None":
         StorageError: the bucket cannot be read.
     """
     parent, name = _split_url(url)
-    names = _Objects(parent).list_dir("")
+    names = list(_open_objects(parent).list_dir())
     if name in names and (run := BucketRun(f"{parent}/{name}")).exists():
         return run
     numbers = _find_numbers(name, names)
@@ -118,7 +118,7 @@ class BucketRun:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._store = _Objects(url)
+        self._objects = _open_objects(url)
         self._writer = uuid.uuid4().hex
         self._lists: dict[int, set[str]] = {}  # number -> digests it names; empty where nobody asked
         self._newest: list[int] = []  # whole lists, the last the newest
@@ -131,13 +131,13 @@ class BucketRun:
     def claim(self) -> bool:
         """Make the run in the bucket, after seeing that it can be written; False if another process has it."""
         probe = f"probe-{self._writer}"
-        self._store.set(probe, b"")
-        self._store.delete(probe)
-        return self._store.create("claim", self._writer.encode())
+        self._objects.upload(probe, b"")
+        self._objects.delete(probe)
+        return self._objects.create("claim", self._writer.encode())
 
     def exists(self) -> bool:
         """Whether a run was begun under this name."""
-        return bool(self._store.get("claim"))
+        return bool(_read(self._objects, "claim"))
 
     # Sending
 
@@ -178,31 +178,31 @@ class BucketRun:
                 data = stream.read()
             digest = digests[name] = hashlib.sha256(data).hexdigest()
             if digest not in self._whole:
-                self._store.set(f"objects/{digest}", data)
+                self._objects.upload(f"objects/{digest}", data)
                 self._whole.add(digest)
             if self._published.get(name) != digest and (_is_for_people(name) or (publish_best and name[:5] == "best/")):
                 copies[name] = data
         number = max(self._lists, default=0) + 1
         value = json.dumps({"writer": self._writer, "files": digests}, indent=1).encode()
-        if not self._store.create(_list_name(number), value):
+        if not self._objects.create(_list_name(number), value):
             raise TrainError(
                 f"another process goes on with {self.url}: wait for it, or start a new run without --resume"
             )
         self._lists[number] = set(digests.values())
         self._newest = [*self._newest, number][-_KEPT:]
         for name, data in copies.items():
-            self._store.set(name, data)
+            self._objects.upload(name, data)
             self._published[name] = digests[name]
         self._remove_old()
 
     def _remove_old(self) -> None:
         for number in sorted(set(self._lists) - set(self._newest)):
-            self._store.delete(_list_name(number))
+            self._objects.delete(_list_name(number))
             del self._lists[number]
         needed = set().union(*self._lists.values())
         self._seen |= self._whole
         for digest in sorted(self._seen - needed):
-            self._store.delete(f"objects/{digest}")
+            self._objects.delete(f"objects/{digest}")
         self._seen &= needed
         self._whole &= needed
 
@@ -222,9 +222,9 @@ class BucketRun:
             CheckpointError: none is whole.
             StorageError: the bucket cannot be read.
         """
-        found = (_LIST.fullmatch(name) for name in self._store.list_dir("checkpoints"))
+        found = (_LIST.fullmatch(name) for name in self._objects.list_dir("checkpoints"))
         self._lists = {int(match[1]): set() for match in found if match}
-        self._seen = {name for name in self._store.list_dir("objects") if _DIGEST.fullmatch(name)}
+        self._seen = {name for name in self._objects.list_dir("objects") if _DIGEST.fullmatch(name)}
         damaged: list[str] = []
         for number in sorted(self._lists, reverse=True):
             try:
@@ -242,7 +242,7 @@ class BucketRun:
 
     def _read_list(self, number: int) -> dict[str, str]:
         try:
-            files = json.loads(self._store.get(_list_name(number)) or b"")["files"]
+            files = json.loads(_read(self._objects, _list_name(number)) or b"")["files"]
             if all(_FILE.fullmatch(name) and _DIGEST.fullmatch(digest) for name, digest in files.items()):
                 return dict(files)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -258,7 +258,7 @@ class BucketRun:
                 path = folder / name
                 if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest:
                     continue
-                data = self._store.get(f"objects/{digest}")
+                data = _read(self._objects, f"objects/{digest}")
                 if data is None or hashlib.sha256(data).hexdigest() != digest:
                     raise CheckpointError(f"{self.url}: {name} is {'missing' if data is None else 'damaged'}")
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,32 +267,15 @@ class BucketRun:
             raise TrainError(f"cannot write {folder}: {error.strerror}: free space or mend permissions") from error
 
 
-class _Objects:
-    """The cache's bucket store, which repeats requests and checks crc32c both ways, with bytes and without a loop."""
+def _open_objects(url: str) -> "GcsObjects":
+    from cache_schema.gcs_objects import GcsObjects
 
-    def __init__(self, url: str) -> None:
-        from cache_schema.gcs import GcsStore
+    return GcsObjects(url, deadline_s=DEADLINE_S, first_delay_s=FIRST_DELAY_S, setting="RUN", again=_AGAIN)
 
-        self._store = GcsStore(url, deadline_s=DEADLINE_S, first_delay_s=FIRST_DELAY_S, setting="RUN", again=_AGAIN)
 
-    def get(self, key: str) -> bytes | None:
-        value = sync(self._store.get(key, default_buffer_prototype()))
-        return None if value is None else value.to_bytes()
-
-    def set(self, key: str, data: bytes) -> None:
-        sync(self._store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
-
-    def create(self, key: str, data: bytes) -> bool:
-        return sync(self._store.create(key, default_buffer_prototype().buffer.from_bytes(data)))
-
-    def delete(self, key: str) -> None:
-        sync(self._store.delete(key))
-
-    def list_dir(self, folder: str) -> list[str]:
-        async def collect(names: AsyncIterator[str]) -> list[str]:
-            return [name async for name in names]
-
-        return sync(collect(self._store.list_dir(folder)))
+def _read(objects: "GcsObjects", key: str) -> bytes | None:
+    found = objects.download(key)
+    return found[0] if found else None
 
 
 def _split_url(url: str) -> tuple[str, str]:

@@ -27,6 +27,7 @@ import cache_schema.creation
 import extract.distributed
 import extract.run
 from cache_schema.gcs import GcsStore
+from cache_schema.gcs_objects import GcsObjects
 from extract.__main__ import run
 
 ARMED = "ARMED"
@@ -126,10 +127,10 @@ def _watch_stores(note: Callable[[str, str, str], None]) -> None:
             return found
 
         store.set, store.get = set_, get_  # type: ignore[method-assign, assignment]
-    upload, replace = GcsStore._upload, Path.replace
+    upload, replace = GcsObjects.upload, Path.replace
 
-    def upload_(self: GcsStore, key: str, data: bytes, generation: int | None) -> None:
-        upload(self, key, data, generation)
+    def upload_(self: GcsObjects, key: str, data: bytes) -> None:
+        upload(self, key, data)
         note("put", "during", key)
 
     def replace_(self: Path, target: Any) -> Path:
@@ -137,7 +138,7 @@ def _watch_stores(note: Callable[[str, str, str], None]) -> None:
             note("put", "during", str(target))
         return replace(self, target)
 
-    GcsStore._upload = upload_  # type: ignore[method-assign]
+    GcsObjects.upload = upload_  # type: ignore[method-assign]
     Path.replace = replace_  # type: ignore[method-assign, assignment]
 
 

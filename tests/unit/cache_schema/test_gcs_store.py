@@ -23,7 +23,7 @@ from zarr.core.buffer import Buffer, cpu, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.testing.store import StoreTests
 
-from cache_schema import gcs
+from cache_schema import gcs_objects
 from cache_schema.errors import StorageError
 from cache_schema.gcs import GcsStore
 
@@ -249,7 +249,7 @@ def proxy(gcs_server: str, bucket: storage.Bucket, monkeypatch: pytest.MonkeyPat
     thread = threading.Thread(target=proxy.server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-    monkeypatch.setattr(gcs, "_TRANSFER_PAUSE_S", 0.01)
+    monkeypatch.setattr(gcs_objects, "_TRANSFER_PAUSE_S", 0.01)
     yield proxy
     proxy.server.shutdown()
     thread.join()
