@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
+from typing import Any
 
 import numpy as np
 import torch
 
-from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version, own_version
+from cache_schema import CacheRoot, Provenance, ProvenanceError, Recorded, Status, TileTable, Version, own_version
 from cache_schema.layout import BoolArray
 
 from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint
@@ -143,6 +144,29 @@ def make_provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
         pooling=POOLING,
         precision=precision,
     )
+
+
+def find_cached_checkpoint(
+    version: Version, backbone: str | None = None, *, remedy: str = "run `make extract` again"
+) -> Checkpoint:
+    """The checkpoint that made a version.
+
+    Args:
+        version: of a cache.
+        backbone: name or directory where it is now; None for what the version recorded.
+        remedy: what to do where another lies there, for the message.
+
+    Raises:
+        ProvenanceError: what lies there has other weights or settings.
+    """
+    checkpoint = find_checkpoint(backbone or version.recorded.backbone, version.provenance.image_size)
+    precision: Any = version.provenance.precision
+    differences = version.provenance.differences(make_provenance(checkpoint, precision))
+    if differences:
+        raise ProvenanceError(
+            f"{checkpoint.path} is not what made {version.root.url} ({'; '.join(differences)}): {remedy}"
+        )
+    return checkpoint
 
 
 def record_environment(backbone: str, source: Source, batch_size: int, device: torch.device) -> Recorded:

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache_schema import Layout, ProvenanceError, Status, TileTable, Version, open_cache
+from cache_schema import Layout, Status, TileTable, Version, open_cache
 
-from .backbone import Backbone, Checkpoint, find_checkpoint
+from .backbone import Backbone, Checkpoint
 from .batch import PendingBatch, TileBatch, make_requests
 from .changes import compare_tables
 from .embed import TileEmbedder
 from .listing import list_tiles
-from .plan import make_provenance
+from .plan import find_cached_checkpoint
 from .source import CONCURRENT_READS, Source, open_source
 
 MIN_COSINE = {"float32": (0.9999, 0.9999), "bf16": (0.999, 0.99)}
@@ -55,7 +55,7 @@ def compare_sample(
         TileprobeError: no cache, no tiles, no checkpoint, a bucket out of reach.
     """
     version = open_cache(cache, version=version_id, allow_unsealed=True)
-    checkpoint = _find_checkpoint(version, backbone)
+    checkpoint = find_cached_checkpoint(version, backbone, remedy="name the checkpoint that did with --backbone")
     source = open_source(tiles or version.recorded.tiles)
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
     embedded = np.flatnonzero(version.read_status() == Status.EMBEDDED)
@@ -112,18 +112,6 @@ class _Sample:
                 yield f"{len(names):,} tiles {what} since, and are not compared: {', '.join(names[:_MAX_NAMED])}{more}"
 
 
-def _find_checkpoint(version: Version, backbone: str | None) -> Checkpoint:
-    checkpoint = find_checkpoint(backbone or version.recorded.backbone, version.provenance.image_size)
-    precision: Any = version.provenance.precision
-    differences = version.provenance.differences(make_provenance(checkpoint, precision))
-    if differences:
-        raise ProvenanceError(
-            f"{checkpoint.path} is not what made {version.root.url} ({'; '.join(differences)}): "
-            "name the checkpoint that did with --backbone"
-        )
-    return checkpoint
-
-
 def _embed_sample(
     version: Version, sample: _Sample, source: Source, checkpoint: Checkpoint, lines: list[str]
 ) -> Vectors:
@@ -150,8 +138,8 @@ def _embed_sample(
 def _share_out(layout: Layout, rows: Sequence[int], batch_size: int) -> list[dict[int, int]]:
     """Batches, each from places to indices into `rows`.
 
-    Every row comes to the place it had when it was extracted: what else is in a batch leaves a row's bits alone, its
-    place need not.
+    Every row comes to the place it had when its whole block was extracted: what else is in a batch leaves a row's bits
+    alone, its place need not. A row that was computed among rows taken over had another one.
     """
     batches: list[dict[int, int]] = []
     used: Counter[int] = Counter()

@@ -22,11 +22,12 @@ from extract.decode import decode_tile
 from extract.distributed import Ranks, join_ranks
 from extract.embed import TileEmbedder
 from extract.feed import TileFeed
+from extract.plan import find_cached_checkpoint
 from extract.source import open_source
 
 from .config import TrainConfig
 from .errors import TrainError
-from .finetune import TileStream, find_cached_checkpoint
+from .finetune import TileStream
 from .infer import FloatArray, LoadedRun, Target, infer
 from .intervals import bootstrap_difference, bootstrap_intervals
 from .loop import Trainer, ValidationSet

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cache_schema import ProvenanceError, Version
-from extract.backbone import Backbone, Checkpoint, find_checkpoint
+from cache_schema import Version
+from extract.backbone import Backbone, Checkpoint
 from extract.distributed import Ranks
 from extract.feed import TileFeed
-from extract.plan import make_provenance
+from extract.plan import find_cached_checkpoint
 from extract.source import open_source
 
 from .checkpoint import CheckpointMeta
@@ -37,23 +37,6 @@ def check_finetuning(caches: Sequence[LabelledCache], unfreeze: int) -> None:
         )
     for tiles in sorted({cache.version.recorded.tiles for cache in caches}):
         check_tiles_unchanged(open_source(tiles), [cache for cache in caches if cache.version.recorded.tiles == tiles])
-
-
-def find_cached_checkpoint(version: Version) -> Checkpoint:
-    """The checkpoint a version was made with.
-
-    Raises:
-        ProvenanceError: what lies there now has other weights or settings.
-    """
-    checkpoint = find_checkpoint(version.recorded.backbone, version.provenance.image_size)
-    precision: Any = version.provenance.precision
-    differences = version.provenance.differences(make_provenance(checkpoint, precision))
-    if differences:
-        raise ProvenanceError(
-            f"{checkpoint.name} is not what made {version.root.url} ({'; '.join(differences)}): "
-            "run `make extract` again"
-        )
-    return checkpoint
 
 
 def check_head(meta: CheckpointMeta, cache: LabelledCache) -> None:

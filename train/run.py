@@ -13,6 +13,7 @@ import torch
 
 from cache_schema import ProvenanceError, open_cache
 from extract.distributed import Ranks, join_ranks
+from extract.plan import find_cached_checkpoint
 from extract.stop import Stopped, stop_on_signals
 
 from .batches import Tiles
@@ -22,7 +23,7 @@ from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_best, save_checkp
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
 from .evaluation import Evaluation, describe_evaluation, evaluate_rows, predict_logits, score_epoch
-from .finetune import TileStream, check_finetuning, check_head, find_cached_checkpoint
+from .finetune import TileStream, check_finetuning, check_head
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
 from .model import Classifier, Head
 from .report import write_report

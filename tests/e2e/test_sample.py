@@ -24,6 +24,12 @@ LINE = re.compile(
 )
 
 
+def read_line(line: str) -> re.Match[str]:
+    match = LINE.match(line)
+    assert match, line
+    return match
+
+
 @dataclass
 class Made:
     """Tiles, a checkpoint, and the cache of them."""
@@ -62,15 +68,13 @@ def test_every_row_comes_back_bit_for_bit(made: Made) -> None:
     assert whole.agrees
     assert whole.lines[0] == "sample of 269 rows, seed 1 (--seed 1 draws them again)"
     for line, pooling in zip(whole.lines[1:], ("cls", "patch_mean"), strict=True):
-        found = LINE.match(line)
-        assert found, line
-        assert found.groups() == (pooling, "269", "269", "1.000000", "1.000000", "0.0e+00")
+        assert read_line(line).groups() == (pooling, "269", "269", "1.000000", "1.000000", "0.0e+00")
 
 
 def test_a_few_rows_come_back_bit_for_bit(made: Made) -> None:
     """With most of a batch left blank; the seed alone says which."""
     few = made.compare(20, seed=fresh_seed())
-    assert [LINE.match(line).groups()[1:3] for line in few.lines[1:]] == [("20", "20")] * 2  # type: ignore[union-attr]
+    assert [read_line(line).groups()[1:3] for line in few.lines[1:]] == [("20", "20")] * 2
     assert made.compare(20, seed=5) == made.compare(20, seed=5)
 
 
@@ -93,8 +97,8 @@ def test_vectors_of_something_else_are_found(own: Made, harm: str) -> None:
     compared = own.compare()
     precision = version.provenance.precision
     assert not compared.agrees
-    assert float(LINE.match(compared.lines[1])[4]) < MIN_COSINE[precision][1]  # type: ignore[index]
-    assert LINE.match(compared.lines[2])[4] == "1.000000"  # type: ignore[index]
+    assert float(read_line(compared.lines[1])[4]) < MIN_COSINE[precision][1]
+    assert read_line(compared.lines[2])[4] == "1.000000"
     assert compared.lines[3].startswith("these are not the vectors that this backbone gives for these tiles")
 
 
@@ -110,7 +114,7 @@ def test_tiles_that_changed_or_went_away_are_named(own: Made) -> None:
         "1 tiles changed since, and are not compared: images/s02_2.png",
         "1 tiles went away since, and are not compared: images/s01_1.png",
     )
-    assert LINE.match(compared.lines[3])[2] == "267"  # type: ignore[index]
+    assert read_line(compared.lines[3])[2] == "267"
 
 
 @pytest.mark.parametrize("made", ["float32"], indirect=True)
@@ -130,7 +134,7 @@ def test_the_command(made: Made, python_env: dict[str, str], tmp_path: Path) -> 
     lines = done.stdout.splitlines()
     assert "is sound" in lines[0]
     assert re.fullmatch(r"sample of 30 rows, seed \d+ \(--seed \d+ draws them again\)", lines[1])
-    assert [LINE.match(line)[1] for line in lines[2:]] == ["cls", "patch_mean"]  # type: ignore[index]
+    assert [read_line(line)[1] for line in lines[2:]] == ["cls", "patch_mean"]
 
 
 @pytest.mark.parametrize("made", ["float32"], indirect=True)

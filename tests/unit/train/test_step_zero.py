@@ -13,11 +13,11 @@ import torch
 from cache_schema import BlockValues, CacheRoot, ProvenanceError, Version, open_cache
 from extract.backbone import Backbone, find_checkpoint
 from extract.feed import TileFeed
+from extract.plan import find_cached_checkpoint
 from extract.source import open_source
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from train.errors import StepZeroError
-from train.finetune import find_cached_checkpoint
 from train.step_zero import StepZero
 
 CPU = torch.device("cpu")
