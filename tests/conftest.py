@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
@@ -13,6 +14,10 @@ from extract.demo.server import find_server_binary, serve_bucket
 from tests.proxy import Proxy
 
 PROJECT_ROOT = Path(__file__).parents[1]
+
+# A machine with other work to do is slow at times, and no property is about time.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

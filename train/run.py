@@ -26,7 +26,6 @@ from .evaluation import Evaluation, describe_evaluation, evaluate_rows, predict_
 from .finetune import TileStream, check_finetuning, check_head
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
 from .model import Classifier, Head
-from .report import write_report
 from .resume import load_last, recover_run
 from .rows import LabelledCache
 from .rundir import RunDirectory
@@ -275,6 +274,8 @@ def _finish(
         )
         run.write_json("test_metrics.json", test.to_json())
         results["test, scored once"] = test
+    from .report import write_report  # matplotlib and tensorboard take a second that only rank 0 has to spend
+
     write_report(run, config, results)
     run.finish()
     for title, evaluation in results.items():

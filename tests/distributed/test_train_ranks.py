@@ -242,7 +242,7 @@ def test_killed_runs_resume_to_the_same_history(
     both: tuple[Path, Path], made: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
     """With dropout. A head on two ranks, resumed on two: byte for byte what it would have been. Fine-tuning on one,
-    resumed on one: likewise. And copies of both, each resumed on the other number of ranks, go on to the end."""
+    resumed on one: likewise; a copy of it, resumed on two, goes on to the end."""
     head, finetune = tmp_path / "runs" / "head", tmp_path / "runs" / "finetune"
     start_and_kill(torchrun(2, "head", *data(made), *DROPPING), tmp_path, env, head, epochs=2, of=16)
     options = ("--epochs", 8, "--unfreeze", 2, "--batch-size", 16, "--device", "cpu", "--workers", 0)
@@ -265,16 +265,6 @@ def test_killed_runs_resume_to_the_same_history(
     result = run_train(tmp_path, *arguments, "--run-dir", "runs/whole")
     assert result.status == 0, result.err
     assert_same_run(finetune, tmp_path / "runs" / "whole")
-
-    before = read_history(copy / "runs" / "head")
-    result = run_train(copy, "head", *resume)
-    assert result.status == 0, result.err
-    match = re.search(r"after epoch (\d+) of 16", result.out)
-    assert match
-    kept = int(match[1])
-    assert kept >= 1
-    assert read_history(copy / "runs" / "head")[:kept] == before[:kept]
-    assert len(read_history(copy / "runs" / "head")) == 16
 
 
 def test_a_run_that_is_asked_to_stop_resumes_to_the_same_history(
@@ -334,16 +324,3 @@ def test_an_error_on_one_rank_ends_the_job_with_one_line(made: Path, tmp_path: P
     assert errors[0].endswith(
         f"error: {names[victim]} was listed but is gone, but the cache holds its embedding: run `make extract` again"
     )
-
-
-def test_what_rank_0_finds_wrong_is_said_once(made: Path, tmp_path: Path, env: dict[str, str]) -> None:
-    command = torchrun(2, "finetune", "--cache", made / "cache", "--unfreeze", 9)
-    status, out, err = run_to_end(command, tmp_path, env)
-    assert status == 1
-    assert [line for line in err.splitlines() if "error" in line.lower()] == [
-        "error: UNFREEZE=9: "
-        + str(made / "checkpoint")
-        + " has 4 layers: choose 1 to that many, or 0 for the cached head"
-    ]
-    assert "Traceback" not in out + err
-    assert not (tmp_path / "runs").exists()

@@ -487,7 +487,7 @@ def test_a_batch_of_more_than_the_address_space_does_not_fit(
     write_directory(tmp_path / "tiles", draw_objects(np.random.default_rng(fresh_seed()), 4))
     result = run_extract(
         "--tiles", "tiles", "--backbone", checkpoints["plain"], "--image-size", 2**20, "--precision", "float32",
-        env=env, cwd=tmp_path, nproc=2,
+        env=env, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 1
     assert result.stderr.count("error: not even half a batch of 32 tiles of 1048576 px fits in memory") == 1

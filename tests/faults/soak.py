@@ -26,7 +26,7 @@ from .extraction_kills import run_extraction_kills, run_hung_rank
 from .fuzz import fuzz_images, fuzz_labels
 from .merge_machine import run_merge_machine
 from .network import extract_in_small_blocks, run_network_faults
-from .trainer_kills import run_trainer_kills
+from .trainer_kills import FIRST_SAVE, LATER_SAVES, run_named_kills, run_trainer_kills
 
 RESULT = Path("runs/soak.json")
 Rows = list[dict[str, Any]]
@@ -70,6 +70,7 @@ def main(seed: int) -> None:
             "extraction kills, bucket": lambda folder: run_extraction_kills(folder, 12, seed, f"gs://{bucket}/killed"),
             "hung rank": lambda folder: run_hung_rank(folder, seed),
             "trainer kills": lambda folder: run_trainer_kills(folder, 20, seed),
+            "trainer kills, named": lambda folder: run_named_kills(folder, FIRST_SAVE, LATER_SAVES, seed),
             "network": lambda folder: soak_network(folder, url, bucket, seed),
             "changes": lambda folder: run_merge_machine(100, seed),
             "images": lambda folder: fuzz_images(5000, seed),

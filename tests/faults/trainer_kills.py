@@ -34,8 +34,22 @@ EPOCHS_A_KILL = 3
 BATCH = 8
 _TORCHRUN_LEGS = 5
 """One kill in this many is of a torchrun job of two ranks, in a run of its own; none in a short loop."""
+FIRST_SAVE = ("half-way through history.jsonl", "half-way through best.tmp/model.safetensors", "before rename last.tmp")
+"""Places of the first save, when there is nothing yet to fall back on."""
+LATER_SAVES = (
+    "before remove last.tmp",
+    "half-way through last.tmp/model.safetensors",
+    "half-way through last.tmp/optimizer.pt",
+    "half-way through last.tmp/sha256",
+    "before rename last.tmp",
+    "before remove previous",
+    "after remove previous",
+    "after rename last",
+    "after rename last.tmp",
+    "half-way through history.jsonl",
+)
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.faults.trainer_kills", "train.run"])
+_CONTEXT.set_forkserver_preload(["tests.faults.trainer_kills", "train.run", "train.report"])
 
 
 @dataclass(frozen=True)
@@ -265,6 +279,42 @@ def run_trainer_kills(folder: Path, kills: int, seed: int) -> list[dict[str, Any
     return rows
 
 
+def run_named_kills(folder: Path, first: Sequence[str], later: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Kill one training run at each place in turn; each process goes on from where the one before it ended.
+
+    Args:
+        folder: empty, to work in.
+        first: places of the first save, see `FIRST_SAVE`.
+        later: places of the saves that follow, see `LATER_SAVES`.
+        seed: of the data.
+
+    Returns:
+        `{"fault", "tried", "survived"}` for each place.
+
+    Raises:
+        AssertionError: a kill cost more than the epoch in hand, or the end is not that of an undisturbed run.
+    """
+    cache, places = make_cache(folder, seed), [*first, *later]
+    arguments = whole_arguments = head_arguments(cache, len(later) + 5)
+    for name in ("whole", "killed"):
+        (folder / name).mkdir()
+    run = folder / "killed" / "runs" / "head"
+    for number, place in enumerate(places):
+        leg = run_leg(folder / "killed", arguments, Kill(place=place, epoch=max(0, number - len(first))))
+        where = f"{place} (seed {seed})"
+        assert leg.status == -signal.SIGKILL, f"{where}: {leg.status} {leg.err}"
+        assert leg.places[-1] == place
+        saved = _assert_goes_on(run, where)
+        assert saved == 0 or number >= len(first), f"{where}: {saved} epochs were saved before the first was"
+        assert place != "after rename last" or not (run / "last").exists()
+        arguments = ["head", "--resume", "--device", "cpu"]
+    for name, last in (("whole", whole_arguments), ("killed", arguments)):
+        leg = run_leg(folder / name, last)
+        assert leg.status == 0, leg.err
+    assert_same_run(run, folder / "whole" / "runs" / "head")
+    return [{"fault": f"trainer: SIGKILL {place}", "tried": 1, "survived": 1} for place in places]
+
+
 def _kill_one_run(
     folder: Path, cache: Path, kills: int, seed: int, run: Callable[..., Leg], title: str
 ) -> list[dict[str, Any]]:
@@ -300,8 +350,12 @@ def _kill_one_run(
     return [{"fault": fault.format(how.name), "tried": n, "survived": n} for how, n in tried.items() if n]
 
 
-def _assert_goes_on(run: Path, where: str) -> None:
-    """At most the epoch in hand is lost: of the lines in the history all but the last have a whole checkpoint."""
+def _assert_goes_on(run: Path, where: str) -> int:
+    """At most the epoch in hand is lost: of the lines in the history all but the last have a whole checkpoint.
+
+    Returns:
+        how many epochs are saved.
+    """
     from train.errors import CheckpointError
     from train.resume import load_last
 
@@ -310,6 +364,7 @@ def _assert_goes_on(run: Path, where: str) -> None:
     except CheckpointError:
         epoch = 0
     assert epoch >= count_saved(run) - 1, f"{where}: {count_saved(run)} epochs were done, {epoch} are saved"
+    return epoch
 
 
 def _main() -> None:

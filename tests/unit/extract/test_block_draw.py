@@ -63,7 +63,7 @@ class KnownRows:
 
 
 @given(data=st.data(), ranks=st.integers(1, 6), batch_size=st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_pending_row_is_drawn_once(
     plans: list[tuple[Version, Plan]], data: st.DataObject, ranks: int, batch_size: int
 ) -> None:

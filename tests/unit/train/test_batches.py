@@ -44,7 +44,7 @@ def make_cache(rows: int, index: list[int]) -> LabelledCache:
     return LabelledCache(nothing, nothing, CacheRows(pooled, nothing, nothing), used)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(0, 200), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000))
 def test_an_epochs_order_is_a_permutation_of_seed_and_epoch(rows: int, seed: int, epoch: int) -> None:
     torch.rand(3)  # what was drawn before must not matter
@@ -56,7 +56,7 @@ def test_an_epochs_order_is_a_permutation_of_seed_and_epoch(rows: int, seed: int
         assert not torch.equal(order, epoch_order(rows, seed + 1, epoch))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows=st.lists(st.integers(0, 10**6), max_size=70), world_size=st.integers(1, 9))
 def test_shares_partition_a_batch(rows: list[int], world_size: int) -> None:
     batch = torch.tensor(rows, dtype=torch.int64)
@@ -66,7 +66,7 @@ def test_shares_partition_a_batch(rows: list[int], world_size: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 60),
     batch_size=st.integers(1, 70),

@@ -21,7 +21,7 @@ def name_tiles(sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([f"images/{scene}_{i}.png" for i, scene in enumerate(scenes)]), scenes
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=MIN_SCENES, max_size=40),
     fraction=st.floats(0.05, 0.95),
