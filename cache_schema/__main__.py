@@ -104,24 +104,32 @@ def diff(a: str, b: str) -> None:
     sys.exit(1 if comparison.differs else 0)
 
 
+def _check_places(ctx: click.Context, option: click.Parameter, places: tuple[str, ...]) -> tuple[str, ...]:
+    """A misspelt directory would look like one without runs, and its versions would go."""
+    folder = click.Path(exists=True, file_okay=False)
+    return tuple(place if place.startswith("gs://") else str(folder.convert(place, option, ctx)) for place in places)
+
+
 @main.command()
 @click.argument("cache")
 @click.option("--keep", type=click.IntRange(min=0), default=0, metavar="N", help="Keep the N newest of these, too.")
 @click.option(
     "--runs",
-    type=click.Path(exists=True, file_okay=False),
-    metavar="DIR",
-    help="Where run directories lie whose versions stay.  [default: runs]",
+    multiple=True,
+    callback=_check_places,
+    metavar="PLACE",
+    help="Directory or gs://bucket/prefix with runs whose versions stay; may be given again.  [default: runs]",
 )
 @click.option("--unsealed", is_flag=True, help="Remove unfinished versions, too, unless an extraction runs.")
 @click.option("--yes", is_flag=True, help="Remove them; otherwise they are only listed.")
-def gc(cache: str, keep: int, runs: str | None, unsealed: bool, yes: bool) -> None:
+def gc(cache: str, keep: int, runs: tuple[str, ...], unsealed: bool, yes: bool) -> None:
     """Remove versions of CACHE that are not in use and that no run was trained on.
 
     A version that is not finished stays, since an extraction goes on with it, and so does one that a process writes to.
+    Runs that are in a bucket alone are seen only when --runs names their place.
     """
     root = CacheRoot(cache, read_only=not yes)
-    references = find_references(runs or "runs")
+    references = find_references(runs or ("runs",))
     versions = list_versions(root, references, keep=keep, unsealed=unsealed)
     doomed = [version for version in versions if version.kept is None]
     click.echo("\n".join(version.describe() for version in versions))

@@ -4,8 +4,9 @@ import glob
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from .errors import CacheError
@@ -38,28 +39,56 @@ class StoredVersion:
         return f"{self.id}  {self.bytes / MIB:>10,.1f} MiB  {age:>14}  {fate}"
 
 
-def find_references(runs: str) -> dict[str, str]:
-    """Version id -> the first run directory below `runs` whose `config.json` names it.
+def find_references(places: Iterable[str]) -> dict[str, str]:
+    """Version id -> the first run below these places whose `config.json` names it.
 
     A run's cache is not asked for: it may be named by another path today, and the id alone says which embeddings a run
     was trained on.
 
+    Args:
+        places: directories, or `gs://bucket/prefix`; in a place that is not there, there are no runs.
+
     Raises:
         CacheError: a `config.json` cannot be read, so what it refers to is unknown.
+        StorageError: the bucket cannot be read.
     """
     references: dict[str, str] = {}
-    # Unlike Path.glob, this follows links, also to run directories that were moved to another disk.
-    for name in sorted(glob.glob(f"{glob.escape(runs)}/**/config.json", recursive=True)):
-        try:
-            stored = json.loads(Path(name).read_text())
-        except (OSError, ValueError) as error:
-            raise CacheError(
-                f"{name} cannot be read, so the version it needs is unknown: mend it or remove that run"
-            ) from error
-        version = stored.get("version") if isinstance(stored, dict) else None
-        if isinstance(version, str):
-            references.setdefault(version, os.path.dirname(name))
+    for place in places:
+        for name, read in _find_bucket_runs(place) if place.startswith("gs://") else _find_local_runs(place):
+            try:
+                stored = json.loads(read())
+            except (OSError, ValueError) as error:
+                raise CacheError(
+                    f"{name} cannot be read, so the version it needs is unknown: mend it or remove that run"
+                ) from error
+            version = stored.get("version") if isinstance(stored, dict) else None
+            if isinstance(version, str):
+                references.setdefault(version, os.path.dirname(name))
     return references
+
+
+def _find_local_runs(place: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Every `config.json` below a directory and how to read it."""
+    # Unlike Path.glob, this follows links, also to run directories that were moved to another disk.
+    for name in sorted(glob.glob(f"{glob.escape(place)}/**/config.json", recursive=True)):
+        yield name, Path(name).read_bytes
+
+
+def _find_bucket_runs(place: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The same of a bucket."""
+    from .gcs_objects import GcsObjects
+
+    objects = GcsObjects(place, setting="--runs", role="Storage Object Viewer", again="nothing was removed")
+    below = len(objects.name(""))
+
+    def read(key: str) -> bytes:
+        found = objects.download(key)
+        return found[0] if found else b""
+
+    for page in objects.list_pages(objects.name("")):
+        for name in page:
+            if name.endswith("/config.json"):
+                yield f"{objects.url}/{name[below:]}", partial(read, name[below:])
 
 
 def list_versions(

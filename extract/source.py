@@ -138,7 +138,10 @@ class LocalSource:
 
     def _find_files(self, folder: str) -> Iterator[ListedObject]:
         root = os.path.join(self._root, "")
-        for directory, _, files in os.walk(root + folder, onerror=self._refuse_folder):
+        for directory, folders, files in os.walk(root + folder, onerror=self._refuse_folder):
+            for linked in filter(os.path.islink, (os.path.join(directory, name) for name in folders)):
+                # Followed, it could lead in a circle; passed over, its tiles would be missed by nobody.
+                raise SourceError(f"cannot list {linked!r}: a link to a folder: put the folder itself there")
             for file in files:
                 path = os.path.join(directory, file)
                 name = path[len(root) :]

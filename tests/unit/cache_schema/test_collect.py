@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.cloud import storage
 
 from cache_schema import CacheError, CacheRoot, open_cache
 from cache_schema.collect import describe_age, find_references, list_versions, remove_versions
@@ -46,6 +47,19 @@ def test_only_what_nothing_refers_to_is_removed(cache_url: str, tmp_path: Path, 
     assert open_cache(cache_url).read_rows().missing == 0
     again = run("gc", cache_url, "--runs", str(tmp_path / "runs"), "--yes")
     assert again.stdout.splitlines()[3] == "removed 0 of 3 versions, 0.0 MiB"
+
+
+def test_runs_in_a_bucket_and_on_the_disk_keep_theirs(bucket: storage.Bucket, tmp_path: Path, run: Run) -> None:
+    cache = str(tmp_path / "cache")
+    remote, local, doomed, _ = (fill_cache(cache, 20, depth=depth) for depth in (4, 5, 6, 7))
+    place = f"gs://{bucket.name}/team/runs"
+    bucket.blob("team/runs/head-001/config.json").upload_from_string(json.dumps({"version": remote}))
+    bucket.blob("other/head-001/config.json").upload_from_string(json.dumps({"version": doomed}))
+    write_run(tmp_path / "runs" / "head-001", local)
+    done = run("gc", cache, "--runs", place, "--runs", str(tmp_path / "runs"), "--yes")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"stays: {place}/head-001 was trained on it" in done.stdout
+    assert set(CacheRoot(cache).versions()) == {remote, local, open_cache(cache).id}
 
 
 def test_the_newest_are_kept(cache_url: str) -> None:
@@ -126,12 +140,12 @@ def test_references_are_found_at_any_depth_and_behind_links(tmp_path: Path) -> N
     (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
     (tmp_path / "runs" / "checkpoint").mkdir()
     (tmp_path / "runs" / "checkpoint" / "config.json").write_text("[]")
-    references = find_references(str(tmp_path / "runs"))
+    references = find_references([str(tmp_path / "runs")])
 
     assert first.exists()
     assert references["x"] == str(second)
     assert os.path.realpath(references["y"]) == str(elsewhere)
-    assert find_references(str(tmp_path / "none")) == {}
+    assert find_references([str(tmp_path / "none")]) == {}
 
 
 @pytest.mark.parametrize("text", ["", '{"version": ', b"\xff\xfe"])

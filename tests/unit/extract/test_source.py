@@ -236,6 +236,14 @@ def test_what_is_no_file_is_named_and_not_read(make: Callable[[Path], None], tmp
         list_tiles(open_source(str(tmp_path)))
 
 
+def test_linked_folder_is_named_and_not_passed_over(tmp_path: Path) -> None:
+    write_directory(tmp_path / "set", draw("images/1.png", "labels/1.txt"))
+    write_directory(tmp_path / "more", draw("images/2.png", "labels/2.txt"))
+    (tmp_path / "set" / "images" / "more").symlink_to(tmp_path / "more" / "images")
+    with pytest.raises(SourceError, match=r"cannot list .*images/more.*: a link to a folder: put the folder itself"):
+        list_tiles(open_source(str(tmp_path / "set")))
+
+
 def test_broken_link_is_named(tmp_path: Path) -> None:
     write_directory(tmp_path, draw("images/1.png", "labels/1.txt"))
     (tmp_path / "images/2.png").symlink_to("nowhere")
