@@ -15,6 +15,8 @@ ORIGINAL_EXCLUDED = (5, 48)
 """Class ids the original script left out: Small Car and Building, present nearly everywhere."""
 ORIGINAL_SEED = 42
 ORIGINAL_IMAGE_SIZE = 224
+MAX_RATE, MAX_DECAY = 1e30, 1e6
+"""Beyond these AdamW's own factors overflow float32, which torch answers with an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,9 @@ class TrainConfig:
     def _ranges(self) -> dict[str, tuple[float, bool, str]]:
         """By option: its value, whether that can work, and what can."""
         return {
-            "lr": (self.lr, 0 < self.lr < math.inf, "above 0"),
-            "backbone-lr": (self.backbone_lr, 0 < self.backbone_lr < math.inf, "above 0"),
-            "weight-decay": (self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more"),
+            "lr": (self.lr, 0 < self.lr <= MAX_RATE, f"above 0, at most {MAX_RATE:g}"),
+            "backbone-lr": (self.backbone_lr, 0 < self.backbone_lr <= MAX_RATE, f"above 0, at most {MAX_RATE:g}"),
+            "weight-decay": (self.weight_decay, 0 <= self.weight_decay <= MAX_DECAY, f"0 to {MAX_DECAY:g}"),
             "warmup": (self.warmup, 0 <= self.warmup < 1, "a share from 0 to below 1"),
             "alpha": (self.alpha, 0 <= self.alpha <= 1, "0 to 1"),
             "gamma": (self.gamma, 0 <= self.gamma < math.inf, "0 or more"),
