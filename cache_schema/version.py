@@ -276,7 +276,8 @@ class Version:
     def _read_values(self, rows: slice, arrays: Mapping[str, Any] | None = None) -> BlockValues:
         """Values of any rows, from `arrays` by name where they are open already."""
         names = (*self.layout.pooling, "label_ids", "status")
-        found = {name: self._read(name, rows) if arrays is None else self._read_from(arrays[name], rows) for name in names}
+        arrays = arrays or {name: self._open(name) for name in names}
+        found = {name: self._read_from(arrays[name], rows) for name in names}
         return BlockValues({name: found[name] for name in self.layout.pooling}, found["label_ids"], found["status"])
 
     # Commit records and the seal: one that cannot be read is not there, so that the next extraction writes it anew
