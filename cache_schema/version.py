@@ -1,9 +1,9 @@
 """One version of a cache: write a block, read what can be trusted, seal."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from .layout import (
     ATTRIBUTE,
     DIGEST_BYTES,
     FORMAT_VERSION,
+    POOLED_DTYPE,
     STATUS_DTYPE,
     BoolArray,
     Float16Array,
@@ -30,7 +31,9 @@ from .store import storage_errors
 from .table import COLUMN_DTYPES, TileTable
 
 DIGEST_CONTRADICTED = "its values contradict its digest"
-_CHECKED_TOGETHER = 4
+_SCAN_THREADS = 4
+_SCAN_BYTES = 2**22
+"""Vectors that one thread of a scan reads at once: several small blocks in one request to Zarr, or one large one."""
 
 if TYPE_CHECKING:
     from .root import CacheRoot
@@ -194,57 +197,88 @@ class Version:
         return None
 
     def read_rows(self) -> CacheRows:
-        """Everything into memory, in one read per array; a block that contradicts its commit reads as pending."""
-        try:
-            values = self._read_values(slice(None))
-        except IntegrityError:
-            values = self._read_block_by_block()
-        pooled = dict(values.pooled)
-        commits = self._commits()
-        for block, rows in enumerate(self.layout.block_slices()):
-            part = BlockValues({k: v[rows] for k, v in pooled.items()}, values.label_ids[rows], values.status[rows])
-            if part.digest(self.layout.pooling) != commits[block].tobytes():
-                for vectors in pooled.values():
-                    vectors[rows] = np.nan
-                values.label_ids[rows], values.status[rows] = 0, Status.PENDING
-        return CacheRows(pooled, values.label_ids, values.status)
+        """Everything into memory; a block that cannot be trusted reads as pending."""
+        whole = BlockValues.make_blank(self.layout, self.layout.rows)
+
+        def take(block: int, values: BlockValues) -> None:
+            rows = self.layout.block_slice(block)
+            for name, vectors in values.pooled.items():
+                whole.pooled[name][rows] = vectors
+            whole.label_ids[rows], whole.status[rows] = values.label_ids, values.status
+
+        self.scan(take)
+        return CacheRows(dict(whole.pooled), whole.label_ids, whole.status)
 
     def read_status(self) -> UInt8Array:
         """(N,) uint8, the status of `read_rows`, every digest checked with a few blocks in memory at a time."""
         status = np.zeros(self.layout.rows, STATUS_DTYPE)
-        commits = self._commits()
 
-        def check(block: int) -> None:
-            with suppress(IntegrityError):
-                values = self.read_block(block)
-                if values.digest(self.layout.pooling) == commits[block].tobytes():
-                    status[self.layout.block_slice(block)] = values.status
+        def take(block: int, values: BlockValues) -> None:
+            status[self.layout.block_slice(block)] = values.status
 
-        # In a bucket a block takes longer to arrive than to check.
-        with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:
-            for _ in threads.map(check, np.flatnonzero(commits.any(axis=1)).tolist()):
-                pass
+        self.scan(take)
         return status
 
-    def _read_values(self, rows: slice) -> BlockValues:
-        return BlockValues(
-            pooled={name: self._read(name, rows) for name in self.layout.pooling},
-            label_ids=self._read("label_ids", rows),
-            status=self._read("status", rows),
-        )
+    def scan(self, take: Callable[[int, BlockValues], None]) -> None:
+        """Hand over every block that can be trusted, a few of them in memory at a time.
 
-    def _read_block_by_block(self) -> BlockValues:
-        """All rows when some chunk cannot be read: only its block is lost, and stays blank."""
-        blank = BlockValues.make_blank(self.layout, self.layout.rows)
-        for block, where in enumerate(self.layout.block_slices()):
+        A block that is not committed, cannot be read or contradicts its commit is passed over.
+
+        Args:
+            take: gets a block's number and values, which it must not keep; called from several threads, in any order.
+        """
+        commits = self._commits()
+        try:
+            arrays = {name: self._open(name) for name in (*self.layout.pooling, "label_ids", "status")}
+        except IntegrityError:
+            return
+        committed = np.flatnonzero(commits.any(axis=1))
+        together = max(1, _SCAN_BYTES // (self.layout.block_rows * self.layout.width * POOLED_DTYPE.itemsize))
+        cuts = np.flatnonzero((np.diff(committed) > 1) | (np.diff(committed // together) > 0)) + 1
+
+        def check(blocks: list[int]) -> None:
+            start, stop = self.layout.block_slice(blocks[0]).start, self.layout.block_slice(blocks[-1]).stop
             try:
-                values = self.read_block(block)
+                values = self._read_values(slice(start, stop), arrays)
             except IntegrityError:
-                continue
-            for name, vectors in values.pooled.items():
-                blank.pooled[name][where] = vectors
-            blank.label_ids[where], blank.status[where] = values.label_ids, values.status
-        return blank
+                if len(blocks) > 1:  # a chunk that cannot be read costs its own block alone
+                    for block in blocks:
+                        check([block])
+                return
+            for block in blocks:
+                rows = self.layout.block_slice(block)
+                part = values.select(slice(rows.start - start, rows.stop - start))
+                if part.digest(self.layout.pooling) == commits[block].tobytes():
+                    take(block, part)
+
+        runs = [run.tolist() for run in np.split(committed, cuts) if len(run)]
+        # In a bucket a block takes longer to arrive than to check.
+        with ThreadPoolExecutor(_SCAN_THREADS) as threads:
+            for _ in threads.map(check, runs):
+                pass
+
+    def open_pooled(self, names: Sequence[str]) -> Callable[[int], list[Float16Array]]:
+        """What reads one block's vectors, an array per name, any number of times.
+
+        An array's metadata is read now, and not with every block. Nothing is checked against the commit, which covers
+        arrays that are not read: compare with what `scan` handed over.
+
+        Raises:
+            IntegrityError: an array is missing; and from reading, a chunk is missing, cut or flipped.
+        """
+        arrays = [self._open(name) for name in names]
+
+        def read(block: int) -> list[Float16Array]:
+            return [self._read_from(array, self.layout.block_slice(block)) for array in arrays]
+
+        return read
+
+    def _read_values(self, rows: slice, arrays: Mapping[str, Any] | None = None) -> BlockValues:
+        """Values of any rows, from `arrays` by name where they are open already."""
+        names = (*self.layout.pooling, "label_ids", "status")
+        arrays = arrays or {name: self._open(name) for name in names}
+        found = {name: self._read_from(arrays[name], rows) for name in names}
+        return BlockValues({name: found[name] for name in self.layout.pooling}, found["label_ids"], found["status"])
 
     # Commit records and the seal: one that cannot be read is not there, so that the next extraction writes it anew
 
@@ -305,10 +339,22 @@ class Version:
         return array.with_config({"order": "C", "write_empty_chunks": True})  # type: ignore[no-any-return]
 
     def _read(self, name: str, rows: slice = slice(None)) -> npt.NDArray[Any]:
+        return self._read_from(self._open(name), rows)
+
+    def _open(self, name: str) -> Any:
+        """An array, to read from any number of times."""
+        with self._read_errors(name):
+            return self.group[name]
+
+    def _read_from(self, array: Any, rows: slice) -> npt.NDArray[Any]:
+        with self._read_errors(array.basename):
+            return np.asarray(array[rows])
+
+    @contextmanager
+    def _read_errors(self, name: str) -> Iterator[None]:
         with storage_errors(self.root.url):
             try:
-                array: Any = self.group[name]
-                return np.asarray(array[rows])
+                yield
             # Zarr raises ValueError for a wrong checksum or length of a chunk, KeyError where there is no array, and
             # either of them on broken metadata.
             except (ValueError, KeyError) as error:

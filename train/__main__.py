@@ -14,6 +14,7 @@ from extract.scenes import DEFAULT_SCENE_REGEX
 from extract.stop import Stopped
 
 from .config import DataConfig, TrainConfig
+from .memory import parse_bytes
 
 DEFAULTS = {
     "head": {"epochs": 50, "batch_size": 1024, "lr": 1e-3, "warmup": 0.05},
@@ -68,7 +69,7 @@ _TRAINING: Options = [
     ),
     click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
     click.option("--seed", type=int, default=0, help="Of split, head, order and dropout."),
-    click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: on CUDA]"),
+    click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: where the device multiplies it]"),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished cache, without its missing rows."),
     click.option("--resume", is_flag=True, help="Continue the newest run of --run-dir with its own settings."),
@@ -106,8 +107,25 @@ def main() -> None:
     """Cached embeddings, or streamed tiles, to a multi-label classifier."""
 
 
+class _Bytes(click.ParamType[int]):
+    """`512M` as a number of bytes."""
+
+    name = "bytes"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 @main.command()
 @_training_options("head")
+@click.option(
+    "--memory-budget",
+    type=_Bytes(),
+    help="Memory a rank may hold vectors in, such as 512M; more of them are streamed.  [default: half of what is free]",
+)
 def head(**options: Any) -> None:
     """Fit the head on cached embeddings: seconds, not hours."""
     _train(options)

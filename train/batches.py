@@ -30,9 +30,17 @@ class Batch:
 
 
 class Tiles(Protocol):
-    """A set of labelled tiles the loop can train or evaluate on; `rows` says which."""
+    """A set of labelled tiles the loop can train or evaluate on.
+
+    Attributes:
+        rows: which tiles.
+        share: (m,) int64, those that this rank evaluates; the ranks' shares make up the set.
+    """
 
     rows: LabelledRows
+
+    @property
+    def share(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 
@@ -40,7 +48,7 @@ class Tiles(Protocol):
         """This rank's share of every global batch of an epoch."""
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Inputs of this rank's rows `rank, rank + world_size, …` in order, for evaluation."""
+        """Inputs of the rows in `share`, in its order and unpadded."""
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:

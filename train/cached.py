@@ -1,45 +1,58 @@
-"""Batches from cached embeddings: everything in memory, no Python per row."""
+"""Batches from cached vectors: from memory where they fit, else from the cache's blocks."""
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from extract.distributed import Ranks
 
-from .batches import Batch, epoch_order, take_share
-from .rows import LabelledCache
+from .batches import Batch, Tiles, epoch_order, take_share
+from .blocks import BlockTiles
+from .rows import LabelledCache, LabelledRows
+from .vectors import HeldVectors
 
 _EVAL_ROWS = 8192
 
 
+def open_cached_tiles(cache: LabelledCache, ranks: Ranks) -> Tiles:
+    """The cache's rows for the loop, from wherever their vectors are."""
+    if isinstance(cache.vectors, HeldVectors):
+        return CachedTiles(cache.rows, cache.vectors, ranks)
+    return BlockTiles(cache.rows, cache.vectors, ranks)
+
+
 class CachedTiles:
-    """n labelled rows of a cache on the rank's device.
+    """n labelled rows of a cache on the rank's device; no Python per row, and no copy besides a batch's.
 
     Every rank holds all rows, so that the order of training does not depend on how many ranks there are.
     """
 
-    def __init__(self, cache: LabelledCache, features: tuple[str, ...], ranks: Ranks) -> None:
-        self.rows = cache.rows
-        joined = np.concatenate([cache.values.pooled[name][cache.rows.index] for name in features], axis=1)
-        self._embeddings = torch.from_numpy(joined).to(ranks.device)
-        self._labels = torch.from_numpy(cache.rows.labels).to(ranks.device)
+    def __init__(self, rows: LabelledRows, vectors: HeldVectors, ranks: Ranks) -> None:
+        self.rows = rows
+        self._vectors = vectors
+        self._index = torch.from_numpy(rows.index).to(ranks.device)
+        self._labels = torch.from_numpy(rows.labels).to(ranks.device)
         self._ranks = ranks
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.rows)
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
-        order = epoch_order(len(self), seed, epoch)
-        for start in range(0, len(self), batch_size):
-            chosen = order[start : start + batch_size]
-            share = take_share(chosen, self._ranks)
-            mine = share.to(self._labels.device)
-            yield Batch(self._embeddings[mine], self._labels[mine], share, len(chosen))
+        batches = epoch_order(len(self), seed, epoch).split(batch_size) if len(self) else ()
+        shares = [take_share(batch, self._ranks) for batch in batches]
+        # One transfer for the whole epoch: with one a batch, the device would wait for the host each time.
+        on_device = torch.cat([torch.arange(0), *shares]).to(self._labels.device)
+        for batch, share, mine in zip(batches, shares, on_device.split([len(share) for share in shares]), strict=True):
+            inputs = self._vectors.gather(self._index.index_select(0, mine))
+            yield Batch(inputs, self._labels.index_select(0, mine), share, len(batch))
+
+    @property
+    def share(self) -> Tensor:
+        """(m,) int64, the rows that this rank evaluates: every world_size-th."""
+        return take_share(torch.arange(len(self)), self._ranks)
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Inputs of every world_size-th row in order, unpadded, for evaluation."""
-        share = take_share(torch.arange(len(self)), self._ranks).to(self._labels.device)
-        return (self._embeddings[part] for part in share.split(_EVAL_ROWS))
+        """Inputs of the rows in `share`, unpadded."""
+        return (self._vectors.gather(rows) for rows in take_share(self._index, self._ranks).split(_EVAL_ROWS))

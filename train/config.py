@@ -65,7 +65,9 @@ class TrainConfig:
         hidden, dropout: of the head.
         best_by: metric that selects the best epoch.
         save_every: epochs between checkpoints.
-        amp: autocast to bf16, by default where the device is CUDA.
+        amp: autocast to bf16, by default where the device multiplies it.
+        memory_budget: bytes a rank may hold cached vectors in, or else the buffers to stream them; None: half of what
+            is free.
     """
 
     cache: str
@@ -89,6 +91,7 @@ class TrainConfig:
     save_every: int = 1
     seed: int = 0
     amp: bool | None = None
+    memory_budget: int | None = None
     device: str = "auto"
     workers: int | None = None
     head_run: str | None = None
@@ -130,6 +133,17 @@ class TrainConfig:
         """The original script's split and classes, for comparison with its figures only."""
         data = replace(self.data, split_tiles=True, exclude=ORIGINAL_EXCLUDED, empty="drop", val_fraction=0.2)
         return replace(self, data=data, seed=ORIGINAL_SEED)
+
+    def resume_from(self, stored: Self) -> Self:
+        """The settings of a run that goes on: its own, except for what belongs to this machine."""
+        return replace(
+            stored,
+            run=self.run,
+            resume=True,
+            device=self.device,
+            workers=self.workers,
+            memory_budget=self.memory_budget or stored.memory_budget,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -41,16 +41,15 @@ def predict_logits(classifier: Classifier, tiles: Tiles, ranks: Ranks, *, amp: b
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
             logits = classifier(inputs)
         parts.append(logits.float().cpu())
-    mine = torch.cat(parts) if parts else None
-    shares: list[Tensor | None] = [mine] * ranks.world_size
-    dist.gather_object(mine, shares if ranks.is_main else None, dst=0)
+    mine = (tiles.share, torch.cat(parts)) if parts else None
+    found = [mine] * ranks.world_size
+    dist.gather_object(mine, found if ranks.is_main else None, dst=0)
     if not ranks.is_main:
         return None
-    classes = next(share.shape[1] for share in shares if share is not None)
-    whole = torch.empty(len(tiles), classes)
-    for rank, share in enumerate(shares):
-        if share is not None:
-            whole[rank :: ranks.world_size] = share
+    shares = [share for share in found if share is not None]
+    whole = torch.empty(len(tiles), shares[0][1].shape[1])
+    for rows, logits in shares:
+        whole[rows] = logits
     return whole
 
 

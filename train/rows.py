@@ -9,8 +9,9 @@ import numpy.typing as npt
 
 from cache_schema import (
     LABEL_ID_COLUMNS,
-    CacheRows,
+    BlockValues,
     DecodedLabels,
+    IntegrityError,
     LabelIds,
     Status,
     Taxonomy,
@@ -19,11 +20,12 @@ from cache_schema import (
     Version,
     open_cache,
 )
-from cache_schema.layout import BoolArray, UInt8Array, UInt16Array
+from cache_schema.layout import LABEL_IDS_DTYPE, STATUS_DTYPE, BoolArray, UInt8Array, UInt16Array
 from extract.scenes import find_scenes
 
 from .config import DataConfig
 from .errors import TrainError
+from .vectors import Residence, Vectors
 
 MAX_MEANINGLESS = 0.01
 """Largest share of label lines that are malformed or name an unknown id."""
@@ -79,11 +81,11 @@ class LabelledRows:
 
 @dataclass(frozen=True, eq=False)
 class LabelledCache:
-    """Usable rows of one version, with its vectors in memory."""
+    """Usable rows of one version, and where its vectors are."""
 
     version: Version
     table: TileTable
-    values: CacheRows
+    vectors: Vectors
     rows: LabelledRows
 
     def select(self, chosen: BoolArray) -> Self:
@@ -92,29 +94,63 @@ class LabelledCache:
 
 
 def read_labelled_cache(
-    cache: str, config: DataConfig, *, allow_unsealed: bool = False, reading: LabelIds | None = None
+    cache: str,
+    config: DataConfig,
+    residence: Residence,
+    *,
+    allow_unsealed: bool = False,
+    reading: LabelIds | None = None,
 ) -> LabelledCache:
-    """Open a cache, read it into memory and decide what each row's labels are.
+    """Read a cache once: what each row's labels are, and its vectors, to where they shall live.
 
     Args:
         cache: directory or `gs://…`.
         config: classes and label rules.
+        residence: whether vectors are held or stay in the cache; what else there is of a row is held.
         allow_unsealed: accept an unfinished version, without its missing rows.
         reading: of the raw ids, where another cache has decided it.
 
     Raises:
-        CacheError: the cache is missing, unfinished or damaged.
+        CacheError: the cache is missing, unfinished or damaged, or holds vectors that are not finite.
         TaxonomyError: labels that fit neither reading, or too many that mean nothing.
+        TrainError: rows are missing, or none is embedded, or the memory budget is too small.
     """
     version = open_cache(cache, allow_unsealed=allow_unsealed)
-    values, table = version.read_rows(), version.read_table()
-    if values.missing and not allow_unsealed:
+    vectors = residence.place(version)
+    label_ids, status = _scan(cache, version, vectors)
+    missing, embedded = int((status == Status.PENDING).sum()), int((status == Status.EMBEDDED).sum())
+    if missing and not allow_unsealed:
         raise TrainError(
-            f"{values.missing:,} rows of {cache} are missing or damaged: `python -m cache_schema verify {cache}` "
+            f"{missing:,} rows of {cache} are missing or damaged: `python -m cache_schema verify {cache}` "
             "names the blocks; run `make extract` again, or pass --allow-unsealed to train without them"
         )
-    rows = label_rows(table, values.label_ids, values.status, config, reading=reading)
-    return LabelledCache(version, table, values, replace(rows, notes=(f"cache {cache}", *rows.notes)))
+    if not embedded:
+        raise TrainError(
+            f"no row of {cache} is embedded: {len(status) - missing:,} are quarantined, {missing:,} missing: see "
+            f"`python -m cache_schema info {cache}`, mend the tiles and run `make extract ARGS=--retry-quarantined`"
+        )
+    table = version.read_table()
+    rows = label_rows(table, label_ids, status, config, reading=reading)
+    return LabelledCache(version, table, vectors, replace(rows, notes=(f"cache {cache}", *rows.notes)))
+
+
+def _scan(cache: str, version: Version, vectors: Vectors) -> tuple[UInt16Array, UInt8Array]:
+    """Label ids (N, 128) and status (N,) of all rows, pending where a block cannot be trusted; vectors are kept."""
+    label_ids = np.zeros((version.layout.rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE)
+    status = np.full(version.layout.rows, Status.PENDING, STATUS_DTYPE)
+
+    def take(block: int, values: BlockValues) -> None:
+        rows = version.layout.block_slice(block)
+        # A digest vouches for NaN as well, and one of them would spoil every weight.
+        for line in values.find_contradictions(version.layout, rows):
+            raise IntegrityError(
+                f"{cache}: {line}: `python -m cache_schema verify {cache} --repair` and `make extract` redo its block"
+            )
+        label_ids[rows], status[rows] = values.label_ids, values.status
+        vectors.keep(block, values)
+
+    version.scan(take)
+    return label_ids, status
 
 
 def label_rows(

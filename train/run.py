@@ -18,13 +18,14 @@ from extract.stop import Stopped, stop_on_signals
 
 from .batches import Tiles
 from .bucket import is_bucket
-from .cached import CachedTiles
+from .cached import open_cached_tiles
 from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_best, save_checkpoint
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
 from .evaluation import Evaluation, describe_evaluation, evaluate_rows, predict_logits, score_epoch
 from .finetune import TileStream, check_finetuning, check_head
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
+from .memory import agree_on_budget
 from .model import Classifier, Head
 from .resume import load_last, recover_run
 from .rows import LabelledCache
@@ -54,7 +55,8 @@ def run_training(config: TrainConfig) -> None:
         start = None
         try:
             config, head, notes = ranks.run_on_main(lambda: _resolve(config))
-            sets = ranks.run_everywhere(lambda: read_sets(config))
+            config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
+            sets = ranks.run_everywhere(lambda: read_sets(config, ranks.device))
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
             start = ranks.run_on_main(lambda: _open_run(config, head, sets))
             for line in (*sets.notes, *notes, *start.notes):
@@ -101,7 +103,7 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None,
         if stored.data.split_file and is_bucket(str(run)) and not is_bucket(stored.data.split_file):
             # The machine that had that file may be lost, the run's own split is in the bucket.
             stored = replace(stored, data=replace(stored.data, split_file=run.split_file))
-        return replace(stored, run=config.run, resume=True, device=config.device, workers=config.workers), None, ()
+        return config.resume_from(stored), None, ()
     found = _find_head(config) if config.unfreeze else None
     if found is None:
         return config, None, ("no cached head to start from: the head starts at random",) if config.unfreeze else ()
@@ -190,7 +192,7 @@ def _prepare(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -
     """Model, sets and trainer; on the streamed path the backbone too, once step 0 has passed."""
     version = sets.train.version
     features = tuple(config.features.split("+"))
-    make_tiles: MakeTiles = lambda cache: CachedTiles(cache, features, ranks)  # noqa: E731
+    make_tiles: MakeTiles = lambda cache: open_cached_tiles(cache, ranks)  # noqa: E731
     backbone = None
     if config.unfreeze:
         checkpoint = ranks.run_on_main(lambda: find_cached_checkpoint(version))
@@ -236,7 +238,7 @@ def _compare_cached_and_streamed(trainer: Trainer, make_tiles: MakeTiles, sets: 
     on_cache = Classifier(classifier.head, None, classifier.features)
     figures = []
     for model, tiles in (
-        (on_cache, CachedTiles(sets.val, classifier.features, ranks)),
+        (on_cache, open_cached_tiles(sets.val, ranks)),
         (classifier, make_tiles(sets.val)),
     ):
         logits = predict_logits(model, tiles, ranks, amp=use_amp(config, ranks))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from cache_schema import ProvenanceError, open_cache
 from cache_schema.layout import BoolArray
@@ -11,6 +12,9 @@ from .config import ORIGINAL_IMAGE_SIZE, TrainConfig
 from .errors import TrainError
 from .rows import LabelledCache, read_labelled_cache
 from .scenes import split_rows
+from .vectors import Residence
+
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +32,25 @@ class Sets:
     split: dict[str, list[str]]
 
 
-def read_sets(config: TrainConfig) -> Sets:
+def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
     """Rows of all caches in use, split, with empty tiles where they belong.
+
+    Args:
+        config: of the run.
+        device: where vectors are held, if they are.
 
     Raises:
         TileprobeError: a cache, its labels, or the split asked for cannot serve.
     """
     if config.data.split_tiles:
         _refuse_unlike_original(config)
-    whole = read_labelled_cache(config.cache, config.data, allow_unsealed=config.allow_unsealed)
-    notes = list(whole.rows.notes)
+    urls = filter(None, (config.cache, config.val_cache, config.test_cache))
+    versions = [open_cache(url, allow_unsealed=config.allow_unsealed) for url in urls]
+    residence = Residence.choose(config, versions, device)
+    whole = read_labelled_cache(config.cache, config.data, residence, allow_unsealed=config.allow_unsealed)
+    notes = [*whole.rows.notes, *(() if config.unfreeze else (residence.describe(whole.vectors),))]
     if config.val_cache:
-        train, val = whole, _read_other(config, config.val_cache, whole)
+        train, val = whole, _read_other(config, config.val_cache, whole, residence)
         notes += val.rows.notes
     else:
         split = split_rows(whole.rows.tiles, whole.rows.scenes, config.data, config.seed)
@@ -51,7 +62,7 @@ def read_sets(config: TrainConfig) -> Sets:
     counted = ~val.rows.empty if config.data.empty == "drop" else np.ones(len(val.rows), bool)
     if not len(train.rows) or not counted.any():
         raise TrainError("no tile with a known class is left to train or to validate on: check labels and --exclude")
-    test = _read_other(config, config.test_cache, whole) if config.test_cache else None
+    test = _read_other(config, config.test_cache, whole, residence) if config.test_cache else None
     notes += test.rows.notes if test else ()
     empty = int(left_out.sum() + (~counted).sum())
     notes.append(
@@ -71,10 +82,10 @@ def _refuse_unlike_original(config: TrainConfig) -> None:
         )
 
 
-def _read_other(config: TrainConfig, url: str, whole: LabelledCache) -> LabelledCache:
+def _read_other(config: TrainConfig, url: str, whole: LabelledCache, residence: Residence) -> LabelledCache:
     """A validation or test set: the same embeddings and label rules, or an error."""
     reading = whole.rows.reading
-    other = read_labelled_cache(url, config.data, allow_unsealed=config.allow_unsealed, reading=reading)
+    other = read_labelled_cache(url, config.data, residence, allow_unsealed=config.allow_unsealed, reading=reading)
     if other.version.id == whole.version.id:
         raise TrainError(f"{url} holds the very tiles of {config.cache}: a set to score on needs tiles of its own")
     differences = other.version.provenance.differences(whole.version.provenance)

@@ -65,10 +65,14 @@ class StreamedTiles:
             inputs = next(pixels) if len(share) else self._no_pixels()
             yield Batch(inputs, self._labels[share].to(self._ranks.device), share, size)
 
+    @property
+    def share(self) -> Tensor:
+        """(m,) int64, the rows that this rank evaluates: every world_size-th."""
+        return take_share(torch.arange(len(self)), self._ranks)
+
     def iterate_share(self) -> Iterator[Tensor]:
-        """Pixel values of every world_size-th row in order, unpadded, for evaluation."""
-        share = take_share(torch.arange(len(self)), self._ranks)
-        return self._read([part for part in share.split(self._eval_batch) if len(part)])
+        """Pixel values of the rows in `share`, unpadded."""
+        return self._read([part for part in self.share.split(self._eval_batch) if len(part)])
 
     def _read(self, batches: list[Tensor]) -> Iterator[Tensor]:
         requests = (

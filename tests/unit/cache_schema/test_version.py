@@ -133,20 +133,36 @@ def test_a_refused_block_leaves_no_trace(cache_url: str) -> None:
     assert [get_bytes(cache_url, chunk_key(version.id, name, 1)) for name in (*ARRAYS, "commit")] == [None] * 5
 
 
-def test_status_is_read_a_block_at_a_time(cache_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_reads_a_few_blocks_at_a_time(cache_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     version = CacheRoot(cache_url).open_version(fill_cache(cache_url, 700))
     asked: list[slice] = []
     read_values = Version._read_values
 
-    def note(self: Version, rows: slice) -> BlockValues:
+    def note(self: Version, rows: slice, arrays: Any) -> BlockValues:
         asked.append(rows)
-        return read_values(self, rows)
+        return read_values(self, rows, arrays)
 
+    monkeypatch.setattr("cache_schema.version._SCAN_BYTES", 2 * 256 * version.layout.width * 2)
     monkeypatch.setattr(Version, "_read_values", note)
     status = version.read_status()
-    assert asked == [slice(0, 256), slice(256, 512), slice(512, 700)]
+    assert sorted(asked, key=lambda rows: rows.start) == [slice(0, 512), slice(512, 700)]
     assert status.dtype == np.uint8
     assert status.tolist() == version.read_rows().status.tolist()
+
+
+def test_vectors_of_a_block_are_read_again_alone(cache_url: str) -> None:
+    version = CacheRoot(cache_url).open_version(fill_cache(cache_url, 700))
+    read = version.open_pooled(["patch_mean", "cls"])
+    for block in (2, 0, 2):
+        first, second = read(block)
+        expected = version.read_block(block).pooled
+        np.testing.assert_array_equal(first, expected["patch_mean"])
+        np.testing.assert_array_equal(second, expected["cls"])
+    put_bytes(cache_url, f"{version.id}.zarr/cls/c/1/0", b"no chunk")
+    with pytest.raises(IntegrityError, match="array cls cannot be read"):
+        read(1)
+    with pytest.raises(IntegrityError, match="array max cannot be read"):
+        version.open_pooled(["cls", "max"])
 
 
 def test_a_killed_write_leaves_the_block_pending(cache_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

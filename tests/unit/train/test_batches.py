@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,38 +11,54 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_schema import CacheRows
+from cache_schema import BlockValues, Layout
 from extract.distributed import Ranks
 from tests.planted import fresh_seed
 from train.batches import epoch_order, take_share
 from train.cached import CachedTiles
-from train.rows import LabelledCache, LabelledRows
+from train.rows import LabelledRows
+from train.vectors import HeldVectors
 
 
 def make_ranks(rank: int, world_size: int) -> Ranks:
     return Ranks(rank, world_size, world_size, torch.device("cpu"), dist.HashStore())
 
 
-def make_cache(rows: int, index: list[int]) -> LabelledCache:
-    """A cache whose vectors and labels say which row they are of."""
-    numbers = np.arange(rows)
-    pooled = {
-        "cls": np.stack([numbers, numbers + 0.5], axis=1).astype(np.float16),
-        "patch_mean": np.stack([-numbers, -numbers - 0.5], axis=1).astype(np.float16),
-    }
-    labels = (numbers[:, None] >> np.arange(10) & 1).astype(bool)
-    used = LabelledRows(
-        index=np.array(index),
+POOLING = ("cls", "patch_mean")
+
+
+def make_rows(index: list[int]) -> LabelledRows:
+    """Rows of a table whose labels say which they are."""
+    return LabelledRows(
+        index=np.array(index, np.int64),
         tiles=np.array([f"t{i}" for i in index]),
         scenes=np.array(["s"] * len(index)),
-        labels=labels[index],
+        labels=(np.array(index, np.int64)[:, None] >> np.arange(10) & 1).astype(bool),
         reading="type",
         class_ids=tuple(range(10)),
         class_names=tuple("abcdefghij"),
         notes=(),
     )
+
+
+def make_values(rows: slice) -> BlockValues:
+    """Values of a block whose vectors say which rows they are of."""
+    numbers = np.arange(rows.start, rows.stop)
+    pooled = {
+        "cls": np.stack([numbers, numbers + 0.5], axis=1).astype(np.float16),
+        "patch_mean": np.stack([-numbers, -numbers - 0.5], axis=1).astype(np.float16),
+    }
     nothing: Any = None
-    return LabelledCache(nothing, nothing, CacheRows(pooled, nothing, nothing), used)
+    return BlockValues(pooled, nothing, nothing)
+
+
+def hold(rows: int, features: tuple[str, ...] = ("cls",), block_rows: int = 7) -> HeldVectors:
+    """Vectors of a version of that many rows, kept block by block."""
+    version: Any = SimpleNamespace(layout=Layout(rows, 2, POOLING, block_rows))
+    vectors = HeldVectors(version, features, torch.device("cpu"))
+    for block, where in enumerate(version.layout.block_slices()):
+        vectors.keep(block, make_values(where))
+    return vectors
 
 
 @settings(max_examples=60)
@@ -78,13 +95,13 @@ def test_cached_batches_do_not_depend_on_the_number_of_ranks(
     rows: int, batch_size: int, world_size: int, seed: int, epoch: int
 ) -> None:
     index = list(range(0, 2 * rows, 2))
-    cache = make_cache(2 * rows, index)
+    vectors = hold(2 * rows)
 
     def read(size: int) -> list[list[tuple[list[float], list[bool]]]]:
         """Rows of each global batch, and that every rank knows its size."""
         per_rank = [
             list(
-                CachedTiles(cache, ("cls",), make_ranks(rank, size)).iterate_epoch(
+                CachedTiles(make_rows(index), vectors, make_ranks(rank, size)).iterate_epoch(
                     batch_size=batch_size, seed=seed, epoch=epoch
                 )
             )
@@ -106,24 +123,23 @@ def test_cached_batches_do_not_depend_on_the_number_of_ranks(
     assert seen == sorted(([float(i), i + 0.5], [bool(i >> c & 1) for c in range(10)]) for i in index)
 
 
-def test_evaluation_shares_interleave_to_all_rows_in_order() -> None:
+def test_evaluation_shares_make_up_all_rows() -> None:
     rng = np.random.default_rng(fresh_seed())
     index = np.sort(rng.choice(500, 101, replace=False)).tolist()
-    cache = make_cache(500, index)
+    vectors = hold(500)
     for world_size in (1, 2, 3, 7, 150):
         whole = torch.full((len(index), 2), torch.nan, dtype=torch.float16)
         for rank in range(world_size):
-            parts = list(CachedTiles(cache, ("cls",), make_ranks(rank, world_size)).iterate_share())
-            whole[rank::world_size] = torch.cat(parts)
+            tiles = CachedTiles(make_rows(index), vectors, make_ranks(rank, world_size))
+            whole[tiles.share] = torch.cat(list(tiles.iterate_share()))
         assert whole[:, 0].tolist() == index
 
 
 def test_features_are_joined_in_the_order_asked_for() -> None:
-    cache = make_cache(4, [3])
     for features, expected in (
         (("patch_mean",), [-3.0, -3.5]),
         (("cls", "patch_mean"), [3.0, 3.5, -3.0, -3.5]),
         (("patch_mean", "cls"), [-3.0, -3.5, 3.0, 3.5]),
     ):
-        (share,) = CachedTiles(cache, features, make_ranks(0, 1)).iterate_share()
+        (share,) = CachedTiles(make_rows([3]), hold(4, features), make_ranks(0, 1)).iterate_share()
         assert share.tolist() == [expected]

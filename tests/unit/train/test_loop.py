@@ -120,6 +120,10 @@ class Rows:
         for rows in epoch_order(len(self), seed, epoch).split(batch_size):
             yield Batch(self.inputs[rows], self.labels[rows], rows, len(rows))
 
+    @property
+    def share(self) -> torch.Tensor:
+        return torch.arange(len(self))
+
     def iterate_share(self) -> Iterator[torch.Tensor]:
         yield from self.inputs.split(10)
 

@@ -1,0 +1,195 @@
+"""Batches from cached vectors that do not fit in memory: blocks in a shuffled order, through a shuffle buffer.
+
+In every epoch each rank reads its own share of the blocks, each block once, ahead of the step that needs it. A batch
+is drawn at random from the rows in the buffer. Labels of all rows stay in memory; only vectors are streamed. The order
+of rows depends on seed, epoch, number of ranks and memory budget, and on nothing else: a resumed run repeats it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from extract.distributed import Ranks
+
+from .batches import Batch
+from .rows import LabelledRows
+from .vectors import BlockVectors
+
+T = TypeVar("T")
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class EpochPlan:
+    """One rank's part of an epoch.
+
+    Attributes:
+        blocks: blocks to read, in this order.
+        sizes: (steps,) its rows in every global batch; may be 0.
+        global_sizes: (steps,) rows of every global batch, over all ranks.
+    """
+
+    blocks: list[int]
+    sizes: list[int]
+    global_sizes: list[int]
+
+
+def plan_epoch(counts: Counts, *, batch_size: int, rank: int, world_size: int, seed: int, epoch: int) -> EpochPlan:
+    """What `rank` reads, and how many rows it has in each batch; every rank has the same number of batches.
+
+    n rows make ceil(n / batch_size) batches, as in memory, but of even sizes instead of a short last one: a rank
+    spreads its rows evenly over all of them. So a batch has fewer than world_size rows more than asked for, no row is
+    repeated, and none is dropped.
+
+    Args:
+        counts: (blocks,) rows of each block that are in use.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(len(counts))
+    owned = deal_blocks(counts, order[counts[order] > 0], world_size)
+    steps = -(-int(counts.sum()) // batch_size)
+    edges = np.arange(steps + 1, dtype=np.int64)
+    totals = [int(counts[blocks].sum()) for blocks in owned]
+    sizes = np.stack([np.diff(edges * total // max(steps, 1)) for total in totals])
+    return EpochPlan(owned[rank], sizes[rank].tolist(), sizes.sum(axis=0).tolist())
+
+
+def deal_blocks(counts: Counts, order: npt.NDArray[np.int64], world_size: int) -> list[list[int]]:
+    """Each block of `order` to the rank that has the fewest rows so far: shares differ by at most one block's rows."""
+    owned: list[list[int]] = [[] for _ in range(world_size)]
+    rows = [0] * world_size
+    for block in order.tolist():
+        rank = rows.index(min(rows))
+        owned[rank].append(block)
+        rows[rank] += int(counts[block])
+    return owned
+
+
+class ShuffleBuffer:
+    """Rows to draw from at random, without one twice.
+
+    Args:
+        capacity: rows it can hold.
+        width: of a row's vector.
+        rng: decides what is drawn.
+    """
+
+    def __init__(self, capacity: int, width: int, rng: np.random.Generator) -> None:
+        self._rows = torch.empty(capacity, dtype=torch.int64)
+        self._vectors = torch.empty(capacity, width, dtype=torch.float16)
+        self._rng = rng
+        self._filled = 0
+
+    @property
+    def room(self) -> int:
+        return len(self._rows) - self._filled
+
+    def add(self, rows: Tensor, vectors: Tensor) -> None:
+        """Take (k,) row numbers and their (k, F) vectors; there must be room."""
+        end = self._filled + len(rows)
+        self._rows[self._filled : end] = rows
+        self._vectors[self._filled : end] = vectors
+        self._filled = end
+
+    def draw(self, size: int) -> tuple[Tensor, Tensor]:
+        """Remove `size` random rows; there must be as many. What is left moves together."""
+        drawn = torch.from_numpy(self._rng.choice(self._filled, size, replace=False))
+        rows, vectors = self._rows[drawn], self._vectors.index_select(0, drawn)
+        self._filled -= size
+        left = torch.ones(size, dtype=torch.bool)
+        left[drawn[drawn >= self._filled] - self._filled] = False
+        moved, holes = left.nonzero().flatten() + self._filled, drawn[drawn < self._filled]
+        self._rows[holes] = self._rows[moved]
+        self._vectors.index_copy_(0, holes, self._vectors.index_select(0, moved))
+        return rows, vectors
+
+
+class BlockTiles:
+    """n labelled rows of a cache whose vectors are streamed.
+
+    Args:
+        rows: which rows, ascending, and their labels.
+        vectors: of their version.
+        ranks: among whom the blocks are shared out.
+    """
+
+    def __init__(self, rows: LabelledRows, vectors: BlockVectors, ranks: Ranks) -> None:
+        self.rows = rows
+        self._vectors = vectors
+        self._labels = torch.from_numpy(rows.labels).to(ranks.device)
+        self._ranks = ranks
+        layout = vectors.layout
+        # Rows of a block lie side by side among those in use: from its edge to the next one's.
+        self._edges = np.searchsorted(rows.index, np.arange(layout.blocks + 1) * layout.block_rows)
+        self._counts = np.diff(self._edges)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        """This rank's share of every global batch, see `plan_epoch`."""
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        plan = plan_epoch(self._counts, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, epoch=epoch)
+        rng = np.random.default_rng([seed, epoch, rank])
+        capacity = min(self._vectors.memory.buffer_rows, sum(plan.sizes))
+        buffer = ShuffleBuffer(capacity, self._vectors.width, rng)
+        coming = self._read_ahead(plan.blocks)
+        waiting = deque(self._counts[plan.blocks].tolist())
+        for size, global_size in zip(plan.sizes, plan.global_sizes, strict=True):
+            while waiting and waiting[0] <= buffer.room:
+                buffer.add(*next(coming))
+                waiting.popleft()
+            rows, vectors = buffer.draw(size)
+            labels = self._labels.index_select(0, rows.to(self._labels.device))
+            yield Batch(self._send(vectors), labels, rows, global_size)
+
+    @property
+    def share(self) -> Tensor:
+        """(m,) int64, the rows that this rank evaluates: those of its blocks."""
+        return torch.cat([torch.arange(0), *(self._find_rows(block) for block in self._evaluated)])
+
+    def iterate_share(self) -> Iterator[Tensor]:
+        """Inputs of the rows in `share`, a block at a time."""
+        return (self._send(vectors) for _, vectors in self._read_ahead(self._evaluated))
+
+    @property
+    def _evaluated(self) -> list[int]:
+        return deal_blocks(self._counts, np.flatnonzero(self._counts), self._ranks.world_size)[self._ranks.rank]
+
+    def _find_rows(self, block: int) -> Tensor:
+        return torch.arange(int(self._edges[block]), int(self._edges[block + 1]))
+
+    def _read_ahead(self, blocks: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        return map_ahead(self._read, blocks, self._vectors.memory.ahead)
+
+    def _read(self, block: int) -> tuple[Tensor, Tensor]:
+        """Rows of a block that are in use, and their vectors."""
+        rows = self._find_rows(block)
+        vectors = self._vectors.read(block)
+        if len(rows) < len(vectors):
+            # By NumPy: PyTorch would give each of these threads a team of its own.
+            vectors = vectors[self.rows.index[rows.numpy()] - block * self._vectors.layout.block_rows]
+        return rows, torch.from_numpy(vectors)
+
+    def _send(self, vectors: Tensor) -> Tensor:
+        if self._ranks.device.type != "cuda":
+            return vectors
+        return vectors.pin_memory().to(self._ranks.device, non_blocking=True)
+
+
+def map_ahead(work: Callable[[int], T], items: Sequence[int], ahead: int) -> Iterator[T]:
+    """Results of `work` in order, with up to `ahead` items in threads or waiting to be asked for."""
+    with ThreadPoolExecutor(ahead, thread_name_prefix="blocks") as threads:
+        under_way: deque[Future[T]] = deque()
+        for item in items:
+            under_way.append(threads.submit(work, item))
+            if len(under_way) == ahead:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()

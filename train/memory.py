@@ -1,0 +1,98 @@
+"""How much memory vectors may take: what a user asks for, what is free, and what streaming makes of it."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cache_schema import Layout
+from extract.distributed import Ranks
+
+from .errors import TrainError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+_MAX_AHEAD = 8
+
+
+def parse_bytes(text: str) -> int:
+    """`1500`, `512M`, `1.5G` (powers of 1024) as bytes.
+
+    Raises:
+        ValueError: it is something else, or nothing.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text.strip().upper(), re.ASCII)
+    if not match or not (size := int(float(match[1]) * _UNITS[match[2]])):
+        raise ValueError(f"{text}: bytes above 0, with K, M or G if you like, such as 512M")
+    return size
+
+
+def format_bytes(size: int) -> str:
+    """In the largest unit that leaves at least 1, rounded up to a tenth, so that what it says is enough."""
+    unit, scale = next(((u, s) for u, s in reversed(_UNITS.items()) if size >= s), ("", 1))
+    tenths = -(-10 * size // scale)
+    return f"{tenths // 10}{f'.{tenths % 10}' if tenths % 10 else ''}{unit}"
+
+
+def agree_on_budget(ranks: Ranks) -> int:
+    """Bytes that every rank can hold vectors in, the same for all of them."""
+    least = torch.tensor(choose_budget(ranks.device, ranks.local_world_size), device=ranks.device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def choose_budget(device: torch.device, local_ranks: int = 1) -> int:
+    """Half of the memory that is free: on CUDA the device's or a rank's part of the host's, whichever is less, since
+    vectors are held on the one and shuffled in the other."""
+    free = find_free_memory() // local_ranks
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return free // 2
+
+
+def find_free_memory() -> int:
+    """Bytes of main memory that this process could take: what the system has, or its container is allowed."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    group = Path("/sys/fs/cgroup")
+    try:
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such group, or one without a limit ("max")
+        return free
+
+
+@dataclass(frozen=True)
+class StreamingMemory:
+    """What streaming makes of a budget. A quarter of it stays for what is under way: a batch, the labels.
+
+    Attributes:
+        buffer_rows: rows to draw batches from, half of the budget.
+        ahead: blocks that are being read or wait, a quarter of the budget at most.
+    """
+
+    buffer_rows: int
+    ahead: int
+
+    @classmethod
+    def divide(cls, budget: int, layout: Layout, features: int, batch_size: int) -> "StreamingMemory":
+        """Divide a budget for rows of `features` pooled arrays.
+
+        Raises:
+            TrainError: it is too small for the least there is to hold; the message names what is enough.
+        """
+        row = features * layout.width * 2
+        block = 2 * layout.block_rows * row  # as it arrived, and decoded
+        # A batch must be there whole while a block that does not fit yet waits.
+        least_rows = batch_size + 1 + layout.block_rows
+        least = max(2 * row * least_rows, 4 * block)
+        if budget < least:
+            raise TrainError(
+                f"--memory-budget {format_bytes(budget)} is too small to stream blocks of {layout.block_rows:,} rows "
+                f"and batches of {batch_size:,}: give at least {format_bytes(least)}"
+            )
+        return cls(buffer_rows=budget // 2 // row, ahead=min(_MAX_AHEAD, budget // 4 // block))

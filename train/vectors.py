@@ -1,0 +1,151 @@
+"""A version's vectors, held on a device or left in the cache.
+
+Either is filled by the one scan that also reads labels and checks digests: before training a cache is read once.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_schema import BlockValues, IntegrityError, Version
+from cache_schema.layout import Float16Array
+
+from .config import TrainConfig
+from .memory import StreamingMemory, choose_budget, format_bytes
+
+
+class HeldVectors:
+    """(N, F) float16 on a device, shared by all sets of a run; rows of blocks that were not kept mean nothing.
+
+    Args:
+        version: whose rows.
+        features: pooled arrays, joined in this order.
+        device: where they live.
+    """
+
+    def __init__(self, version: Version, features: tuple[str, ...], device: torch.device) -> None:
+        self._layout = version.layout
+        self._features = features
+        width = version.layout.width * len(features)
+        self._vectors = torch.empty(version.layout.rows, width, dtype=torch.float16, device=device)
+
+    def keep(self, block: int, values: BlockValues) -> None:
+        """Take a block's vectors; any thread may."""
+        columns = self._vectors[self._layout.block_slice(block)].split(self._layout.width, dim=1)
+        for column, name in zip(columns, self._features, strict=True):
+            column.copy_(torch.from_numpy(values.pooled[name]))
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(len(rows), F) float16 copies of rows of the table; `rows` is int64 on the same device."""
+        return self._vectors.index_select(0, rows)
+
+
+class BlockVectors:
+    """Vectors that stay in the cache and are read block by block, as often as they are needed.
+
+    A commit's digest covers arrays that are not read again, so each block's vectors are compared with a digest of
+    themselves, taken when the whole block was found to agree with its commit.
+
+    Args:
+        version: whose blocks.
+        features: pooled arrays, joined in this order.
+        memory: how many blocks to read ahead, and how many rows to shuffle.
+    """
+
+    def __init__(self, version: Version, features: tuple[str, ...], memory: StreamingMemory) -> None:
+        self.layout = version.layout
+        self.memory = memory
+        self._url = version.root.url
+        self._features = features
+        self._digests: dict[int, bytes] = {}
+        self._read = version.open_pooled(features)
+
+    @property
+    def width(self) -> int:
+        """F, of the joined features."""
+        return self.layout.width * len(self._features)
+
+    def keep(self, block: int, values: BlockValues) -> None:
+        """Remember what a block's vectors are; any thread may."""
+        self._digests[block] = _digest([values.pooled[name] for name in self._features])
+
+    def read(self, block: int) -> Float16Array:
+        """(rows of the block, F) float16.
+
+        Raises:
+            IntegrityError: they cannot be read, or are not what they were when the block was kept.
+        """
+        try:
+            parts = self._read(block)
+            if _digest(parts) != self._digests[block]:
+                raise IntegrityError("its vectors are not what they were when the run began")
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"block {block} of {self._url}: {error}: `python -m cache_schema verify {self._url}` says what is "
+                "wrong with it; the checkpoints are as they were"
+            ) from error
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+Vectors = HeldVectors | BlockVectors
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Where the vectors of a run's caches live.
+
+    Attributes:
+        features: pooled arrays, joined in this order.
+        device: of the vectors that are held.
+        size: bytes of all vectors.
+        budget: bytes they may take.
+        batch_size: rows of a global batch at most.
+        held: whether they are held in memory, else they stay in the cache.
+    """
+
+    features: tuple[str, ...]
+    device: torch.device
+    size: int
+    budget: int
+    batch_size: int
+    held: bool
+
+    @classmethod
+    def choose(cls, config: TrainConfig, versions: Sequence[Version], device: torch.device) -> Self:
+        """Hold vectors where all of them fit. Fine-tuning looks at them once, so it never does."""
+        features = tuple(config.features.split("+"))
+        size = sum(version.layout.rows * version.layout.width * len(features) * 2 for version in versions)
+        budget = config.memory_budget or choose_budget(device)
+        return cls(features, device, size, budget, config.batch_size, held=not config.unfreeze and size <= budget)
+
+    def place(self, version: Version) -> Vectors:
+        """Where one cache's vectors go, still empty.
+
+        Raises:
+            TrainError: the budget is too small to stream them.
+        """
+        if self.held:
+            return HeldVectors(version, self.features, self.device)
+        memory = StreamingMemory.divide(self.budget, version.layout, len(self.features), self.batch_size)
+        return BlockVectors(version, self.features, memory)
+
+    def describe(self, vectors: Vectors) -> str:
+        """A line for the user; `vectors` are those of the training rows."""
+        if isinstance(vectors, HeldVectors):
+            return f"vectors are held in memory: {format_bytes(self.size)}, the budget is {format_bytes(self.budget)}"
+        return (
+            f"vectors stay in the cache: {format_bytes(self.size)}, the budget is {format_bytes(self.budget)}; blocks "
+            f"are read in every epoch and shuffled {vectors.memory.buffer_rows:,} rows at a time"
+        )
+
+
+def _digest(parts: Sequence[Float16Array]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.digest()
