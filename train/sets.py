@@ -9,17 +9,22 @@ from cache_schema.layout import BoolArray
 
 from .config import ORIGINAL_IMAGE_SIZE, TrainConfig
 from .errors import TrainError
-from .rows import LabelledCache, read_labelled_cache
+from .rows import LabelledCache, LabelledRows, read_labelled_cache
 from .scenes import split_rows
+
+_NAMED = 10
+"""Classes a line names before it only counts them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sets:
     """The rows a run trains on, validates on and is scored on once; `counted` (n_val,) marks the main figures' rows.
 
-    `split` is what split.json holds: every usable tile of either side, empty ones too.
+    `whole` is every usable row of the training cache, empty ones too, before the split. `split` is what split.json
+    holds: every usable tile of either side, empty ones too.
     """
 
+    whole: LabelledCache
     train: LabelledCache
     val: LabelledCache
     counted: BoolArray
@@ -42,7 +47,8 @@ def read_sets(config: TrainConfig) -> Sets:
         train, val = whole, _read_other(config, config.val_cache, whole)
         notes += val.rows.notes
     else:
-        split = split_rows(whole.rows.tiles, whole.rows.scenes, config.data, config.seed)
+        rows = whole.rows
+        split = split_rows(rows.tiles, rows.scenes, rows.labels, config.data, config.seed)
         train, val = whole.select(~split.val), whole.select(split.val)
         notes += split.notes
     sides = {"train": train.rows.tiles.tolist(), "val": val.rows.tiles.tolist()}
@@ -51,6 +57,7 @@ def read_sets(config: TrainConfig) -> Sets:
     counted = ~val.rows.empty if config.data.empty == "drop" else np.ones(len(val.rows), bool)
     if not len(train.rows) or not counted.any():
         raise TrainError("no tile with a known class is left to train or to validate on: check labels and --exclude")
+    notes += _name_missing_classes(train.rows, val.rows.select(counted))
     test = _read_other(config, config.test_cache, whole) if config.test_cache else None
     notes += test.rows.notes if test else ()
     empty = int(left_out.sum() + (~counted).sum())
@@ -59,7 +66,25 @@ def read_sets(config: TrainConfig) -> Sets:
         + (f", {len(test.rows):,} test" if test else "")
         + (f"; {empty:,} empty ones left out (--empty {config.data.empty})" if empty else "")
     )
-    return Sets(train, val, counted, test, tuple(notes), sides)
+    return Sets(whole, train, val, counted, test, tuple(notes), sides)
+
+
+def _name_missing_classes(train: LabelledRows, val: LabelledRows) -> list[str]:
+    """A line each for the classes that no tile to train on shows, no tile to validate on, or neither."""
+    learnt, measured = train.labels.any(axis=0), val.labels.any(axis=0)
+    lines = []
+    for missing, text in (
+        (measured & ~learnt, "warning: no tile to train on shows {}: it cannot be learnt, its figures say so"),
+        (learnt & ~measured, "warning: no tile to validate on shows {}: n/a in every figure, threshold 0.5"),
+    ):
+        names = [name for name, is_missing in zip(train.class_names, missing, strict=True) if is_missing]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(text.format(", ".join(names[:_NAMED]) + more))
+    nowhere = int((~learnt & ~measured).sum())
+    if nowhere:
+        lines.append(f"{nowhere} of {len(learnt)} classes occur in no tile: n/a in every figure")
+    return lines
 
 
 def _refuse_unlike_original(config: TrainConfig) -> None:
