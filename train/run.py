@@ -17,7 +17,6 @@ from extract.plan import find_cached_checkpoint
 from extract.stop import Stopped, stop_on_signals
 
 from .batches import Tiles
-from .bucket import is_bucket
 from .cached import CachedTiles
 from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_best, save_checkpoint
 from .config import TrainConfig
@@ -99,8 +98,8 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None,
     if config.resume:
         run = RunDirectory.resume(config.run)
         stored = run.read_config()
-        if stored.data.split_file and is_bucket(str(run)) and not is_bucket(stored.data.split_file):
-            # The machine that had that file may be lost, the run's own split is in the bucket.
+        if not stored.val_cache:
+            # A split file may be lost, with the machine it was on; another release may split otherwise.
             stored = replace(stored, data=replace(stored.data, split_file=run.split_file))
         return replace(stored, run=config.run, resume=True, device=config.device, workers=config.workers), None, ()
     found = _find_head(config) if config.unfreeze else None
@@ -182,8 +181,8 @@ def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
         )
     if run.read_json("split.json") != sets.split:
         raise TrainError(
-            f"{run}/split.json is not the split its settings lead to now: another --split-file or VAL_CACHE lies "
-            "there: start a new run without --resume"
+            f"{run}/split.json does not hold the tiles there are now: another VAL_CACHE lies there: start a new run "
+            "without --resume"
         )
 
 
@@ -264,15 +263,15 @@ def _finish(
     val = evaluate_rows(
         val_logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma, seed=config.seed
     )
-    save_checkpoint(run.best, best.tensors, replace(best.meta, thresholds=tuple(map(float, val.thresholds))))
+    fitted = val.decisions
+    meta = replace(best.meta, thresholds=tuple(map(float, fitted.thresholds)), temperature=fitted.temperature)
+    save_checkpoint(run.best, best.tensors, meta)
     run.write_json("metrics.json", val.to_json())
     results: dict[str, Evaluation] = {f"validation, best epoch {best.meta.epoch}": val}
     if sets.test is not None and test_logits is not None:
         rows = sets.test.rows
         counted = ~rows.empty if config.data.empty == "drop" else np.ones(len(rows), bool)
-        test = evaluate_rows(
-            test_logits, rows, counted, alpha=config.alpha, gamma=config.gamma, thresholds=val.thresholds
-        )
+        test = evaluate_rows(test_logits, rows, counted, alpha=config.alpha, gamma=config.gamma, decisions=fitted)
         run.write_json("test_metrics.json", test.to_json())
         results["test, scored once"] = test
     write_report(run, config, results)
