@@ -108,6 +108,7 @@ def main() -> None:
 
 @main.command()
 @_training_options("head")
+@click.option("--folds", type=int, default=0, help="Cross-validate over as many folds of scenes as well; 0: do not.")
 def head(**options: Any) -> None:
     """Fit the head on cached embeddings: seconds, not hours."""
     _train(options)

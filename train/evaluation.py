@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from cache_schema.layout import BoolArray
 from extract.distributed import Ranks
 
+from .baselines import Baseline
 from .batches import Tiles
 from .calibration import expected_calibration_error
 from .decisions import Decisions, FloatArray, cross_fit
@@ -28,6 +29,15 @@ from .metrics import (
 )
 from .model import Classifier
 from .rows import LabelledRows
+
+COMPARED = (
+    ("F1 weighted", "f1_weighted"),
+    ("F1 weighted, tuned", "f1_weighted_tuned"),
+    ("F1 macro", "f1_macro"),
+    ("F1 micro", "f1_micro"),
+    ("mAP", "map_macro"),
+)
+"""Figures by which a model and its baselines are put side by side."""
 
 
 @torch.inference_mode()
@@ -66,6 +76,7 @@ class Evaluation:
         decisions: temperature and thresholds, given or fitted on all these rows.
         calibration: the `temperature`, and the expected calibration error before (`ece_before`) and after it
             (`ece_after`; fitted on other scenes where it was not given).
+        baselines: by name, on the same rows.
     """
 
     metrics: dict[str, Any]
@@ -73,10 +84,21 @@ class Evaluation:
     intervals: dict[str, tuple[float, float]]
     decisions: Decisions
     calibration: dict[str, float | None]
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+
+    def beside(self, baselines: Mapping[str, Baseline]) -> Self:
+        """The same with baselines."""
+        return replace(self, baselines=baselines)
 
     def to_json(self) -> dict[str, Any]:
         intervals = {name: None if math.isnan(low) else [low, high] for name, (low, high) in self.intervals.items()}
-        return {**self.metrics, "intervals": intervals, "variants": self.variants, "calibration": self.calibration}
+        return {
+            **self.metrics,
+            "intervals": intervals,
+            "variants": self.variants,
+            "calibration": self.calibration,
+            "baselines": {name: baseline.to_json() for name, baseline in self.baselines.items()},
+        }
 
 
 def compute_loss(logits: Tensor, labels: BoolArray, *, alpha: float, gamma: float) -> float | None:
@@ -165,7 +187,27 @@ def describe_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> s
     )
     text = format_summary(evaluation.metrics, variants=evaluation.variants)
     text += f"\n95 % intervals over scenes: {intervals}\n{describe_calibration(evaluation.calibration)}"
+    if evaluation.baselines:
+        text += "\n\n" + "\n".join(format_comparison(evaluation))
     return f"{text}\n\n{format_per_class(evaluation.metrics)}" if per_class else text
+
+
+def tabulate_comparison(evaluation: Evaluation) -> list[tuple[str, str, list[str]]]:
+    """Name, basis and figures in the order of `COMPARED`: the model's own first, then each baseline's."""
+    rows = [("this model", "", evaluation.metrics)]
+    rows += [(name, baseline.basis, baseline.metrics) for name, baseline in evaluation.baselines.items()]
+    return [
+        (name, basis, ["n/a" if metrics[key] is None else f"{metrics[key]:.4f}" for _, key in COMPARED])
+        for name, basis, metrics in rows
+    ]
+
+
+def format_comparison(evaluation: Evaluation) -> list[str]:
+    """The model and the baselines, a line each."""
+    lines = [f"{'beside baselines':<23}" + "".join(f"{title:>20}" for title, _ in COMPARED)]
+    for name, basis, cells in tabulate_comparison(evaluation):
+        lines.append(f"{name:<23}" + "".join(f"{cell:>20}" for cell in cells) + (f"   {basis}" if basis else ""))
+    return lines
 
 
 def describe_calibration(calibration: Mapping[str, float | None]) -> str:
