@@ -126,6 +126,7 @@ class _Bytes(click.ParamType[int]):
     type=_Bytes(),
     help="Memory a rank may hold vectors in, such as 512M; more of them are streamed.  [default: half of what is free]",
 )
+@click.option("--folds", type=int, default=0, help="Cross-validate over as many folds of scenes as well; 0: do not.")
 def head(**options: Any) -> None:
     """Fit the head on cached embeddings: seconds, not hours."""
     _train(options)

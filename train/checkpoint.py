@@ -39,6 +39,7 @@ class CheckpointMeta:
         backbone, image_size, precision, weights_sha256: of the embeddings it was trained on.
         best: best value of the selecting metric so far, None before the first evaluation.
         best_epoch: when it was reached.
+        temperature: what logits are divided by, fitted on the validation rows; thresholds are for what that gives.
     """
 
     epoch: int
@@ -56,6 +57,7 @@ class CheckpointMeta:
     weights_sha256: str
     best: float | None = None
     best_epoch: int | None = None
+    temperature: float = 1.0
 
     def at_epoch(self, epoch: int, best: float | None, best_epoch: int | None) -> Self:
         return replace(self, epoch=epoch, best=best, best_epoch=best_epoch)

@@ -65,6 +65,7 @@ class TrainConfig:
         hidden, dropout: of the head.
         best_by: metric that selects the best epoch.
         save_every: epochs between checkpoints.
+        folds: of the cross-validation beside a head's run; 0 is none.
         amp: autocast to bf16, by default where the device multiplies it.
         memory_budget: bytes a rank may hold cached vectors in, or else the buffers to stream them; None: half of what
             is free.
@@ -98,6 +99,7 @@ class TrainConfig:
     backbone: str | None = None
     allow_unsealed: bool = False
     resume: bool = False
+    folds: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(self.features.split("+")) - set(POOLING)
@@ -123,6 +125,7 @@ class TrainConfig:
             "warmup": (self.warmup, 0 <= self.warmup < 1, "a share from 0 to below 1"),
             "alpha": (self.alpha, 0 <= self.alpha <= 1, "0 to 1"),
             "gamma": (self.gamma, 0 <= self.gamma < math.inf, "0 or more"),
+            "folds": (self.folds, self.folds == 0 or self.folds >= 2, "at least 2"),
             "hidden": (self.hidden, self.hidden >= 1, "at least 1"),
             "dropout": (self.dropout, 0 <= self.dropout < 1, "0 to below 1"),
             "seed": (self.seed, 0 <= self.seed < 2**31, "0 to 2147483647"),

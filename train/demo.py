@@ -254,7 +254,7 @@ def _draw_validation_tiles(sets: Sets, path: Path, ranks: Ranks) -> None:
     classifier = loaded.make_classifier(stream.backbone, shown.version.layout.width, ranks.device)
     with torch.inference_mode():
         logits = torch.cat([classifier(pixels) for pixels in stream.build(shown).iterate_share()])
-    preds = logits.sigmoid().cpu().numpy() >= loaded.thresholds
+    preds = loaded.decisions.decide(logits.cpu().numpy())
     source = open_source(shown.version.recorded.tiles)
     images = [decode_tile(source.read(str(tile), 0)) for tile in shown.rows.tiles]
     draw_tiles(path, images, shown.rows, preds)

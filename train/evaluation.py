@@ -1,11 +1,11 @@
 """From a classifier and a set of tiles to logits, and from logits to metrics, thresholds and intervals."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,7 +13,10 @@ from torch import Tensor
 from cache_schema.layout import BoolArray
 from extract.distributed import Ranks
 
+from .baselines import Baseline
 from .batches import Tiles
+from .calibration import expected_calibration_error
+from .decisions import Decisions, FloatArray, cross_fit
 from .intervals import bootstrap_intervals
 from .loss import focal_loss
 from .metrics import (
@@ -26,7 +29,15 @@ from .metrics import (
 )
 from .model import Classifier
 from .rows import LabelledRows
-from .thresholds import cross_fitted_preds, tune_thresholds
+
+COMPARED = (
+    ("F1 weighted", "f1_weighted"),
+    ("F1 weighted, tuned", "f1_weighted_tuned"),
+    ("F1 macro", "f1_macro"),
+    ("F1 micro", "f1_micro"),
+    ("mAP", "map_macro"),
+)
+"""Figures by which a model and its baselines are put side by side."""
 
 
 @torch.inference_mode()
@@ -61,17 +72,32 @@ class Evaluation:
         metrics: of the tiles that show a class, or of all where empty ones are kept.
         variants: the same, `with empty tiles` and `without Building and Small Car`, where that differs.
         intervals: 95 % bootstrap intervals over scenes.
-        thresholds: (C,) tuned on all these rows.
+        decisions: temperature and thresholds, given or fitted on all these rows.
+        calibration: the `temperature`, and the expected calibration error before (`ece_before`) and after it
+            (`ece_after`; fitted on other scenes where it was not given).
+        baselines: by name, on the same rows.
     """
 
     metrics: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     intervals: dict[str, tuple[float, float]]
-    thresholds: npt.NDArray[np.float32]
+    decisions: Decisions
+    calibration: dict[str, float | None]
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+
+    def beside(self, baselines: Mapping[str, Baseline]) -> Self:
+        """The same with baselines."""
+        return replace(self, baselines=baselines)
 
     def to_json(self) -> dict[str, Any]:
         intervals = {name: None if math.isnan(low) else [low, high] for name, (low, high) in self.intervals.items()}
-        return {**self.metrics, "intervals": intervals, "variants": self.variants}
+        return {
+            **self.metrics,
+            "intervals": intervals,
+            "variants": self.variants,
+            "calibration": self.calibration,
+            "baselines": {name: baseline.to_json() for name, baseline in self.baselines.items()},
+        }
 
 
 def compute_loss(logits: Tensor, labels: BoolArray, *, alpha: float, gamma: float) -> float | None:
@@ -97,44 +123,58 @@ def evaluate_rows(
     *,
     alpha: float,
     gamma: float,
-    thresholds: npt.NDArray[np.float32] | None = None,
+    decisions: Decisions | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Everything there is to say about n rows.
+
+    Figures at threshold 0.5 and average precision are of the plain sigmoid, which no temperature changes.
 
     Args:
         logits: (n, C) float32.
         rows: their labels and scenes.
         counted: (n,) bool, the rows of the main figures; the others are empty tiles.
         alpha, gamma: of the loss.
-        thresholds: (C,) tuned elsewhere, as for a test set; None tunes them here, cross-fitted by scene for
-            `f1_weighted_tuned`.
+        decisions: fitted elsewhere, as for a test set; None fits them here, cross-fitted by scene for
+            `f1_weighted_tuned` and the calibration error after.
         seed: of folds and resampling.
     """
-    probs = logits.sigmoid().numpy()
-    tuned = tune_thresholds(probs[counted], rows.labels[counted]) if thresholds is None else thresholds
+    fitted = Decisions.fit(logits.numpy()[counted], rows.labels[counted]) if decisions is None else decisions
 
-    def score(chosen: BoolArray, dropped: tuple[str, ...] = ()) -> dict[str, Any]:
-        mine, labels = probs[chosen], rows.labels[chosen]
-        crossed = cross_fitted_preds(mine, labels, rows.scenes[chosen], seed=seed) if thresholds is None else None
-        loss = compute_loss(logits[torch.from_numpy(chosen)], labels, alpha=alpha, gamma=gamma)
+    def read(chosen: BoolArray) -> tuple[FloatArray, BoolArray]:
+        """Calibrated probabilities and tuned decisions that did not see their own scene."""
+        mine = logits.numpy()[chosen]
+        if decisions is not None:
+            return decisions.calibrate(mine), decisions.decide(mine)
+        return cross_fit(mine, rows.labels[chosen], rows.scenes[chosen], seed=seed)
+
+    def score(chosen: BoolArray, preds_tuned: BoolArray, dropped: tuple[str, ...] = ()) -> dict[str, Any]:
+        mine, labels = logits[torch.from_numpy(chosen)], rows.labels[chosen]
         return compute_metrics_without(
             dropped,
-            mine,
+            mine.sigmoid().numpy(),
             labels,
             rows.class_names,
-            preds_tuned=mine >= tuned if crossed is None else crossed,
-            thresholds=tuned,
-            loss=None if dropped else loss,
+            preds_tuned=preds_tuned,
+            thresholds=fitted.thresholds,
+            loss=None if dropped else compute_loss(mine, labels, alpha=alpha, gamma=gamma),
         )
 
+    calibrated, preds_tuned = read(counted)
     variants = {}
     if 0 < len(without_classes(rows.class_names, DOMINANT_CLASSES)) < len(rows.class_names):
-        variants[f"without {' and '.join(DOMINANT_CLASSES)}"] = score(counted, DOMINANT_CLASSES)
+        variants[f"without {' and '.join(DOMINANT_CLASSES)}"] = score(counted, preds_tuned, DOMINANT_CLASSES)
     if not counted.all():
-        variants["with empty tiles"] = score(np.ones(len(rows), bool))
-    intervals = bootstrap_intervals(probs[counted], rows.labels[counted], rows.scenes[counted], seed=seed)
-    return Evaluation(score(counted), variants, intervals, tuned)
+        everything = np.ones(len(rows), bool)
+        variants["with empty tiles"] = score(everything, read(everything)[1])
+    probs, labels = logits.sigmoid().numpy()[counted], rows.labels[counted]
+    calibration = {
+        "temperature": fitted.temperature,
+        "ece_before": expected_calibration_error(probs, labels),
+        "ece_after": expected_calibration_error(calibrated, labels),
+    }
+    intervals = bootstrap_intervals(probs, labels, rows.scenes[counted], seed=seed)
+    return Evaluation(score(counted, preds_tuned), variants, intervals, fitted, calibration)
 
 
 def describe_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> str:
@@ -145,5 +185,33 @@ def describe_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> s
         if evaluation.metrics[name] is not None
     )
     text = format_summary(evaluation.metrics, variants=evaluation.variants)
-    text += f"\n95 % intervals over scenes: {intervals}"
+    text += f"\n95 % intervals over scenes: {intervals}\n{describe_calibration(evaluation.calibration)}"
+    if evaluation.baselines:
+        text += "\n\n" + "\n".join(format_comparison(evaluation))
     return f"{text}\n\n{format_per_class(evaluation.metrics)}" if per_class else text
+
+
+def tabulate_comparison(evaluation: Evaluation) -> list[tuple[str, str, list[str]]]:
+    """Name, basis and figures in the order of `COMPARED`: the model's own first, then each baseline's."""
+    rows = [("this model", "", evaluation.metrics)]
+    rows += [(name, baseline.basis, baseline.metrics) for name, baseline in evaluation.baselines.items()]
+    return [
+        (name, basis, ["n/a" if metrics[key] is None else f"{metrics[key]:.4f}" for _, key in COMPARED])
+        for name, basis, metrics in rows
+    ]
+
+
+def format_comparison(evaluation: Evaluation) -> list[str]:
+    """The model and the baselines, a line each."""
+    lines = [f"{'beside baselines':<23}" + "".join(f"{title:>20}" for title, _ in COMPARED)]
+    for name, basis, cells in tabulate_comparison(evaluation):
+        lines.append(f"{name:<23}" + "".join(f"{cell:>20}" for cell in cells) + (f"   {basis}" if basis else ""))
+    return lines
+
+
+def describe_calibration(calibration: Mapping[str, float | None]) -> str:
+    """One line: the temperature and what it does to the calibration error."""
+    before, after = (
+        "n/a" if calibration[key] is None else f"{calibration[key]:.4f}" for key in ("ece_before", "ece_after")
+    )
+    return f"temperature {calibration['temperature']:.3f}: expected calibration error {before} before, {after} after"

@@ -25,6 +25,7 @@ from extract.transform import TileTransform
 
 from .checkpoint import CheckpointMeta, load_best
 from .config import TrainConfig
+from .decisions import Decisions
 from .errors import CheckpointError, TrainError
 from .evaluation import describe_evaluation, evaluate_rows
 from .loop import load_tensors, use_amp
@@ -32,7 +33,6 @@ from .model import Classifier, Head, join_features
 from .rows import label_rows
 from .rundir import RunDirectory
 
-UNTUNED = 0.5
 _STREAM_BATCH = 32
 _HEAD_ROWS = 8192
 
@@ -86,10 +86,11 @@ class LoadedRun:
         return cls(directory, directory.read_config(), best.meta, best.tensors)
 
     @property
-    def thresholds(self) -> FloatArray:
-        """(C,) tuned on the run's validation rows; 0.5 for a run that was stopped before its end."""
-        tuned = self.meta.thresholds or (UNTUNED,) * len(self.meta.class_names)
-        return np.asarray(tuned, np.float32)
+    def decisions(self) -> Decisions:
+        """Fitted on the run's validation rows; untuned for a run that was stopped before its end."""
+        if not self.meta.thresholds:
+            return Decisions.untuned(len(self.meta.class_names))
+        return Decisions(self.meta.temperature, np.asarray(self.meta.thresholds, np.float32))
 
     def find_checkpoint(self) -> Checkpoint:
         """The backbone it was trained on.
@@ -233,7 +234,7 @@ def _score(loaded: LoadedRun, inference: Inference | None) -> str:
         counted,
         alpha=loaded.config.alpha,
         gamma=loaded.config.gamma,
-        thresholds=loaded.thresholds,
+        decisions=loaded.decisions,
     )
     notes = [*rows.notes, *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted])]
     return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)])
@@ -251,11 +252,14 @@ def _warn_of_training_tiles(loaded: LoadedRun, tiles: str, names: npt.NDArray[np
 
 
 def _write_predictions(loaded: LoadedRun, inference: Inference | None, out: Path) -> str:
-    """One row per tile: name, status, decided classes, then the probability of every class."""
+    """One row per tile: name, status, decided classes, then the calibrated probability of every class."""
     assert inference is not None
-    names, thresholds = loaded.meta.class_names, loaded.thresholds
-    probs = torch.from_numpy(inference.logits).sigmoid().numpy()
-    preds = probs >= thresholds  # NaN, where there is no embedding, decides for nothing
+    names, decisions = loaded.meta.class_names, loaded.decisions
+    probs, preds, thresholds = (
+        decisions.calibrate(inference.logits),
+        decisions.decide(inference.logits),
+        decisions.thresholds,
+    )
     sidecar = out.with_name(f"{out.stem}-thresholds.csv")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cache_schema.layout import BoolArray
 
 from .config import TrainConfig
-from .evaluation import Evaluation
+from .evaluation import COMPARED, Evaluation, describe_calibration, tabulate_comparison
 from .rows import LabelledRows
 from .rundir import RunDirectory
 
@@ -39,8 +39,21 @@ _FIGURES = (
 )
 
 
-def write_report(run: RunDirectory, config: TrainConfig, results: Mapping[str, Evaluation]) -> None:
-    """Write report.html and TensorBoard events from what the run directory holds and `results`, by their titles."""
+def write_report(
+    run: RunDirectory,
+    config: TrainConfig,
+    results: Mapping[str, Evaluation],
+    notes: Sequence[str] = (),
+    folds: Sequence[str] = (),
+) -> None:
+    """Write report.html and TensorBoard events from what the run directory holds.
+
+    Args:
+        run, config: the run.
+        results: by their titles.
+        notes: lines about the split.
+        folds: lines of a cross-validation.
+    """
     history = run.read_history()
     _write_events(run, history)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("train", "."), autoescape=True)
@@ -49,6 +62,8 @@ def write_report(run: RunDirectory, config: TrainConfig, results: Mapping[str, E
         subtitle=(f"last {config.unfreeze} layers and head" if config.unfreeze else "head on cached embeddings")
         + f", cache {config.cache}",
         results=[_tabulate(title, evaluation) for title, evaluation in results.items()],
+        notes=notes,
+        folds="\n".join(folds),
         curves=_draw_curves(history),
         settings=json.dumps(run.read_json("config.json"), indent=2, ensure_ascii=False),
     )
@@ -95,6 +110,9 @@ def _tabulate(title: str, evaluation: Evaluation) -> dict[str, Any]:
         ],
         "intervals": "95 % bootstrap intervals over scenes: "
         + ", ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in evaluation.intervals.items()),
+        "calibration": describe_calibration(evaluation.calibration),
+        "compared": [name for name, _ in COMPARED],
+        "comparison": tabulate_comparison(evaluation) if evaluation.baselines else [],
         "classes": sorted(evaluation.metrics["per_class"], key=lambda row: -row["support"]),
     }
 

@@ -5,10 +5,9 @@ classifier holds a backbone. Split, loop, metrics, checkpoints and report are th
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from cache_schema import ProvenanceError, open_cache
@@ -16,13 +15,13 @@ from extract.distributed import Ranks, join_ranks
 from extract.plan import find_cached_checkpoint
 from extract.stop import Stopped, stop_on_signals
 
+from .baselines import compare
 from .batches import Tiles
-from .bucket import is_bucket
 from .cached import open_cached_tiles
 from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_best, save_checkpoint
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
-from .evaluation import Evaluation, describe_evaluation, evaluate_rows, predict_logits, score_epoch
+from .evaluation import describe_evaluation, evaluate_rows, predict_logits, score_epoch
 from .finetune import TileStream, check_finetuning, check_head
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
 from .memory import agree_on_budget
@@ -70,14 +69,19 @@ def run_training(config: TrainConfig) -> None:
 
 def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks) -> None:
     """From the state decided on to a finished run."""
-    trainer, make_tiles = _prepare(config, start.run, sets, ranks)
+    trainer, make_tiles = prepare_training(config, start.run, sets, ranks)
     if start.resume is not None:
         trainer.restore(start.resume)
     elif head is not None:
         load_tensors(trainer.classifier, head.tensors)
         _compare_cached_and_streamed(trainer, make_tiles, sets, ranks)
     trainer.fit(lambda line: _say(ranks, line))
-    _finish(config, start.run, sets, trainer.classifier, make_tiles, ranks)
+    folds = None
+    if config.folds:
+        from .folds import cross_validate  # which trains its heads by what is in this room
+
+        folds = cross_validate(config, sets.whole, start.run, ranks, lambda line: _say(ranks, line))
+    _finish(config, start.run, sets, trainer.classifier, make_tiles, ranks, folds.describe() if folds else ())
 
 
 def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
@@ -100,8 +104,8 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None,
     if config.resume:
         run = RunDirectory.resume(config.run)
         stored = run.read_config()
-        if stored.data.split_file and is_bucket(str(run)) and not is_bucket(stored.data.split_file):
-            # The machine that had that file may be lost, the run's own split is in the bucket.
+        if not stored.val_cache:
+            # A split file may be lost, with the machine it was on; another release may split otherwise.
             stored = replace(stored, data=replace(stored.data, split_file=run.split_file))
         return config.resume_from(stored), None, ()
     found = _find_head(config) if config.unfreeze else None
@@ -183,12 +187,12 @@ def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
         )
     if run.read_json("split.json") != sets.split:
         raise TrainError(
-            f"{run}/split.json is not the split its settings lead to now: another --split-file or VAL_CACHE lies "
-            "there: start a new run without --resume"
+            f"{run}/split.json does not hold the tiles there are now: another VAL_CACHE lies there: start a new run "
+            "without --resume"
         )
 
 
-def _prepare(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -> tuple[Trainer, MakeTiles]:
+def prepare_training(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -> tuple[Trainer, MakeTiles]:
     """Model, sets and trainer; on the streamed path the backbone too, once step 0 has passed."""
     version = sets.train.version
     features = tuple(config.features.split("+"))
@@ -250,7 +254,13 @@ def _compare_cached_and_streamed(trainer: Trainer, make_tiles: MakeTiles, sets: 
 
 
 def _finish(
-    config: TrainConfig, run: RunDirectory, sets: Sets, classifier: Classifier, make_tiles: MakeTiles, ranks: Ranks
+    config: TrainConfig,
+    run: RunDirectory,
+    sets: Sets,
+    classifier: Classifier,
+    make_tiles: MakeTiles,
+    ranks: Ranks,
+    folds: Sequence[str],
 ) -> None:
     """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
     best = ranks.run_on_main(lambda: load_best(run.path))
@@ -262,24 +272,29 @@ def _finish(
         test_logits = predict_logits(classifier, make_tiles(sets.test), ranks, amp=amp)
     if val_logits is None:
         return
+    beside = None if config.unfreeze else compare(sets, ranks.device, config.seed)
     val = evaluate_rows(
         val_logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma, seed=config.seed
     )
-    save_checkpoint(run.best, best.tensors, replace(best.meta, thresholds=tuple(map(float, val.thresholds))))
-    run.write_json("metrics.json", val.to_json())
-    results: dict[str, Evaluation] = {f"validation, best epoch {best.meta.epoch}": val}
+    fitted = val.decisions
+    meta = replace(best.meta, thresholds=tuple(map(float, fitted.thresholds)), temperature=fitted.temperature)
+    save_checkpoint(run.best, best.tensors, meta)
+    results = {f"validation, best epoch {best.meta.epoch}": val.beside(beside.val if beside else {})}
     if sets.test is not None and test_logits is not None:
-        rows = sets.test.rows
-        counted = ~rows.empty if config.data.empty == "drop" else np.ones(len(rows), bool)
         test = evaluate_rows(
-            test_logits, rows, counted, alpha=config.alpha, gamma=config.gamma, thresholds=val.thresholds
+            test_logits, sets.test.rows, sets.counted_test, alpha=config.alpha, gamma=config.gamma, decisions=fitted
         )
-        run.write_json("test_metrics.json", test.to_json())
-        results["test, scored once"] = test
+        results["test, scored once"] = test.beside(beside.test if beside else {})
+    for name, evaluation in zip(("metrics.json", "test_metrics.json"), results.values(), strict=False):
+        run.write_json(name, evaluation.to_json())
+    if beside and beside.audit:
+        run.write_json("audit.json", beside.audit.to_json())
+    notes = beside.notes if beside else ()
     from .report import write_report  # matplotlib and tensorboard take a second that only rank 0 has to spend
 
-    write_report(run, config, results)
+    write_report(run, config, results, notes, folds)
     run.finish()
     for title, evaluation in results.items():
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
+    print("".join(f"\n{line}" for line in (*folds, *notes)))
     print(f"\nrun: {run} (best/, last/, metrics.json, report.html)", flush=True)

@@ -13,6 +13,7 @@ from cache_schema.layout import BoolArray
 from .bucket import is_bucket, read_object
 from .config import DataConfig
 from .errors import SplitError
+from .stratify import share_out
 
 MIN_SCENES = 5
 
@@ -25,8 +26,10 @@ class Split:
     notes: tuple[str, ...]
 
 
-def split_rows(tiles: npt.NDArray[np.str_], scenes: npt.NDArray[np.str_], config: DataConfig, seed: int) -> Split:
-    """Split n tiles as `config` says.
+def split_rows(
+    tiles: npt.NDArray[np.str_], scenes: npt.NDArray[np.str_], labels: BoolArray, config: DataConfig, seed: int
+) -> Split:
+    """Split n tiles, of (n, C) `labels`, as `config` says.
 
     Raises:
         SplitError: fewer than 5 scenes, or a split file that does not cover the tiles.
@@ -38,27 +41,42 @@ def split_rows(tiles: npt.NDArray[np.str_], scenes: npt.NDArray[np.str_], config
         order = np.random.default_rng(seed).permutation(len(tiles))
         val[order[: round(config.val_fraction * len(tiles))]] = True
         return Split(val, ("random split of tiles: neighbours leak, figures are for comparison only",))
-    return _split_scenes(scenes, config.val_fraction, seed)
+    _refuse_few_scenes(scenes, MIN_SCENES, "a split by scene")
+    val = share_out(scenes, labels, np.array([config.val_fraction, 1 - config.val_fraction]), seed) == 0
+    return Split(val, _describe_split(scenes, labels, val))
 
 
-def _split_scenes(scenes: npt.NDArray[np.str_], fraction: float, seed: int) -> Split:
-    """Shuffle scenes, then fill the validation side up to the asked share of tiles."""
-    names, index, sizes = np.unique(scenes, return_inverse=True, return_counts=True)
-    if len(names) < MIN_SCENES:
+def fold_rows(scenes: npt.NDArray[np.str_], labels: BoolArray, folds: int, seed: int) -> npt.NDArray[np.intp]:
+    """(n,) fold of each row, 0 to `folds` - 1: whole scenes, each with about its share of every class.
+
+    Raises:
+        SplitError: fewer scenes than folds, or than a split needs.
+    """
+    _refuse_few_scenes(scenes, max(folds, MIN_SCENES), f"--folds {folds}")
+    return share_out(scenes, labels, np.full(folds, 1 / folds), seed)
+
+
+def _refuse_few_scenes(scenes: npt.NDArray[np.str_], needed: int, what: str) -> None:
+    names = np.unique(scenes)
+    if len(names) < needed:
         raise SplitError(
-            f"only {len(names)} scenes ({', '.join(map(str, names[:4]))}): a split by scene needs {MIN_SCENES}; "
+            f"only {len(names)} scenes ({', '.join(map(str, names[:4]))}): {what} needs {needed}; "
             "check --scene-regex, or give a VAL_CACHE"
         )
-    order = np.random.default_rng(seed).permutation(len(names))
-    before = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])
-    chosen = before < fraction * len(scenes) - sizes[order] / 2
-    chosen[0], chosen[-1] = True, False  # neither side may be empty
-    val_scenes = np.zeros(len(names), bool)
-    val_scenes[order[chosen]] = True
-    notes = [f"split by scene: {int((~val_scenes).sum())} scenes train, {int(val_scenes.sum())} validate"]
+
+
+def _describe_split(scenes: npt.NDArray[np.str_], labels: BoolArray, val: BoolArray) -> tuple[str, ...]:
+    """How many scenes a side has, how the classes are shared out, and whether there are scenes at all."""
+    inside, names = np.unique(scenes[val]), np.unique(scenes)
+    support = labels.sum(axis=0)
+    shares = labels[val].sum(axis=0)[support > 0] / support[support > 0]
+    notes = [f"split by scene: {len(names) - len(inside)} scenes train, {len(inside)} validate"]
+    if len(shares):
+        low, middle, high = np.quantile(shares, [0.1, 0.5, 0.9])
+        notes[0] += f"; of a class {middle:.0%} validate (median; {low:.0%} to {high:.0%} for 8 classes in 10)"
     if len(names) == len(scenes):
         notes.append("warning: every tile is a scene of its own: if tiles overlap, set --scene-regex")
-    return Split(np.asarray(val_scenes[index]), tuple(notes))
+    return tuple(notes)
 
 
 def _read_split(tiles: npt.NDArray[np.str_], path: str) -> Split:

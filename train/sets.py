@@ -8,28 +8,36 @@ import torch
 from cache_schema import ProvenanceError, open_cache
 from cache_schema.layout import BoolArray
 
-from .config import ORIGINAL_IMAGE_SIZE, TrainConfig
+from .config import ORIGINAL_IMAGE_SIZE, EmptyTiles, TrainConfig
 from .errors import TrainError
-from .rows import LabelledCache, read_labelled_cache
+from .rows import LabelledCache, LabelledRows, read_labelled_cache
 from .scenes import split_rows
 from .vectors import Residence
 
 _HOST = torch.device("cpu")
 
+_NAMED = 10
+"""Classes a line names before it only counts them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """The rows a run trains on, validates on and is scored on once; `counted` (n_val,) marks the main figures' rows.
+    """The rows a run trains on, validates on and is scored on once.
 
-    `split` is what split.json holds: every usable tile of either side, empty ones too.
+    `counted` (n_val,) and `counted_test` (n_test,) mark the rows of the main figures.
+
+    `whole` is every usable row of the training cache, empty ones too, before the split. `split` is what split.json
+    holds: every usable tile of either side, empty ones too.
     """
 
+    whole: LabelledCache
     train: LabelledCache
     val: LabelledCache
     counted: BoolArray
     test: LabelledCache | None
     notes: tuple[str, ...]
     split: dict[str, list[str]]
+    counted_test: BoolArray
 
 
 def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
@@ -48,20 +56,28 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
     versions = [open_cache(url, allow_unsealed=config.allow_unsealed) for url in urls]
     residence = Residence.choose(config, versions, device)
     whole = read_labelled_cache(config.cache, config.data, residence, allow_unsealed=config.allow_unsealed)
-    notes = [*whole.rows.notes, *(() if config.unfreeze else (residence.describe(whole.vectors),))]
+    notes = list(whole.rows.notes)
+    if not len(whole.rows):
+        raise TrainError(
+            f"{config.cache} holds no tile to train on ({'; '.join(notes[1:])}): see `python -m cache_schema info "
+            f"{config.cache}`, mend the tiles and run `make extract` again"
+        )
+    notes += () if config.unfreeze else (residence.describe(whole.vectors),)
     if config.val_cache:
         train, val = whole, _read_other(config, config.val_cache, whole, residence)
         notes += val.rows.notes
     else:
-        split = split_rows(whole.rows.tiles, whole.rows.scenes, config.data, config.seed)
+        rows = whole.rows
+        split = split_rows(rows.tiles, rows.scenes, rows.labels, config.data, config.seed)
         train, val = whole.select(~split.val), whole.select(split.val)
         notes += split.notes
     sides = {"train": train.rows.tiles.tolist(), "val": val.rows.tiles.tolist()}
-    left_out = train.rows.empty if config.data.empty != "keep" else np.zeros(len(train.rows), bool)
+    left_out = mark_left_out(train.rows, config.data.empty)
     train = train.select(~left_out)
-    counted = ~val.rows.empty if config.data.empty == "drop" else np.ones(len(val.rows), bool)
+    counted = mark_counted(val.rows, config.data.empty)
     if not len(train.rows) or not counted.any():
         raise TrainError("no tile with a known class is left to train or to validate on: check labels and --exclude")
+    notes += _name_missing_classes(train.rows, val.rows.select(counted))
     test = _read_other(config, config.test_cache, whole, residence) if config.test_cache else None
     notes += test.rows.notes if test else ()
     empty = int(left_out.sum() + (~counted).sum())
@@ -70,7 +86,36 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
         + (f", {len(test.rows):,} test" if test else "")
         + (f"; {empty:,} empty ones left out (--empty {config.data.empty})" if empty else "")
     )
-    return Sets(train, val, counted, test, tuple(notes), sides)
+    counted_test = mark_counted(test.rows, config.data.empty) if test else np.zeros(0, bool)
+    return Sets(whole, train, val, counted, test, tuple(notes), sides, counted_test)
+
+
+def mark_left_out(rows: LabelledRows, empty: EmptyTiles) -> BoolArray:
+    """(n,) bool, the rows that do not train: empty tiles, unless they are kept."""
+    return rows.empty if empty != "keep" else np.zeros(len(rows), bool)
+
+
+def mark_counted(rows: LabelledRows, empty: EmptyTiles) -> BoolArray:
+    """(n,) bool, the rows of the main figures: all but empty tiles that are to be dropped."""
+    return ~rows.empty if empty == "drop" else np.ones(len(rows), bool)
+
+
+def _name_missing_classes(train: LabelledRows, val: LabelledRows) -> list[str]:
+    """A line each for the classes that no tile to train on shows, no tile to validate on, or neither."""
+    learnt, measured = (np.asarray(rows.labels.any(axis=0)) for rows in (train, val))
+    lines = []
+    for missing, text in (
+        (measured & ~learnt, "warning: no tile to train on shows {}: it cannot be learnt, its figures say so"),
+        (learnt & ~measured, "warning: no tile to validate on shows {}: n/a in every figure, threshold 0.5"),
+    ):
+        names = [name for name, is_missing in zip(train.class_names, missing.tolist(), strict=True) if is_missing]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            lines.append(text.format(", ".join(names[:_NAMED]) + more))
+    nowhere = int((~learnt & ~measured).sum())
+    if nowhere:
+        lines.append(f"{nowhere} of {len(learnt)} classes occur in no tile: n/a in every figure")
+    return lines
 
 
 def _refuse_unlike_original(config: TrainConfig) -> None:

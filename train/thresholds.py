@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -77,17 +78,31 @@ def cross_fitted_preds(
     probs = _check(probs, labels)
     if scenes.shape != (len(probs),):
         raise ValueError(f"scenes {scenes.shape} must be ({len(probs)},)")
-    if folds < 2:
-        raise ValueError(f"folds must be at least 2, got {folds}")
     preds = probs >= np.float32(UNTUNED)
-    names, scene_of = np.unique(scenes, return_inverse=True)  # scikit-learn does not take StringDType
-    folds = min(folds, len(names))
-    if folds < 2:
-        return preds
-    splitter = GroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-    for others, own in splitter.split(probs, groups=scene_of):
+    for others, own in split_scenes(scenes, folds, seed):
         preds[own] = probs[own] >= tune_thresholds(probs[others], labels[others])
     return preds
+
+
+def split_scenes(
+    scenes: npt.NDArray[Any], folds: int, seed: int
+) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
+    """The rows of all other folds and those of its own, for each fold of whole scenes; nothing for a single scene.
+
+    Args:
+        scenes: (N,) str or int; which of them share a fold depends on their names and `seed`.
+        folds: at least 2; with fewer scenes, each is a fold of its own.
+
+    Raises:
+        ValueError: `folds` is less than 2.
+    """
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
+    names, scene_of = np.unique(scenes, return_inverse=True)  # scikit-learn does not take StringDType
+    folds = min(folds, len(names))
+    if folds >= 2:
+        splitter = GroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+        yield from splitter.split(scene_of, groups=scene_of)
 
 
 def _check(probs: FloatArray, labels: BoolArray) -> npt.NDArray[np.float32]:

@@ -34,6 +34,11 @@ class HeldVectors:
         width = version.layout.width * len(features)
         self._vectors = torch.empty(version.layout.rows, width, dtype=torch.float16, device=device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where they live."""
+        return self._vectors.device
+
     def keep(self, block: int, values: BlockValues) -> None:
         """Take a block's vectors; any thread may."""
         columns = self._vectors[self._layout.block_slice(block)].split(self._layout.width, dim=1)

@@ -1,0 +1,146 @@
+"""Logistic regression of many classes at once: the optimum scikit-learn's LogisticRegression finds one by one.
+
+Every class is a convex problem of its own. L-BFGS (Nocedal & Wright, "Numerical Optimization", 2006, algorithm 7.4)
+takes a step in all of them together, so that a step costs two matrix products whatever the number of classes; history,
+step length and the end of the search are each class's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_HISTORY = 10
+_ARMIJO = 1e-4
+_HALVINGS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProbe:
+    """`inputs @ weight + bias` are logits.
+
+    Attributes:
+        weight: (F, C) float32.
+        bias: (C,) float32.
+        converged: whether every class reached the tolerance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    converged: bool
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(B, F) float32 to (B, C) logits."""
+        return inputs @ self.weight + self.bias
+
+
+def fit_logistic(
+    inputs: Tensor, labels: Tensor, *, strength: float = 1.0, tolerance: float = 1e-4, steps: int = 100
+) -> LinearProbe:
+    """Minimise, for each class, mean cross-entropy + |w|^2 / (2 `strength` n); the bias is free.
+
+    Args:
+        inputs: (n, F) float32, best of mean 0 and deviation 1.
+        labels: (n, C) bool; every class needs positives and negatives, or its bias has no optimum.
+        strength: scikit-learn's `C`.
+        tolerance: largest entry of a gradient at which its class has arrived, as in scikit-learn.
+        steps: after which the search ends as it is.
+    """
+    problem = _Problem(inputs, labels.double(), 1 / (strength * len(inputs)))
+    found = torch.zeros(inputs.shape[1] + 1, labels.shape[1], device=inputs.device)
+    where = torch.arange(labels.shape[1], device=inputs.device)
+    search = _Search(problem)
+    for _ in range(steps):
+        arrived = search.gradient.abs().amax(dim=0) <= tolerance
+        if arrived.any():
+            found[:, where[arrived]] = search.params[:, arrived]
+            where = where[~arrived]
+            search.keep(~arrived)
+        if not len(where):
+            break
+        search.step()
+    found[:, where] = search.params
+    return LinearProbe(found[:-1], found[-1], not len(where))
+
+
+@dataclass(eq=False)
+class _Problem:
+    """The objective of c classes: (n, F) inputs, (n, c) labels and the weight of |w|^2 / 2."""
+
+    inputs: Tensor
+    labels: Tensor
+    l2: float
+
+    def project(self, params: Tensor) -> Tensor:
+        """(n, c) float64 logits of (F + 1, c) parameters, the bias last."""
+        return (self.inputs @ params[:-1] + params[-1]).double()
+
+    def value(self, logits: Tensor, params: Tensor) -> Tensor:
+        """(c,) float64 objective."""
+        entropy = functional.binary_cross_entropy_with_logits(logits, self.labels, reduction="none").mean(dim=0)
+        return entropy + self.l2 / 2 * params[:-1].double().square().sum(dim=0)
+
+    def slope(self, logits: Tensor, params: Tensor) -> Tensor:
+        """(F + 1, c) gradient."""
+        error = ((logits.sigmoid() - self.labels) / len(logits)).float()
+        return torch.cat([self.inputs.T @ error + self.l2 * params[:-1], error.sum(dim=0, keepdim=True)])
+
+
+class _Search:
+    """Where each class stands, and the last steps and changes of gradient that shape its next direction."""
+
+    def __init__(self, problem: _Problem) -> None:
+        self._problem = problem
+        frequency = problem.labels.mean(dim=0)
+        self.params = torch.zeros(problem.inputs.shape[1] + 1, len(frequency), device=problem.inputs.device)
+        self.params[-1] = torch.logit(frequency).float()
+        self._logits = problem.project(self.params)
+        self.gradient = problem.slope(self._logits, self.params)
+        self._history: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, chosen: Tensor) -> None:
+        """Go on with the classes where `chosen` (c,) is true."""
+        self._problem.labels = self._problem.labels[:, chosen]
+        self.params, self.gradient, self._logits = (
+            tensor[:, chosen] for tensor in (self.params, self.gradient, self._logits)
+        )
+        self._history = [(step[:, chosen], change[:, chosen]) for step, change in self._history]
+
+    def step(self) -> None:
+        """Move every class along its direction; a step is halved until it lowers the objective enough."""
+        problem, direction = self._problem, self._choose_direction()
+        moved = problem.project(direction)  # logits are linear: step lengths cost no further product
+        descent = (direction * self.gradient).sum(dim=0).double()
+        before = problem.value(self._logits, self.params)
+        length = torch.ones_like(descent)
+        for _ in range(_HALVINGS):
+            reached = problem.value(self._logits + length * moved, self.params + length.float() * direction)
+            short = reached > before + _ARMIJO * length * descent
+            if not short.any():
+                break
+            length = torch.where(short, length / 2, length)
+        step = length.float() * direction
+        self.params = self.params + step
+        self._logits = self._logits + length * moved
+        gradient = problem.slope(self._logits, self.params)
+        self._history = [*self._history[1 - _HISTORY :], (step, gradient - self.gradient)]
+        self.gradient = gradient
+
+    def _choose_direction(self) -> Tensor:
+        """(F + 1, c): the two loops of L-BFGS, all classes at once."""
+        direction, steps = -self.gradient, []
+        for step, change in reversed(self._history):
+            inverse = 1 / (step * change).sum(dim=0).clamp_min(1e-30)
+            amount = inverse * (step * direction).sum(dim=0)
+            direction = direction - amount * change
+            steps.append((step, change, inverse, amount))
+        if self._history:
+            step, change = self._history[-1]
+            direction = direction * (step * change).sum(dim=0) / change.square().sum(dim=0).clamp_min(1e-30)
+        for step, change, inverse, amount in reversed(steps):
+            direction = direction + (amount - inverse * (change * direction).sum(dim=0)) * step
+        uphill = (direction * self.gradient).sum(dim=0) >= 0
+        return torch.where(uphill, -self.gradient, direction)
