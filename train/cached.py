@@ -8,8 +8,9 @@ from torch import Tensor
 
 from extract.distributed import Ranks
 
-from .batches import Batch, epoch_order, take_share
+from .batches import Batch, take_share
 from .rows import LabelledCache
+from .sampling import draw_epoch
 
 _EVAL_ROWS = 8192
 
@@ -32,8 +33,8 @@ class CachedTiles:
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
-        order = epoch_order(len(self), seed, epoch)
-        for start in range(0, len(self), batch_size):
+        order = draw_epoch(self.rows, seed, epoch)
+        for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             share = take_share(chosen, self._ranks)
             mine = share.to(self._labels.device)

@@ -25,6 +25,7 @@ from .metrics import (
     without_classes,
 )
 from .model import Classifier
+from .rarest import TITLE as RAREST
 from .rows import LabelledRows
 from .thresholds import cross_fitted_preds, tune_thresholds
 
@@ -60,7 +61,8 @@ class Evaluation:
 
     Attributes:
         metrics: of the tiles that show a class, or of all where empty ones are kept.
-        variants: the same, `with empty tiles` and `without Building and Small Car`, where that differs.
+        variants: the same, `with empty tiles` and `without Building and Small Car`, where that differs, and
+            `rarest in training`.
         intervals: 95 % bootstrap intervals over scenes.
         thresholds: (C,) tuned on all these rows.
     """
@@ -99,6 +101,7 @@ def evaluate_rows(
     alpha: float,
     gamma: float,
     thresholds: npt.NDArray[np.float32] | None = None,
+    rarest: tuple[int, ...] = (),
     seed: int = 0,
 ) -> Evaluation:
     """Everything there is to say about n rows.
@@ -110,6 +113,7 @@ def evaluate_rows(
         alpha, gamma: of the loss.
         thresholds: (C,) tuned elsewhere, as for a test set; None tunes them here, cross-fitted by scene for
             `f1_weighted_tuned`.
+        rarest: columns of the classes rarest in training, for a variant of their own.
         seed: of folds and resampling.
     """
     probs = logits.sigmoid().numpy()
@@ -132,6 +136,9 @@ def evaluate_rows(
     variants = {}
     if 0 < len(without_classes(rows.class_names, DOMINANT_CLASSES)) < len(rows.class_names):
         variants[f"without {' and '.join(DOMINANT_CLASSES)}"] = score(counted, DOMINANT_CLASSES)
+    if rarest:
+        others = set(range(len(rows.class_names))) - set(rarest)
+        variants[RAREST] = score(counted, tuple(rows.class_names[c] for c in others))
     if not counted.all():
         variants["with empty tiles"] = score(np.ones(len(rows), bool))
     intervals = bootstrap_intervals(probs[counted], rows.labels[counted], rows.scenes[counted], seed=seed)

@@ -21,16 +21,19 @@ from .bucket import is_bucket
 from .cached import CachedTiles
 from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_best, save_checkpoint
 from .config import TrainConfig
+from .determinism import deterministic_algorithms
 from .errors import CheckpointError, TrainError
 from .evaluation import Evaluation, describe_evaluation, evaluate_rows, predict_logits, score_epoch
 from .finetune import TileStream, check_finetuning, check_head
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
 from .model import Classifier, Head
+from .rarest import find_rarest
 from .report import write_report
 from .resume import load_last, recover_run
 from .rows import LabelledCache
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
+from .siblings import compare_with_plain, save_val_logits
 
 MakeTiles = Callable[[LabelledCache], Tiles]
 
@@ -60,7 +63,8 @@ def run_training(config: TrainConfig) -> None:
             start = ranks.run_on_main(lambda: _open_run(config, head, sets))
             for line in (*sets.notes, *notes, *start.notes):
                 _say(ranks, line)
-            _train(config, start, head, sets, ranks)
+            with deterministic_algorithms(config.deterministic):
+                _train(config, start, head, sets, ranks)
         except Stopped as stop:
             if ranks.is_main:
                 print(_describe_stop(stop, start, config.epochs), file=sys.stderr, flush=True)
@@ -261,9 +265,17 @@ def _finish(
         test_logits = predict_logits(classifier, make_tiles(sets.test), ranks, amp=amp)
     if val_logits is None:
         return
+    rarest = tuple(find_rarest(sets.train.rows.labels, sets.val.rows.labels[sets.counted]).tolist())
     val = evaluate_rows(
-        val_logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma, seed=config.seed
+        val_logits,
+        sets.val.rows,
+        sets.counted,
+        alpha=config.alpha,
+        gamma=config.gamma,
+        rarest=rarest,
+        seed=config.seed,
     )
+    save_val_logits(run, sets.val.rows, val_logits)
     save_checkpoint(run.best, best.tensors, replace(best.meta, thresholds=tuple(map(float, val.thresholds))))
     run.write_json("metrics.json", val.to_json())
     results: dict[str, Evaluation] = {f"validation, best epoch {best.meta.epoch}": val}
@@ -271,7 +283,13 @@ def _finish(
         rows = sets.test.rows
         counted = ~rows.empty if config.data.empty == "drop" else np.ones(len(rows), bool)
         test = evaluate_rows(
-            test_logits, rows, counted, alpha=config.alpha, gamma=config.gamma, thresholds=val.thresholds
+            test_logits,
+            rows,
+            counted,
+            alpha=config.alpha,
+            gamma=config.gamma,
+            thresholds=val.thresholds,
+            rarest=rarest,
         )
         run.write_json("test_metrics.json", test.to_json())
         results["test, scored once"] = test
@@ -279,4 +297,6 @@ def _finish(
     run.finish()
     for title, evaluation in results.items():
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
+    for line in compare_with_plain(run, config, sets, val_logits):
+        print(line)
     print(f"\nrun: {run} (best/, last/, metrics.json, report.html)", flush=True)

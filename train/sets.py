@@ -1,6 +1,6 @@
 """The sets of a run: which rows train, validate and test."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from cache_schema.layout import BoolArray
 from .config import ORIGINAL_IMAGE_SIZE, TrainConfig
 from .errors import TrainError
 from .rows import LabelledCache, read_labelled_cache
+from .sampling import compute_repeat_factors, describe_repeats
 from .scenes import split_rows
+from .weights import describe_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,12 @@ def read_sets(config: TrainConfig) -> Sets:
         + (f", {len(test.rows):,} test" if test else "")
         + (f"; {empty:,} empty ones left out (--empty {config.data.empty})" if empty else "")
     )
+    labels, names = train.rows.labels, train.rows.class_names
+    notes += describe_weights(labels, names, config.class_weights)
+    if config.repeat_factor:
+        factors = compute_repeat_factors(labels, config.repeat_factor)
+        train = replace(train, rows=replace(train.rows, repeat_factors=factors))
+        notes.append(describe_repeats(labels, names, config.repeat_factor))
     return Sets(train, val, counted, test, tuple(notes), sides)
 
 
