@@ -1,7 +1,8 @@
-"""python -m train head|finetune|evaluate|predict"""
+"""python -m train head|finetune|evaluate|predict|triage"""
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,26 @@ def predict(run: str, tiles: str | None, cache: str | None, out: Path, device: s
     from .infer import Target, run_prediction
 
     run_prediction(run, Target(tiles, cache), out, device=device, workers=workers)
+
+
+@main.command()
+@click.option(
+    "--run-dir", "run", help="Run whose settings to use.  [default: runs/head, or those of a new run on --cache]"
+)
+@click.option("--cache", help="Cache to judge.  [default: the run's]")
+@click.option("--top", type=int, default=200, help="Labels to list.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("doubts.csv"))
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+def triage(run: str | None, cache: str | None, top: int, out: Path, device: str) -> None:
+    """List the labels that heads trained on other scenes doubt most, as CSV. Doubt is no proof."""
+    from .rundir import RunDirectory
+    from .triage import run_triage
+
+    if run or not cache:
+        config = RunDirectory.open(run or "runs/head").read_config()
+    else:
+        config = TrainConfig(cache=cache, run="runs/head")
+    run_triage(replace(config, cache=cache or config.cache, device=device), out, top=top)
 
 
 @main.command()

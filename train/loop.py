@@ -160,8 +160,8 @@ class Trainer:
                 over = self._ranks.run_on_main(partial(self._close_epoch, logits, trained, timing, started, bar, note))
         if self._epoch < self.config.epochs:
             note(
-                f"stopped after epoch {self._epoch} of {self.config.epochs}: "
-                f"{self.config.patience} without a better {self.config.best_by}"
+                f"stopped early, after epoch {self._epoch} of {self.config.epochs}: no better {self.config.best_by} "
+                f"for {self.config.patience} epochs"
             )
 
     def _is_over(self) -> bool:
@@ -259,7 +259,7 @@ class Trainer:
         bar: "tqdm[Any]",
         note: Callable[[str], None],
     ) -> bool:
-        """Rank 0: score the validation rows, leave everything of this epoch in the run directory, and say if it is the last."""
+        """Rank 0: score the validation rows, leave all in the run directory, and say whether this was the last epoch."""
         assert logits is not None
         # The very last step of an epoch can spoil the weights after its loss was still finite.
         spoilt = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()

@@ -1,6 +1,6 @@
 """The end of the long tail: the ten classes with the fewest training tiles, and how a model does on them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,11 @@ def average_rarest(metrics: Metrics, rarest: Iterable[int]) -> dict[str, float |
     """Macro F1 and mAP of the columns `rarest`, for a line of the history; None where none has a positive."""
     rows = [metrics["per_class"][column] for column in rarest]
     return {"f1_macro_rarest": _average(rows, "f1"), "map_macro_rarest": _average(rows, "ap")}
+
+
+def describe_rarest(train_labels: BoolArray, rarest: Iterable[int], names: Sequence[str]) -> str:
+    """A line for the user: which classes they are, and how many tiles train each."""
+    return f"{TITLE}: " + (", ".join(f"{names[c]} {train_labels[:, c].sum():,}" for c in rarest) or "no class to score")
 
 
 def _average(rows: list[dict[str, Any]], key: str) -> float | None:

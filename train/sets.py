@@ -9,6 +9,7 @@ from cache_schema.layout import BoolArray
 
 from .config import ORIGINAL_IMAGE_SIZE, TrainConfig
 from .errors import TrainError
+from .rarest import describe_rarest, find_rarest
 from .rows import LabelledCache, read_labelled_cache
 from .sampling import compute_repeat_factors, describe_repeats
 from .scenes import split_rows
@@ -62,6 +63,8 @@ def read_sets(config: TrainConfig) -> Sets:
         + (f"; {empty:,} empty ones left out (--empty {config.data.empty})" if empty else "")
     )
     labels, names = train.rows.labels, train.rows.class_names
+    rarest = find_rarest(labels, val.rows.labels[counted]).tolist()
+    notes.append(describe_rarest(labels, rarest, names))
     notes += describe_weights(labels, names, config.class_weights)
     if config.repeat_factor:
         factors = compute_repeat_factors(labels, config.repeat_factor)

@@ -34,7 +34,7 @@ def compute_class_weights(labels: BoolArray, scheme: ClassWeights) -> npt.NDArra
         labels: (n, C) bool, of the training rows.
         scheme: `balanced` weighs by the inverse of the number n_c of positives; `effective` by that of the effective
             number (1 - BETA**n_c) / (1 - BETA) of Cui, Jia, Lin, Song, Belongie: "Class-Balanced Loss Based on
-            Effective Number of Samples", CVPR 2019, equation 3: close to n_c for a small class, at most 1000.
+            Effective Number of Samples", CVPR 2019, proposition 1: close to n_c for a small class, at most 1000.
 
     Returns:
         (C,) float32; 1 for a class without a positive, which takes no part in the average.

@@ -1,0 +1,209 @@
+"""Which labels to look at again: those that a model which never saw the tile doubts most.
+
+Every tile is judged by a head trained on other scenes. Its confidence in the label that stands there is compared with
+the average confidence in that label of that class, the class-conditional threshold of confident learning (Northcutt,
+Jiang, Chuang: "Confident Learning: Estimating Uncertainty in Dataset Labels", JAIR 70 (2021)); the difference orders
+the labels (the adjusted self-confidence of Kuan, Mueller: "Model-agnostic label quality scoring to detect label
+errors", ICML DataPerf workshop 2022). Without the threshold every positive of a rare class, which no model is sure of,
+would come before the plain mistakes of a common one; and the focal loss, which makes a model too modest, would shift
+classes by different amounts. Each class is a question of its own, present or not.
+
+Doubt is no proof: a tile that is hard, or unlike all others, is doubted as well.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.model_selection import GroupKFold
+from torch import Tensor
+from tqdm import tqdm
+
+from cache_schema.layout import BoolArray
+from extract.distributed import Ranks, join_ranks
+
+from .cached import CachedTiles
+from .config import TrainConfig
+from .errors import SplitError, TrainError
+from .evaluation import predict_logits
+from .loop import choose_batch_size, make_optimizer, scale_learning_rate, use_amp
+from .loss import focal_loss
+from .model import Classifier
+from .rows import LabelledCache, LabelledRows, read_labelled_cache
+from .run import make_head, make_meta
+
+FloatArray = npt.NDArray[np.float32]
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """One label of one tile that the out-of-fold model doubts.
+
+    Attributes:
+        row: of the judged rows.
+        column: of the class.
+        label: what stands there: whether the tile shows the class.
+        prob: out-of-fold probability that it does.
+        doubt: how far the confidence in the label lies below the average one in such labels of the class, 0 to 1.
+    """
+
+    row: int
+    column: int
+    label: bool
+    prob: float
+    doubt: float
+
+    @property
+    def kind(self) -> Literal["likely wrong", "likely missing"]:
+        """A label that stands there and perhaps should not, or the other way round."""
+        return "likely wrong" if self.label else "likely missing"
+
+
+def run_triage(config: TrainConfig, out: Path, *, top: int) -> None:
+    """Judge every labelled tile of `config.cache` out of fold and write the `top` most doubtful labels to `out`.
+
+    Raises:
+        TrainError: the labels leave nothing to compare, the run fine-tuned layers, or `out` cannot be written.
+        SplitError: fewer than 5 scenes.
+    """
+    if top < 1:
+        raise TrainError(f"--top {top}: at least 1")
+    if config.unfreeze:
+        raise TrainError(
+            f"{config.run} trained layers, triage fits the cached head: give --run-dir a run of train head"
+        )
+    with join_ranks(config.device) as ranks:
+        if ranks.world_size > 1:
+            raise TrainError("triage runs in one process: start it with `python -m train triage`, not with torchrun")
+        cache = read_labelled_cache(config.cache, config.data, allow_unsealed=config.allow_unsealed)
+        for line in cache.rows.notes:
+            print(line, flush=True)
+        check_doubtable(cache.rows)
+        probs = predict_out_of_fold(cache, config, ranks).sigmoid().numpy()
+        doubts = find_doubts(probs, cache.rows.labels, top=top)
+        write_doubts(out, doubts, cache.rows)
+        print(_describe(doubts, cache.rows, out))
+
+
+def check_doubtable(rows: LabelledRows) -> None:
+    """Refuse labels that hold nothing to compare.
+
+    Raises:
+        SplitError: fewer than 5 scenes.
+        TrainError: fewer than two classes are shown.
+    """
+    scenes = len(set(rows.scenes[~rows.empty].tolist()))
+    if scenes < FOLDS:
+        raise SplitError(
+            f"only {scenes} scenes show a class: triage judges a scene by a head trained on others and needs {FOLDS}; "
+            "check --scene-regex of the run"
+        )
+    shown = [rows.class_names[c] for c in np.flatnonzero(rows.labels.any(axis=0)).tolist()]
+    if len(shown) < 2:
+        raise TrainError(
+            f"the labels show {f'one class only ({shown[0]})' if shown else 'no class'}: triage compares tiles of at "
+            "least two; check --label-ids, --taxonomy and --exclude of the run"
+        )
+
+
+def predict_out_of_fold(cache: LabelledCache, config: TrainConfig, ranks: Ranks) -> Tensor:
+    """(n, C) float32 logits of every row, empty ones too, each by a head that saw no tile of its scene.
+
+    The head and its training are those of `config`, without weights, repeats or clipping; empty tiles train where its
+    run would train on them.
+
+    Raises:
+        SplitError: nothing is left to train a fold's head on.
+    """
+    logits = torch.empty(cache.rows.labels.shape, dtype=torch.float32)
+    _, scene_of = np.unique(cache.rows.scenes, return_inverse=True)  # scikit-learn does not take StringDType
+    splitter = GroupKFold(n_splits=FOLDS, shuffle=True, random_state=config.seed)
+    learnable = np.ones(len(cache.rows), bool) if config.data.empty == "keep" else ~cache.rows.empty
+    with tqdm(total=FOLDS * config.epochs, unit="epoch", desc="triage") as bar:
+        for _, own in splitter.split(scene_of, groups=scene_of):
+            held_out = np.zeros(len(cache.rows), bool)
+            held_out[own] = True
+            classifier = _fit_head(cache.select(~held_out & learnable), config, ranks, bar)
+            tiles = CachedTiles(cache.select(held_out), classifier.features, ranks)
+            found = predict_logits(classifier, tiles, ranks, amp=use_amp(config, ranks))
+            assert found is not None
+            logits[torch.from_numpy(held_out)] = found
+    return logits
+
+
+def _fit_head(cache: LabelledCache, config: TrainConfig, ranks: Ranks, bar: "tqdm[None]") -> Classifier:
+    """A head trained on all rows of `cache`, as the trainer does it but without choosing an epoch."""
+    meta = make_meta(config, cache)
+    head = make_head(meta, cache.version.layout.width, config.seed)
+    classifier = Classifier(head, None, meta.features).to(ranks.device).train()
+    optimizer, tiles = make_optimizer(classifier, config), CachedTiles(cache, meta.features, ranks)
+    if not len(tiles):
+        raise SplitError("too few scenes show a class to train on some and judge others: label more of them")
+    batch_size = choose_batch_size(len(tiles), config.batch_size)
+    steps, step = config.epochs * -(-len(tiles) // batch_size), 0
+    for epoch in range(config.epochs):
+        for batch in tiles.iterate_epoch(batch_size=batch_size, seed=config.seed, epoch=epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * scale_learning_rate(step, steps, config.warmup)
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=use_amp(config, ranks)):
+                logits = classifier(batch.inputs)
+            optimizer.zero_grad(set_to_none=True)
+            focal_loss(logits, batch.labels, alpha=config.alpha, gamma=config.gamma).mean().backward()
+            optimizer.step()
+            step += 1
+        bar.update()
+    return classifier
+
+
+def find_doubts(probs: FloatArray, labels: BoolArray, *, top: int) -> list[Doubt]:
+    """At most `top` labels that are less believable than the average one of their kind, most doubtful first.
+
+    Args:
+        probs: (n, C) in 0..1, each by a model that did not see the row's scene.
+        labels: (n, C) bool, what stands there. A class that no row shows is passed over: nobody looked for it.
+    """
+    confidence = np.where(labels, probs, 1 - probs).astype(np.float64)
+    doubt = np.zeros_like(confidence)
+    for c in np.flatnonzero(labels.any(axis=0)):
+        for standing in (labels[:, c], ~labels[:, c]):
+            if standing.any():
+                doubt[standing, c] = confidence[standing, c].mean() - confidence[standing, c]
+    rows, columns = np.nonzero(doubt > 0)
+    order = np.argsort(-doubt[rows, columns], kind="stable")[:top]
+    return [
+        Doubt(row, column, bool(labels[row, column]), float(probs[row, column]), float(doubt[row, column]))
+        for row, column in zip(rows[order].tolist(), columns[order].tolist(), strict=True)
+    ]
+
+
+def write_doubts(out: Path, doubts: Sequence[Doubt], rows: LabelledRows) -> None:
+    """A CSV line for each: tile, class, what its label says, the out-of-fold probability, the doubt and its kind.
+
+    Raises:
+        TrainError: the file cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["tile", "class", "label", "out_of_fold_probability", "doubt", "kind"])
+            for doubt in doubts:
+                figures = (int(doubt.label), f"{doubt.prob:.6f}", f"{doubt.doubt:.6f}", doubt.kind)
+                writer.writerow([rows.tiles[doubt.row], rows.class_names[doubt.column], *figures])
+    except OSError as error:
+        raise TrainError(f"cannot write {out}: {error.strerror}: choose another --out") from error
+
+
+def _describe(doubts: Sequence[Doubt], rows: LabelledRows, out: Path) -> str:
+    wrong = sum(doubt.label for doubt in doubts)
+    return (
+        f"{len(rows):,} tiles judged by heads that saw nothing of their scenes; the {len(doubts):,} most doubtful "
+        f"labels -> {out}: {wrong:,} likely wrong, {len(doubts) - wrong:,} likely missing\n"
+        "doubt is no proof: hard and unusual tiles are doubted too, so look at a tile before its label is changed"
+    )
