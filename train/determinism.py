@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Have torch use deterministic algorithms only, where `wanted`; the process is as it was afterwards."""
+    """Have torch use deterministic algorithms only, where `wanted`; the settings are as they were afterwards."""
     if not wanted:
         yield
         return

@@ -259,7 +259,7 @@ class Trainer:
         bar: "tqdm[Any]",
         note: Callable[[str], None],
     ) -> bool:
-        """Rank 0: score the validation rows, leave all in the run directory, and say whether this was the last epoch."""
+        """Rank 0: score the validation rows, leave all in the run directory, and say if this was the last epoch."""
         assert logits is not None
         # The very last step of an epoch can spoil the weights after its loss was still finite.
         spoilt = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
