@@ -14,16 +14,17 @@ TYPE_IDS = (73, 86, 18, 19, 15, 11, 12, 13)
 
 
 def plant_vectors(
-    rng: np.random.Generator, rows: int, *, width: int = 16, shares: tuple[float, float] = (0.4, 0.03)
+    rng: np.random.Generator, rows: int, *, width: int = 16, shares: tuple[float, float] = (0.4, 0.1)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(n, width) float16 vectors, and (n, 8) bool labels that a hyperplane per class separates; shares fall from the
-    first to the second number. Every row shows a class."""
+    """(n, width) float16 vectors, and (n, 8) bool labels that a hyperplane per class separates with some room on either
+    side; shares fall from the first to the second number. Every row shows a class."""
     directions = rng.standard_normal((width, len(TYPE_IDS)))
-    vectors = rng.standard_normal((4 * rows, width)).astype(np.float16)
-    scores = vectors.astype(np.float64) @ directions
+    vectors = rng.standard_normal((40 * rows, width)).astype(np.float16)
+    scores = vectors.astype(np.float64) @ (directions / np.linalg.norm(directions, axis=0))
     shown = np.geomspace(*shares, len(TYPE_IDS))
-    labels = scores > np.array([np.quantile(scores[:, c], 1 - share) for c, share in enumerate(shown)])
-    kept = np.flatnonzero(labels.any(axis=1))[:rows]
+    limits = np.array([np.quantile(scores[:, c], 1 - share) for c, share in enumerate(shown)])
+    labels = scores > limits
+    kept = np.flatnonzero(labels.any(axis=1) & (np.abs(scores - limits) > 0.15).all(axis=1))[:rows]
     assert len(kept) == rows
     return vectors[kept], labels[kept]
 

@@ -1,12 +1,16 @@
 """Which labels to look at again: those that a model which never saw the tile doubts most.
 
-Every tile is judged by a head trained on other scenes. Its confidence in the label that stands there is compared with
-the average confidence in that label of that class, the class-conditional threshold of confident learning (Northcutt,
-Jiang, Chuang: "Confident Learning: Estimating Uncertainty in Dataset Labels", JAIR 70 (2021)); the difference orders
-the labels (the adjusted self-confidence of Kuan, Mueller: "Model-agnostic label quality scoring to detect label
-errors", ICML DataPerf workshop 2022). Without the threshold every positive of a rare class, which no model is sure of,
-would come before the plain mistakes of a common one; and the focal loss, which makes a model too modest, would shift
-classes by different amounts. Each class is a question of its own, present or not.
+Every tile is judged by a head trained on other scenes. What it does not believe of a label, one minus the
+self-confidence of confident learning (Northcutt, Jiang, Chuang: "Confident Learning: Estimating Uncertainty in Dataset
+Labels", JAIR 70 (2021)), orders the labels, damped by how well it tells the class apart at all: by the root of
+2 AUC - 1, which is 1 for a class it ranks without a fault and 0 for one it knows nothing of. Without that, every
+positive of a class nobody can learn from a few tiles would come before plain mistakes. Each class is a question of its
+own.
+
+Of 600 planted tiles with 3 % of the labels flipped and one class labelled at random, the list as long as there were
+flips held 74 % flips undamped, 71 % damped, 57 % by the paper's thresholds per class; its first half 85 %, 88 %, 79 %;
+the random class took 7 %, nothing, 1 % of it. (The thresholds are means over the labels of a class: where half of a
+rare class's are wrong, so is the threshold.)
 
 Doubt is no proof: a tile that is hard, or unlike all others, is doubted as well.
 """
@@ -20,6 +24,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 from tqdm import tqdm
@@ -50,7 +55,7 @@ class Doubt:
         column: of the class.
         label: what stands there: whether the tile shows the class.
         prob: out-of-fold probability that it does.
-        doubt: how far the confidence in the label lies below the average one in such labels of the class, 0 to 1.
+        doubt: 0 to 1, comparable between classes; not a probability.
     """
 
     row: int
@@ -162,18 +167,18 @@ def _fit_head(cache: LabelledCache, config: TrainConfig, ranks: Ranks, bar: "tqd
 
 
 def find_doubts(probs: FloatArray, labels: BoolArray, *, top: int) -> list[Doubt]:
-    """At most `top` labels that are less believable than the average one of their kind, most doubtful first.
+    """At most `top` labels that the probabilities contradict, most doubtful first.
 
     Args:
         probs: (n, C) in 0..1, each by a model that did not see the row's scene.
-        labels: (n, C) bool, what stands there. A class that no row shows is passed over: nobody looked for it.
+        labels: (n, C) bool, what stands there. A class that no row shows, or every row, is passed over: nothing tells
+            whether the model knows it.
     """
-    confidence = np.where(labels, probs, 1 - probs).astype(np.float64)
-    doubt = np.zeros_like(confidence)
-    for c in np.flatnonzero(labels.any(axis=0)):
-        for standing in (labels[:, c], ~labels[:, c]):
-            if standing.any():
-                doubt[standing, c] = confidence[standing, c].mean() - confidence[standing, c]
+    distrust = np.where(labels, 1 - probs, probs).astype(np.float64)
+    skill = np.zeros(labels.shape[1])
+    for c in np.flatnonzero(labels.any(axis=0) & ~labels.all(axis=0)):
+        skill[c] = max(0.0, 2 * roc_auc_score(labels[:, c], probs[:, c]) - 1)
+    doubt = np.where(distrust > 0.5, distrust * np.sqrt(skill), 0)
     rows, columns = np.nonzero(doubt > 0)
     order = np.argsort(-doubt[rows, columns], kind="stable")[:top]
     return [

@@ -151,8 +151,8 @@ def read_doubts(path: Path) -> list[dict[str, str]]:
 
 
 def test_triage_finds_most_flipped_labels(noisy: tuple[Path, np.ndarray], trained: tuple[Path, Finished]) -> None:
-    """3 % of labels that hyperplanes separate are flipped. Of as many labels as were flipped, triage lists at least 60 %
-    rightly, all in all and among the missing; labels in any order would be right 3 times in 100."""
+    """3 % of labels that hyperplanes separate are flipped. Of a list as long as there are flips, 60 % are flips at least,
+    and of its first half 75 %; labels in any order would be right 3 times in 100."""
     root, flipped = noisy
     labels, count = np.load(root / "labels.npy"), int(flipped.sum())
     result = run_train(root, "triage", "--run-dir", "runs/head-001", "--top", count, "--out", "d/doubts.csv")
@@ -168,10 +168,8 @@ def test_triage_finds_most_flipped_labels(noisy: tuple[Path, np.ndarray], traine
     cells = [(int(d["tile"][7:11]) * 20 + int(d["tile"][12:14]), names.index(d["class"])) for d in found]
     assert len(set(cells)) == count
     right = [bool(flipped[cell]) for cell in cells]
-    print(f"found {np.mean(right):.3f} of {count}")
     assert np.mean(right) >= 0.6
-    missing = flipped & ~labels
-    assert sum(bool(missing[cell]) for cell in cells) >= 0.6 * missing.sum()
+    assert np.mean(right[: count // 2]) >= 0.75
     assert flipped.mean() < 0.05
     doubts = [float(d["doubt"]) for d in found]
     assert doubts == sorted(doubts, reverse=True)
@@ -179,6 +177,7 @@ def test_triage_finds_most_flipped_labels(noisy: tuple[Path, np.ndarray], traine
         assert int(d["label"]) == labels[cell]
         assert d["kind"] == ("likely wrong" if labels[cell] else "likely missing")
         assert 0 < float(d["doubt"]) < 1
+        assert (float(d["out_of_fold_probability"]) < 0.5) == labels[cell]
 
 
 def test_what_triage_cannot_judge_is_one_line(noisy: tuple[Path, np.ndarray], tmp_path: Path) -> None:
@@ -239,8 +238,3 @@ def test_deterministic_runs_are_bit_equal(
         *(f"{c}/model.safetensors" for c in ("best", "last")),
     ):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    third = run_train(tmp_path, *arguments, "--seed", 1)
-    assert third.status == 0
-    assert (tmp_path / "runs" / "head" / "last" / "model.safetensors").read_bytes() != (
-        first / "last" / "model.safetensors"
-    ).read_bytes()
