@@ -1,7 +1,8 @@
-"""python -m train head|finetune|evaluate|predict"""
+"""python -m train head|finetune|evaluate|predict|triage"""
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,25 @@ _TRAINING: Options = [
         default="f1_weighted",
         help="What selects the best epoch.",
     ),
+    click.option(
+        "--class-weights",
+        type=click.Choice(["none", "balanced", "effective"]),
+        default="none",
+        help="Weigh positives of rare classes up to 10 x: by inverse frequency, or by the effective number of tiles.",
+    ),
+    click.option(
+        "--repeat-factor",
+        type=float,
+        default=0.0,
+        help="Repeat tiles of classes on less than this share of tiles, such as 0.01; 0 repeats none.",
+    ),
+    click.option(
+        "--patience",
+        type=int,
+        help="End after so many epochs without a better --best-by; the learning rate falls as if all --epochs came.",
+    ),
+    click.option("--clip-norm", type=float, help="Largest norm of a step's gradient, over all ranks and weights."),
+    click.option("--deterministic", is_flag=True, help="Bit-equal runs on one machine; slower on CUDA."),
     click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
     click.option("--seed", type=int, default=0, help="Of split, head, order and dropout."),
     click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: where the device multiplies it]"),
@@ -175,6 +195,26 @@ def predict(run: str, tiles: str | None, cache: str | None, out: Path, device: s
     from .infer import Target, run_prediction
 
     run_prediction(run, Target(tiles, cache), out, device=device, workers=workers)
+
+
+@main.command()
+@click.option(
+    "--run-dir", "run", help="Run whose settings to use.  [default: runs/head, or those of a new run on --cache]"
+)
+@click.option("--cache", help="Cache to judge.  [default: the run's]")
+@click.option("--top", type=int, default=200, help="Labels to list.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("doubts.csv"))
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+def triage(run: str | None, cache: str | None, top: int, out: Path, device: str) -> None:
+    """List the labels that heads trained on other scenes doubt most, as CSV. Doubt is no proof."""
+    from .rundir import RunDirectory
+    from .triage import run_triage
+
+    if run or not cache:
+        config = RunDirectory.open(run or "runs/head").read_config()
+    else:
+        config = TrainConfig(cache=cache, run="runs/head")
+    run_triage(replace(config, cache=cache or config.cache, device=device), out, top=top)
 
 
 @main.command()

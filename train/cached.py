@@ -7,9 +7,10 @@ from torch import Tensor
 
 from extract.distributed import Ranks
 
-from .batches import Batch, Tiles, epoch_order, take_share
+from .batches import Batch, Tiles, take_share
 from .blocks import BlockTiles
 from .rows import LabelledCache, LabelledRows
+from .sampling import draw_epoch
 from .vectors import HeldVectors
 
 _EVAL_ROWS = 8192
@@ -40,7 +41,8 @@ class CachedTiles:
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
-        batches = epoch_order(len(self), seed, epoch).split(batch_size) if len(self) else ()
+        order = draw_epoch(self.rows, seed, epoch)
+        batches = order.split(batch_size) if len(order) else ()
         shares = [take_share(batch, self._ranks) for batch in batches]
         # One transfer for the whole epoch: with one a batch, the device would wait for the host each time.
         on_device = torch.cat([torch.arange(0), *shares]).to(self._labels.device)

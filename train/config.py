@@ -9,6 +9,7 @@ from extract.backbone import POOLING
 from extract.scenes import DEFAULT_SCENE_REGEX
 
 from .errors import TrainError
+from .weights import ClassWeights
 
 EmptyTiles = Literal["drop", "val", "keep"]
 ORIGINAL_EXCLUDED = (5, 48)
@@ -64,6 +65,11 @@ class TrainConfig:
         alpha, gamma: of the focal loss.
         hidden, dropout: of the head.
         best_by: metric that selects the best epoch.
+        class_weights: how the positives of rare classes are weighted.
+        repeat_factor: share of tiles below which a class's tiles are repeated; 0 repeats none.
+        patience: epochs without a better `best_by` after which training ends; None trains all epochs.
+        clip_norm: largest norm of the gradient of a step; None does not clip.
+        deterministic: use deterministic algorithms only.
         save_every: epochs between checkpoints.
         folds: of the cross-validation beside a head's run; 0 is none.
         amp: autocast to bf16, by default where the device multiplies it.
@@ -89,6 +95,11 @@ class TrainConfig:
     hidden: int = 512
     dropout: float = 0.1
     best_by: Literal["f1_weighted", "map_macro"] = "f1_weighted"
+    class_weights: ClassWeights = "none"
+    repeat_factor: float = 0.0
+    patience: int | None = None
+    clip_norm: float | None = None
+    deterministic: bool = False
     save_every: int = 1
     seed: int = 0
     amp: bool | None = None
@@ -126,6 +137,9 @@ class TrainConfig:
             "alpha": (self.alpha, 0 <= self.alpha <= 1, "0 to 1"),
             "gamma": (self.gamma, 0 <= self.gamma < math.inf, "0 or more"),
             "folds": (self.folds, self.folds == 0 or self.folds >= 2, "at least 2"),
+            "repeat-factor": (self.repeat_factor, 0 <= self.repeat_factor <= 1, "a share of tiles, 0 to 1"),
+            "patience": (self.patience or 0, self.patience is None or self.patience >= 1, "at least 1 epoch"),
+            "clip-norm": (self.clip_norm or 0.0, self.clip_norm is None or 0 < self.clip_norm < math.inf, "above 0"),
             "hidden": (self.hidden, self.hidden >= 1, "at least 1"),
             "dropout": (self.dropout, 0 <= self.dropout < 1, "0 to below 1"),
             "seed": (self.seed, 0 <= self.seed < 2**31, "0 to 2147483647"),

@@ -28,6 +28,7 @@ from .metrics import (
     without_classes,
 )
 from .model import Classifier
+from .rarest import TITLE as RAREST
 from .rows import LabelledRows
 
 COMPARED = (
@@ -70,7 +71,8 @@ class Evaluation:
 
     Attributes:
         metrics: of the tiles that show a class, or of all where empty ones are kept.
-        variants: the same, `with empty tiles` and `without Building and Small Car`, where that differs.
+        variants: the same, `with empty tiles` and `without Building and Small Car`, where that differs, and
+            `rarest in training`.
         intervals: 95 % bootstrap intervals over scenes.
         decisions: temperature and thresholds, given or fitted on all these rows.
         calibration: the `temperature`, and the expected calibration error before (`ece_before`) and after it
@@ -124,6 +126,7 @@ def evaluate_rows(
     alpha: float,
     gamma: float,
     decisions: Decisions | None = None,
+    rarest: tuple[int, ...] = (),
     seed: int = 0,
 ) -> Evaluation:
     """Everything there is to say about n rows.
@@ -137,6 +140,7 @@ def evaluate_rows(
         alpha, gamma: of the loss.
         decisions: fitted elsewhere, as for a test set; None fits them here, cross-fitted by scene for
             `f1_weighted_tuned` and the calibration error after.
+        rarest: columns of the classes rarest in training, for a variant of their own.
         seed: of folds and resampling.
     """
     fitted = Decisions.fit(logits.numpy()[counted], rows.labels[counted]) if decisions is None else decisions
@@ -164,6 +168,9 @@ def evaluate_rows(
     variants = {}
     if 0 < len(without_classes(rows.class_names, DOMINANT_CLASSES)) < len(rows.class_names):
         variants[f"without {' and '.join(DOMINANT_CLASSES)}"] = score(counted, preds_tuned, DOMINANT_CLASSES)
+    if rarest:
+        others = set(range(len(rows.class_names))) - set(rarest)
+        variants[RAREST] = score(counted, preds_tuned, tuple(rows.class_names[c] for c in others))
     if not counted.all():
         everything = np.ones(len(rows), bool)
         variants["with empty tiles"] = score(everything, read(everything)[1])

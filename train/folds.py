@@ -29,7 +29,7 @@ from .rows import LabelledCache, LabelledRows
 from .run import prepare_training
 from .rundir import RunDirectory
 from .scenes import fold_rows
-from .sets import Sets, mark_counted, mark_left_out
+from .sets import Sets, mark_counted, mark_left_out, repeat_rare_tiles
 
 OUT_OF_FOLD = "out_of_fold.safetensors"
 _SHOWN = (("f1_weighted", "F1 weighted"), ("f1_macro", "F1 macro"), ("map_macro", "mAP"))
@@ -90,7 +90,7 @@ def predict_out_of_fold(
 
 def _take_fold(cache: LabelledCache, held_out: BoolArray, config: TrainConfig, name: str) -> Sets:
     train, val = cache.select(~held_out), cache.select(held_out)
-    train = train.select(~mark_left_out(train.rows, config.data.empty))
+    train = repeat_rare_tiles(train.select(~mark_left_out(train.rows, config.data.empty)), config)
     for side in (train.rows, val.rows):
         if not side.labels.any():
             raise SplitError(f"{name}: no tile {'left to train on' if side is train.rows else 'in it'} shows a class: "
@@ -107,7 +107,7 @@ def _take_fold(cache: LabelledCache, held_out: BoolArray, config: TrainConfig, n
 def _train_fold(config: TrainConfig, sets: Sets, ranks: Ranks) -> npt.NDArray[np.float32] | None:
     """(m, C) logits of the held-out rows on rank 0, by the head after its last epoch; its files are thrown away."""
     size = choose_batch_size(len(sets.train.rows), config.batch_size)
-    config = replace(config, batch_size=size, save_every=config.epochs)
+    config = replace(config, batch_size=size, save_every=config.epochs, patience=None)
     with tempfile.TemporaryDirectory(prefix="tileprobe-fold-") as folder:
         trainer, make_tiles = prepare_training(config, RunDirectory(Path(folder)), sets, ranks)
         trainer.fit(lambda line: None)

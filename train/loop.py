@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,8 +25,11 @@ from .errors import CheckpointError, TrainError
 from .evaluation import predict_logits, score_epoch
 from .loss import focal_loss
 from .model import Classifier
+from .rarest import average_rarest, find_rarest
 from .rows import LabelledRows
 from .rundir import RunDirectory
+from .sampling import count_epoch
+from .weights import compute_class_weights, weigh_positives
 
 MIN_EPOCH_STEPS = 20
 CHECK_STEPS = 20
@@ -100,7 +104,17 @@ class Trainer:
         self._epoch = 0
         self._best: float | None = None
         self._best_epoch: int | None = None
-        self._steps = config.epochs * math.ceil(len(train) / config.batch_size)
+        # Repeated tiles make epochs longer, and not all of them alike.
+        self._epoch_tiles = [count_epoch(train.rows, config.seed, epoch) for epoch in range(config.epochs)]
+        *self._first_steps, self._steps = accumulate(
+            (math.ceil(tiles / config.batch_size) for tiles in self._epoch_tiles), initial=0
+        )
+        self._rarest = find_rarest(train.rows.labels, val.rows.labels[val.counted])
+        self._clipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._class_weights: torch.Tensor | None = None
+        if config.class_weights != "none":
+            weights = compute_class_weights(train.rows.labels, config.class_weights)
+            self._class_weights = torch.from_numpy(weights).to(ranks.device)
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
         """Go on after the epoch a checkpoint was saved at."""
@@ -129,32 +143,45 @@ class Trainer:
             self._model = self.classifier
 
     def _fit(self, note: Callable[[str], None]) -> None:
-        total = self.config.epochs * len(self._train)
+        over = self._is_over()
         with tqdm(
-            total=total,
-            initial=self._epoch * len(self._train),
+            total=sum(self._epoch_tiles),
+            initial=sum(self._epoch_tiles[: self._epoch]),
             unit="tile",
             desc="train",
             disable=not self._ranks.is_main,
         ) as bar:
-            while self._epoch < self.config.epochs:
+            while not over:
                 timing = EpochTiming()
-                loss = self._train_epoch(bar, timing)
+                trained = self._train_epoch(bar, timing)
                 started = time.perf_counter()
                 logits = predict_logits(self.classifier, self._val.tiles, self._ranks, amp=self._amp)
                 self._epoch += 1
                 # What fails on rank 0 alone ends every rank.
-                self._ranks.run_on_main(partial(self._close_epoch, logits, loss, timing, started, bar, note))
+                over = self._ranks.run_on_main(partial(self._close_epoch, logits, trained, timing, started, bar, note))
+        if self._epoch < self.config.epochs:
+            note(
+                f"stopped early, after epoch {self._epoch} of {self.config.epochs}: no better {self.config.best_by} "
+                f"for {self.config.patience} epochs"
+            )
 
-    def _train_epoch(self, bar: "tqdm[Any]", timing: EpochTiming) -> float:
-        """Mean training loss of one epoch over all ranks."""
+    def _is_over(self) -> bool:
+        """Rank 0: whether no epoch is left, or none was the best for as long as patience lasts."""
+        if self._epoch == self.config.epochs:
+            return True
+        patience = self.config.patience
+        return patience is not None and self._epoch - (self._best_epoch or self._epoch) >= patience
+
+    def _train_epoch(self, bar: "tqdm[Any]", timing: EpochTiming) -> dict[str, float]:
+        """Train one epoch; its mean loss over all ranks, and what the options in use did, for the history."""
         config, started = self.config, time.perf_counter()
         # Dropout's draws depend on seed, epoch and rank alone, so a resumed run repeats them.
         torch.manual_seed((config.seed * 1_000_003 + self._epoch) * 8_191 + self._ranks.rank)
         self.classifier.train()
         batches = self._train.iterate_epoch(batch_size=config.batch_size, seed=config.seed, epoch=self._epoch)
-        step = self._epoch * math.ceil(len(self._train) / config.batch_size)
+        first = step = self._first_steps[self._epoch]
         total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        self._clipped.zero_()
         classes = len(self._meta.class_ids)
         unchecked: list[_StepRows] = []
         for batch in _time_waits(batches, timing):
@@ -170,7 +197,13 @@ class Trainer:
         self._refuse_not_finite(unchecked)
         dist.all_reduce(total)
         timing.train_s = time.perf_counter() - started
-        return float(total) / (len(self._train) * classes)
+        tiles = self._epoch_tiles[self._epoch]
+        figures = {"train_loss": float(total) / (tiles * classes)}
+        if config.repeat_factor:
+            figures["train_tiles"] = tiles
+        if config.clip_norm is not None:
+            figures["clipped_share"] = int(self._clipped) / (step - first)
+        return figures
 
     def _refuse_not_finite(self, steps: list["_StepRows"]) -> None:
         """End training on every rank if one of them met a loss that is not finite, and name the rows it came from.
@@ -203,9 +236,14 @@ class Trainer:
         with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp):
             logits = self._model(batch.inputs)
         losses = focal_loss(logits, batch.labels.float(), alpha=self.config.alpha, gamma=self.config.gamma)
+        if self._class_weights is not None:
+            losses = weigh_positives(losses, batch.labels, self._class_weights)
         summed = losses.sum()
         # DDP averages over ranks: scaled like this the gradient is that of the mean over the global batch.
         (summed * self._ranks.world_size / (batch.global_size * classes)).backward()
+        if self.config.clip_norm is not None:
+            parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+            self._clipped += nn.utils.clip_grad_norm_(parameters, self.config.clip_norm) > self.config.clip_norm
         self._optimizer.step()
         return summed.detach(), losses.detach().isfinite().all(dim=1)
 
@@ -216,13 +254,13 @@ class Trainer:
     def _close_epoch(
         self,
         logits: torch.Tensor | None,
-        loss: float,
+        trained: dict[str, float],
         timing: EpochTiming,
         started: float,
         bar: "tqdm[Any]",
         note: Callable[[str], None],
-    ) -> None:
-        """Rank 0: score the validation rows and leave everything of this epoch in the run directory."""
+    ) -> bool:
+        """Rank 0: score the validation rows, leave all in the run directory, and say if this was the last epoch."""
         assert logits is not None
         # The very last step of an epoch can spoil the weights after its loss was still finite.
         spoilt = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
@@ -236,24 +274,32 @@ class Trainer:
             logits, self._val.rows, self._val.counted, alpha=self.config.alpha, gamma=self.config.gamma
         )
         timing.val_s = time.perf_counter() - started
-        self._record(loss, metrics, timing, bar, note)
+        self._record(trained, metrics, timing, bar, note)
+        return self._is_over()
 
     def _record(
-        self, loss: float, metrics: dict[str, Any], timing: EpochTiming, bar: "tqdm[Any]", note: Callable[[str], None]
+        self,
+        trained: dict[str, float],
+        metrics: dict[str, Any],
+        timing: EpochTiming,
+        bar: "tqdm[Any]",
+        note: Callable[[str], None],
     ) -> None:
         """Rank 0: history, best and last checkpoints, one line for the user."""
         figures = {name: value for name, value in metrics.items() if name != "per_class"}
+        figures |= average_rarest(metrics, self._rarest)
         self._run.append_history(
-            {"epoch": self._epoch, "lr": self._optimizer.param_groups[0]["lr"], "train_loss": loss, **figures}
+            {"epoch": self._epoch, "lr": self._optimizer.param_groups[0]["lr"], **trained, **figures}
         )
-        self._run.append_timing({"epoch": self._epoch, **timing.__dict__, "tiles": len(self._train)})
+        self._run.append_timing({"epoch": self._epoch, **timing.__dict__, "tiles": self._epoch_tiles[self._epoch - 1]})
+        loss = trained["train_loss"]
         value = metrics[self.config.best_by]
         if value is None:
             raise TrainError("no validation tile shows any class: no epoch can be the best; give a larger VAL_CACHE")
         if self._best is None or value > self._best:
             self._best, self._best_epoch = value, self._epoch
             self._save(self._run.best)
-        if self._epoch % self.config.save_every == 0 or self._epoch == self.config.epochs:
+        if self._epoch % self.config.save_every == 0 or self._is_over():
             sync(self._run.history)  # a checkpoint that outlived its history line could not be resumed
             self._save(self._run.last, optimizer=True)
             self._run.upload()

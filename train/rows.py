@@ -43,6 +43,7 @@ class LabelledRows:
         reading: which ids the raw label ids were taken for.
         class_ids, class_names: C each.
         notes: lines for the user: what was left out, and why.
+        repeat_factors: (n,) float64, how often each is shown in a training epoch on average; None is once.
     """
 
     index: npt.NDArray[np.int64]
@@ -53,6 +54,7 @@ class LabelledRows:
     class_ids: tuple[int, ...]
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
+    repeat_factors: npt.NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -76,6 +78,7 @@ class LabelledRows:
             tiles=self.tiles[chosen],
             scenes=self.scenes[chosen],
             labels=self.labels[chosen],
+            repeat_factors=None if self.repeat_factors is None else self.repeat_factors[chosen],
         )
 
 

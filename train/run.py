@@ -20,16 +20,19 @@ from .batches import Tiles
 from .cached import open_cached_tiles
 from .checkpoint import CheckpointMeta, LoadedCheckpoint, load_best, save_checkpoint
 from .config import TrainConfig
+from .determinism import deterministic_algorithms
 from .errors import CheckpointError, TrainError
 from .evaluation import describe_evaluation, evaluate_rows, predict_logits, score_epoch
 from .finetune import TileStream, check_finetuning, check_head
 from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
 from .memory import agree_on_budget
 from .model import Classifier, Head
+from .rarest import find_rarest
 from .resume import load_last, recover_run
 from .rows import LabelledCache
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
+from .siblings import compare_with_plain, save_val_logits
 
 MakeTiles = Callable[[LabelledCache], Tiles]
 
@@ -60,7 +63,8 @@ def run_training(config: TrainConfig) -> None:
             start = ranks.run_on_main(lambda: _open_run(config, head, sets))
             for line in (*sets.notes, *notes, *start.notes):
                 _say(ranks, line)
-            _train(config, start, head, sets, ranks)
+            with deterministic_algorithms(config.deterministic):
+                _train(config, start, head, sets, ranks)
         except Stopped as stop:
             if ranks.is_main:
                 print(_describe_stop(stop, start, config.epochs), file=sys.stderr, flush=True)
@@ -273,16 +277,30 @@ def _finish(
     if val_logits is None:
         return
     beside = None if config.unfreeze else compare(sets, ranks.device, config.seed)
+    rarest = tuple(find_rarest(sets.train.rows.labels, sets.val.rows.labels[sets.counted]).tolist())
     val = evaluate_rows(
-        val_logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma, seed=config.seed
+        val_logits,
+        sets.val.rows,
+        sets.counted,
+        alpha=config.alpha,
+        gamma=config.gamma,
+        rarest=rarest,
+        seed=config.seed,
     )
     fitted = val.decisions
     meta = replace(best.meta, thresholds=tuple(map(float, fitted.thresholds)), temperature=fitted.temperature)
     save_checkpoint(run.best, best.tensors, meta)
+    save_val_logits(run, sets.val.rows, val_logits)
     results = {f"validation, best epoch {best.meta.epoch}": val.beside(beside.val if beside else {})}
     if sets.test is not None and test_logits is not None:
         test = evaluate_rows(
-            test_logits, sets.test.rows, sets.counted_test, alpha=config.alpha, gamma=config.gamma, decisions=fitted
+            test_logits,
+            sets.test.rows,
+            sets.counted_test,
+            alpha=config.alpha,
+            gamma=config.gamma,
+            decisions=fitted,
+            rarest=rarest,
         )
         results["test, scored once"] = test.beside(beside.test if beside else {})
     for name, evaluation in zip(("metrics.json", "test_metrics.json"), results.values(), strict=False):
@@ -296,5 +314,6 @@ def _finish(
     run.finish()
     for title, evaluation in results.items():
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
-    print("".join(f"\n{line}" for line in (*folds, *notes)))
+    for line in (*folds, *notes, *compare_with_plain(run, config, sets, val_logits)):
+        print(line)
     print(f"\nrun: {run} (best/, last/, metrics.json, report.html)", flush=True)

@@ -106,6 +106,14 @@ class RunDirectory:
     def __str__(self) -> str:
         return self._remote.url if self._remote else os.path.relpath(self.path)
 
+    def find_siblings(self) -> list["RunDirectory"]:
+        """The other runs of the same name beside it on this machine, newest first."""
+        base, _, _ = self.path.name.rpartition("-")
+        numbers = {int(match[1]): path for path in self.path.parent.iterdir() if (match := _numbered(base, path.name))}
+        return [
+            RunDirectory(numbers[number]) for number in sorted(numbers, reverse=True) if numbers[number] != self.path
+        ]
+
     @property
     def split_file(self) -> str:
         """Where its split can be read from, on any machine if it is in a bucket."""

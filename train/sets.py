@@ -1,6 +1,6 @@
 """The sets of a run: which rows train, validate and test."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,9 +10,12 @@ from cache_schema.layout import BoolArray
 
 from .config import ORIGINAL_IMAGE_SIZE, EmptyTiles, TrainConfig
 from .errors import TrainError
+from .rarest import describe_rarest, find_rarest
 from .rows import LabelledCache, LabelledRows, read_labelled_cache
+from .sampling import compute_repeat_factors, describe_repeats
 from .scenes import split_rows
 from .vectors import Residence
+from .weights import describe_weights
 
 _HOST = torch.device("cpu")
 
@@ -86,8 +89,28 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
         + (f", {len(test.rows):,} test" if test else "")
         + (f"; {empty:,} empty ones left out (--empty {config.data.empty})" if empty else "")
     )
+    labels, names = train.rows.labels, train.rows.class_names
+    rarest = find_rarest(labels, val.rows.labels[counted]).tolist()
+    notes.append(describe_rarest(labels, rarest, names))
+    notes += describe_weights(labels, names, config.class_weights)
+    if config.repeat_factor:
+        if not (residence.held or config.unfreeze):
+            raise TrainError(
+                "--repeat-factor needs the vectors in memory, and they do not fit the budget "
+                f"({residence.describe(whole.vectors)}): give a larger --memory-budget, or use --class-weights"
+            )
+        train = repeat_rare_tiles(train, config)
+        notes.append(describe_repeats(labels, names, config.repeat_factor))
     counted_test = mark_counted(test.rows, config.data.empty) if test else np.zeros(0, bool)
     return Sets(whole, train, val, counted, test, tuple(notes), sides, counted_test)
+
+
+def repeat_rare_tiles(train: LabelledCache, config: TrainConfig) -> LabelledCache:
+    """The rows to train on, those of rare classes to be shown more often, as configured."""
+    if not config.repeat_factor:
+        return train
+    factors = compute_repeat_factors(train.rows.labels, config.repeat_factor)
+    return replace(train, rows=replace(train.rows, repeat_factors=factors))
 
 
 def mark_left_out(rows: LabelledRows, empty: EmptyTiles) -> BoolArray:

@@ -15,9 +15,10 @@ from extract.listing import list_tiles
 from extract.source import Source
 from extract.transform import TileTransform
 
-from .batches import Batch, epoch_order, take_share
+from .batches import Batch, take_share
 from .errors import TrainError
 from .rows import LabelledCache
+from .sampling import draw_epoch
 
 
 class StreamedTiles:
@@ -55,13 +56,13 @@ class StreamedTiles:
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
-        order = epoch_order(len(self), seed, epoch)
-        starts = range(0, len(self), batch_size)
+        order = draw_epoch(self.rows, seed, epoch)
+        starts = range(0, len(order), batch_size)
         shares = [take_share(order[start : start + batch_size], self._ranks) for start in starts]
         # A rank without a row in the last, short batch still takes part in it, with nothing.
         pixels = self._read([share for share in shares if len(share)])
         for start, share in zip(starts, shares, strict=True):
-            size = min(batch_size, len(self) - start)
+            size = min(batch_size, len(order) - start)
             inputs = next(pixels) if len(share) else self._no_pixels()
             yield Batch(inputs, self._labels[share].to(self._ranks.device), share, size)
 

@@ -32,6 +32,15 @@ def test_defaults_are_those_of_the_design() -> None:
     assert (config.alpha, config.gamma, config.weight_decay) == (0.65, 2.0, 0.01)
     assert (config.hidden, config.dropout, config.best_by) == (512, 0.1, "f1_weighted")
     assert config.data == DataConfig(empty="drop", exclude=(), label_ids="auto", val_fraction=0.2)
+    assert (config.class_weights, config.repeat_factor, config.deterministic) == ("none", 0, False)
+    assert config.patience is config.clip_norm is None
+
+
+def test_settings_of_a_run_from_before_an_option_existed_load() -> None:
+    stored = make_config().to_json()
+    for name in ("class_weights", "repeat_factor", "patience", "clip_norm", "deterministic"):
+        del stored[name]
+    assert TrainConfig.from_json(stored) == make_config()
 
 
 def test_like_original_is_its_split_and_its_classes() -> None:
@@ -62,6 +71,14 @@ def test_like_original_is_its_split_and_its_classes() -> None:
         ({"alpha": 1.2}, "--alpha"),
         ({"gamma": -1.0}, "--gamma"),
         ({"hidden": 0}, "--hidden"),
+        ({"patience": 0}, "--patience 0: at least 1"),
+        ({"patience": -2}, "--patience -2"),
+        ({"clip_norm": -1.0}, "--clip-norm -1.0: above 0"),
+        ({"clip_norm": 0.0}, "--clip-norm 0.0"),
+        ({"clip_norm": float("nan")}, "--clip-norm nan"),
+        ({"repeat_factor": 1.5}, "--repeat-factor 1.5: a share of tiles, 0 to 1"),
+        ({"repeat_factor": -0.1}, "--repeat-factor -0.1"),
+        ({"repeat_factor": float("nan")}, "--repeat-factor nan"),
         ({"dropout": 1.0}, "--dropout"),
         ({"seed": -1}, "--seed"),
         ({"seed": 2**31}, "--seed"),

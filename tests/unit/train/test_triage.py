@@ -1,0 +1,45 @@
+"""Which labels are doubted, in which order, and which never are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from tests.planted import fresh_seed
+from train.triage import find_doubts
+
+
+def test_doubt_is_what_is_not_believed_times_how_well_the_class_is_known() -> None:
+    rng = np.random.default_rng(fresh_seed())
+    labels = rng.random((200, 5)) < 0.3
+    labels[:, 3], labels[:, 4] = False, True
+    probs = np.clip(0.2 + 0.5 * labels + rng.normal(0, [0.1, 0.3, 0.6, 0.2, 0.2], labels.shape), 0, 1).astype(
+        np.float32
+    )
+    found = find_doubts(probs, labels, top=1000)
+    expected = {}
+    for c in range(3):  # the last two have nothing to be compared with
+        skill = 2 * roc_auc_score(labels[:, c], probs[:, c]) - 1
+        for row in range(200):
+            distrust = 1 - probs[row, c] if labels[row, c] else probs[row, c]
+            if distrust > 0.5:
+                expected[row, c] = distrust * skill**0.5
+    assert {(d.row, d.column): d.doubt for d in found} == pytest.approx(expected, rel=1e-5)
+    assert [d.doubt for d in found] == sorted((d.doubt for d in found), reverse=True)
+    assert all(d.label == labels[d.row, d.column] and d.prob == probs[d.row, d.column] for d in found)
+    assert {d.kind for d in found if d.label} == {"likely wrong"}
+    assert {d.kind for d in found if not d.label} == {"likely missing"}
+    assert find_doubts(probs, labels, top=7) == found[:7]
+
+
+def test_positives_of_a_class_nobody_can_learn_do_not_crowd_the_list() -> None:
+    """Forty tiles of a class of which the model says nothing but that it is rare, and ten flips in one it knows."""
+    rng = np.random.default_rng(fresh_seed())
+    truth = rng.random(1000) < 0.4
+    known = np.clip(0.1 + 0.8 * truth + rng.normal(0, 0.05, 1000), 0, 1)
+    flips = rng.choice(1000, 10, replace=False)
+    labels = np.stack([truth, np.arange(1000) % 25 == 0], axis=1)
+    labels[flips, 0] ^= True
+    probs = np.stack([known, rng.uniform(0.02, 0.06, 1000)], axis=1).astype(np.float32)
+    assert {(d.row, d.column) for d in find_doubts(probs, labels, top=10)} == {(row, 0) for row in flips.tolist()}

@@ -1,0 +1,55 @@
+"""Caches of planted vectors, written without a backbone: classes in a long tail that hyperplanes separate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cache_schema import LABEL_ID_COLUMNS, BlockValues, CacheRoot, Status, TileTable
+from tests.caches import make_provenance, make_recorded
+
+TYPE_IDS = (73, 86, 18, 19, 15, 11, 12, 13)
+"""Raw label ids, xView type ids, of the classes from the commonest to the rarest."""
+
+
+def plant_vectors(
+    rng: np.random.Generator, rows: int, *, width: int = 16, shares: tuple[float, float] = (0.4, 0.1)
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, width) float16 vectors, and (n, 8) bool labels that a hyperplane per class separates with some room on either
+    side; shares fall from the first to the second number. Every row shows a class."""
+    directions = rng.standard_normal((width, len(TYPE_IDS)))
+    vectors = rng.standard_normal((40 * rows, width)).astype(np.float16)
+    scores = vectors.astype(np.float64) @ (directions / np.linalg.norm(directions, axis=0))
+    shown = np.geomspace(*shares, len(TYPE_IDS))
+    limits = np.array([np.quantile(scores[:, c], 1 - share) for c, share in enumerate(shown)])
+    labels = scores > limits
+    kept = np.flatnonzero(labels.any(axis=1) & (np.abs(scores - limits) > 0.15).all(axis=1))[:rows]
+    assert len(kept) == rows
+    return vectors[kept], labels[kept]
+
+
+def write_cache(cache: Path, vectors: np.ndarray, labels: np.ndarray, *, per_scene: int = 20) -> Path:
+    """A sealed cache of n tiles `images/0000_00.png`, … in scenes of `per_scene`, whose label files say `labels`."""
+    n, width = vectors.shape
+    number = np.arange(n)
+    table = TileTable(
+        tile=np.array([f"images/{i // per_scene:04}_{i % per_scene:02}.png" for i in number], np.dtypes.StringDType()),
+        size=1000 + number,
+        crc32c=number.astype(np.uint32),
+        generation=number,
+        label_size=40 + number,
+        label_crc32c=number.astype(np.uint32),
+    )
+    label_ids = np.zeros((n, LABEL_ID_COLUMNS), np.uint16)
+    label_ids[:, list(TYPE_IDS)] = labels
+    root = CacheRoot(str(cache))
+    version = root.create_version(table, make_provenance(width=width), make_recorded())
+    for block in range(version.layout.blocks):
+        own = version.layout.block_slice(block)
+        status = np.full(own.stop - own.start, Status.EMBEDDED, np.uint8)
+        pooled = dict.fromkeys(version.layout.pooling, vectors[own])
+        version.write_block(block, BlockValues(pooled, label_ids[own], status))
+    version.seal()
+    root.set_current(version.id)
+    return cache
