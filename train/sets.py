@@ -10,7 +10,7 @@ from cache_schema.layout import BoolArray
 from .config import ORIGINAL_IMAGE_SIZE, EmptyTiles, TrainConfig
 from .errors import TrainError
 from .rows import LabelledCache, LabelledRows, read_labelled_cache
-from .scenes import split_rows
+from .scenes import check_folds, split_rows
 
 _NAMED = 10
 """Classes a line names before it only counts them."""
@@ -51,6 +51,8 @@ def read_sets(config: TrainConfig) -> Sets:
             f"{config.cache} holds no tile to train on ({'; '.join(notes[1:])}): see `python -m cache_schema info "
             f"{config.cache}`, mend the tiles and run `make extract` again"
         )
+    if config.folds:
+        check_folds(whole.rows.scenes, config.folds)
     if config.val_cache:
         train, val = whole, _read_other(config, config.val_cache, whole)
         notes += val.rows.notes
