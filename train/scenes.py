@@ -52,8 +52,17 @@ def fold_rows(scenes: npt.NDArray[np.str_], labels: BoolArray, folds: int, seed:
     Raises:
         SplitError: fewer scenes than folds, or than a split needs.
     """
-    _refuse_few_scenes(scenes, max(folds, MIN_SCENES), f"--folds {folds}")
+    check_folds(scenes, folds)
     return share_out(scenes, labels, np.full(folds, 1 / folds), seed)
+
+
+def check_folds(scenes: npt.NDArray[np.str_], folds: int) -> None:
+    """Refuse, before anything is trained, more folds than there are scenes for.
+
+    Raises:
+        SplitError: fewer scenes than folds, or than a split needs.
+    """
+    _refuse_few_scenes(scenes, max(folds, MIN_SCENES), f"--folds {folds}")
 
 
 def _refuse_few_scenes(scenes: npt.NDArray[np.str_], needed: int, what: str) -> None:

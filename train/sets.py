@@ -13,7 +13,7 @@ from .errors import TrainError
 from .rarest import describe_rarest, find_rarest
 from .rows import LabelledCache, LabelledRows, read_labelled_cache
 from .sampling import compute_repeat_factors, describe_repeats
-from .scenes import split_rows
+from .scenes import check_folds, split_rows
 from .vectors import Residence
 from .weights import describe_weights
 
@@ -66,6 +66,8 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
             f"{config.cache}`, mend the tiles and run `make extract` again"
         )
     notes += () if config.unfreeze else (residence.describe(whole.vectors),)
+    if config.folds:
+        check_folds(whole.rows.scenes, config.folds)
     if config.val_cache:
         train, val = whole, _read_other(config, config.val_cache, whole, residence)
         notes += val.rows.notes

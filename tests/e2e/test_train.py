@@ -26,8 +26,10 @@ from cache_schema import Taxonomy
 from tests.checkpoints import make_checkpoint
 from tests.planted import CLASSES, Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
+from train.calibration import fit_temperature
+from train.decisions import cross_fit
 from train.loop import Trainer
-from train.thresholds import cross_fitted_preds, tune_thresholds
+from train.thresholds import tune_thresholds
 
 AVERAGES = (
     *("loss", "accuracy", "label_accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_weighted"),
@@ -201,7 +203,7 @@ def test_a_head_run_leaves_every_file(trained: Path, made: Path) -> None:
 
 def test_metrics_json_has_the_keys_of_the_design(trained: Path) -> None:
     metrics = read(trained / "runs" / "head" / "metrics.json")
-    assert set(metrics) == {*AVERAGES, "per_class", "intervals", "variants"}
+    assert set(metrics) == {*AVERAGES, "per_class", "intervals", "variants", "calibration", "baselines"}
     assert len(metrics["per_class"]) == 60
     assert all(set(row) == CLASS_KEYS for row in metrics["per_class"])
     assert [row["name"] for row in metrics["per_class"]] == list(Taxonomy.xview().names)
@@ -219,16 +221,18 @@ def test_metrics_equal_an_independent_computation(trained: Path, made: Path) -> 
     names, labels = names_shown(made / "tiles", split)
     logits = compute_logits(made / "cache", run, names)
     assert_figures(metrics, logits, labels)
-    probs = sigmoid(logits).astype(np.float32)
     scenes = np.array([Path(name).stem.split("_")[0] for name in names])
-    crossed = cross_fitted_preds(probs, labels, scenes)
+    _, crossed = cross_fit(logits.astype(np.float32), labels, scenes)
     support = labels.sum(axis=0)
     present = support > 0
     f1 = sk.f1_score(labels, crossed, average=None, zero_division=0)
     assert metrics["f1_weighted_tuned"] == pytest.approx(
         np.average(f1[present], weights=support[present]), abs=TOLERANCE
     )
-    thresholds = tune_thresholds(probs, labels)
+    temperature = metrics["calibration"]["temperature"]
+    assert temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-4)
+    assert temperature == read(run / "best" / "checkpoint.json")["temperature"]
+    thresholds = tune_thresholds(sigmoid(logits / temperature).astype(np.float32), labels)
     preds = logits >= 0
     precision, recall, f1, _ = sk.precision_recall_fscore_support(labels, preds, average=None, zero_division=0)
     for c, row in enumerate(metrics["per_class"]):
@@ -358,7 +362,9 @@ def test_sets_of_their_own_are_scored(with_sets: Path, made: Path) -> None:
             thresholds = [row["threshold"] for row in read(run / "metrics.json")["per_class"]]
             assert [row["threshold"] for row in metrics["per_class"]] == thresholds
             present = labels.any(axis=0)
-            tuned = sigmoid(logits).astype(np.float32) >= np.array(thresholds, np.float32)
+            temperature = read(run / "best" / "checkpoint.json")["temperature"]
+            assert metrics["calibration"]["temperature"] == temperature
+            tuned = sigmoid(logits / temperature).astype(np.float32) >= np.array(thresholds, np.float32)
             f1 = sk.f1_score(labels[:, present], tuned[:, present], average="weighted", zero_division=0)
             assert metrics["f1_weighted_tuned"] == pytest.approx(f1, abs=TOLERANCE)
 
@@ -479,9 +485,11 @@ def test_predictions(trained: Path, made: Path, tmp_path: Path, run: str, target
     (blank,) = [row for row in rows if row[0] == UNREADABLE]
     assert blank[1:] == ["undecodable", "", *[""] * 60]
     if run == "head":  # the streamed vectors are those of the cache up to float16, that is to some 1e-3 of a logit
-        expected = sigmoid(compute_logits(made / "cache", trained / "runs" / "head", [row[0] for row in readable]))
+        temperature = read(trained / "runs" / "head" / "best" / "checkpoint.json")["temperature"]
+        logits = compute_logits(made / "cache", trained / "runs" / "head", [row[0] for row in readable])
+        expected = sigmoid(logits / temperature)
         found = np.array([[float(cell) for cell in row[3:]] for row in readable])
-        np.testing.assert_allclose(found, expected, atol=1e-6 if target == "cache" else 2e-3)
+        np.testing.assert_allclose(found, expected, atol=1e-6 if target == "cache" else 2e-3 / min(temperature, 1))
 
 
 def test_predictions_of_both_runs_differ(trained: Path, made: Path, tmp_path: Path) -> None:
