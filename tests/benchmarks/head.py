@@ -115,7 +115,7 @@ def measure_whole(fixtures: Fixtures) -> list[Figure]:
         started = time.perf_counter()
         vectors = _make_directory(fixtures)
         fixtures.extract(f"gs://{BUCKET}/tiles", "demo", "--image-size", original.IMAGE_SIZE, "--cache", vectors)
-        _run_head(vectors, _make_directory(fixtures), epochs=_WHOLE_EPOCHS)
+        _run_head(vectors, _make_directory(fixtures), "--epochs", _WHOLE_EPOCHS)
         return time.perf_counter() - started
 
     def run_original() -> float:
@@ -151,7 +151,8 @@ def measure_ranks(fixtures: Fixtures) -> list[Figure]:
 
     def run(ranks: int) -> float:
         with pin_to(cores[:ranks]):
-            return _run_head(vectors, _make_directory(fixtures), epochs=_EPOCHS, ranks=ranks)
+            options = ("--epochs", _EPOCHS, "--val-fraction", trainers.VAL_ROWS / ROWS)
+            return _run_head(vectors, _make_directory(fixtures), *options, ranks=ranks)
 
     speeds = run_rounds("ranks", {"two ranks": partial(run, 2), "one rank": partial(run, 1)})
     two, one = speeds["two ranks"], speeds["one rank"]
@@ -199,12 +200,12 @@ def _plant_bucket(fixtures: Fixtures) -> Path:
     return root
 
 
-def _run_head(vectors: Path, run: Path, *, epochs: int, ranks: int = 1) -> float:
+def _run_head(vectors: Path, run: Path, *options: object, ranks: int = 1) -> float:
     """The command a user runs, under torchrun; tiles per second of its median epoch."""
     launch = [sys.executable, "-m", "extract.launch", "--standalone", f"--nproc-per-node={ranks}"]
-    options = ["--cache", vectors, "--run-dir", run, "--epochs", epochs, "--device", "cpu", "--empty", "keep"]
+    fixed = ("--cache", vectors, "--run-dir", run, "--device", "cpu", "--empty", "keep")
     environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
-    command = [*launch, "-m", "train", "head", *map(str, options)]
+    command = [*launch, "-m", "train", "head", *map(str, (*fixed, *options))]
     log = run.with_suffix(".log")
     with log.open("w") as output:
         status = subprocess.run(

@@ -27,7 +27,7 @@ from train.sets import read_sets
 from .processes import read_memory
 
 BATCH = 1024
-_VAL_ROWS = 2048
+VAL_ROWS = 2048
 
 
 class HeadRun(NamedTuple):
@@ -51,7 +51,7 @@ def train_head(
     before = read_memory("self", "VmRSS")
     config = TrainConfig(
         str(cache), str(directory), epochs=epochs, batch_size=BATCH, features=features, memory_budget=budget,
-        data=DataConfig(val_fraction=_VAL_ROWS / open_cache(str(cache)).layout.rows, empty="keep"),
+        data=DataConfig(val_fraction=VAL_ROWS / open_cache(str(cache)).layout.rows, empty="keep"),
     )  # fmt: skip
     with join_ranks("cpu") as ranks:
         sets = read_sets(config)
