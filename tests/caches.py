@@ -85,6 +85,40 @@ def fill_cache(url: str, rows: int, *, seal: bool = True, **provenance: Any) -> 
     return version.id
 
 
+def plant_vectors(
+    url: str, rows: int, *, width: int = 16, classes: int = 8, seed: int = 0, pooling: tuple[str, ...] = ("cls",)
+) -> str:
+    """A sealed cache of random vectors that tell their labels: a class is there where a direction of its own, and some
+    noise, exceed its threshold. Scenes of 10 tiles; raw ids are class ids.
+
+    Returns:
+        the URL.
+    """
+    rng = np.random.default_rng(seed)
+    directions = rng.standard_normal((width, classes), np.float32) / np.sqrt(width)
+    thresholds = np.linspace(0.3, 1.8, classes)
+    table = TileTable(
+        tile=np.array([f"images/{row // 10:06}_{row % 10}.png" for row in range(rows)], np.dtypes.StringDType()),
+        size=np.full(rows, 1000),
+        crc32c=np.arange(rows, dtype=np.uint32),
+        generation=np.arange(rows),
+        label_size=np.full(rows, 40),
+        label_crc32c=np.arange(rows, dtype=np.uint32),
+    )
+    root = CacheRoot(url)
+    version = root.create_version(table, make_provenance(width=width, pooling=pooling), make_recorded())
+    for block, where in enumerate(version.layout.block_slices()):
+        n = where.stop - where.start
+        pooled = {name: rng.standard_normal((n, width), np.float32).astype(np.float16) for name in pooling}
+        scores = pooled[pooling[0]].astype(np.float32) @ directions + 0.3 * rng.standard_normal((n, classes))
+        label_ids = np.zeros((n, LABEL_ID_COLUMNS), np.uint16)
+        label_ids[:, :classes] = scores > thresholds
+        version.write_block(block, BlockValues(pooled, label_ids, np.full(n, S.EMBEDDED, np.uint8)))
+    version.seal()
+    root.set_current(version.id)
+    return url
+
+
 def get_bytes(url: str, key: str) -> bytes | None:
     """An object of the cache, past every check."""
     buffer = sync(CacheRoot(url).store.get(key, default_buffer_prototype()))

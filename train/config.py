@@ -127,7 +127,7 @@ class TrainConfig:
                     f"{name.upper()} is the training cache itself: {self.cache}: set CACHE or {name.upper()}"
                 )
 
-    def _ranges(self) -> dict[str, tuple[float, bool, str]]:
+    def _ranges(self) -> dict[str, tuple[float | None, bool, str]]:
         """By option: its value, whether that can work, and what can."""
         return {
             "lr": (self.lr, 0 < self.lr <= MAX_RATE, f"above 0, at most {MAX_RATE:g}"),
@@ -144,6 +144,7 @@ class TrainConfig:
             "dropout": (self.dropout, 0 <= self.dropout < 1, "0 to below 1"),
             "seed": (self.seed, 0 <= self.seed < 2**31, "0 to 2147483647"),
             "workers": (self.workers or 0, (self.workers or 0) >= 0, "0 or more"),
+            "memory-budget": (self.memory_budget, (self.memory_budget or 1) > 0, "bytes above 0"),
         }
 
     def like_original(self) -> Self:

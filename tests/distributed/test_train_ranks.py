@@ -20,6 +20,7 @@ import pytest
 import zarr
 from safetensors.numpy import load_file
 
+from tests.caches import plant_vectors
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
@@ -29,6 +30,10 @@ TIMEOUT_S = 120
 IN_TURN = Path(__file__).with_name("in_turn.py")
 HEAD = ("--epochs", 2, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu")
 DROPPING = ("--epochs", 16, "--batch-size", 8, "--device", "cpu")
+VECTORS = ("--epochs", 2, "--batch-size", 64, "--lr", 0.01, "--dropout", 0, "--no-amp", "--device", "cpu")
+STREAMED = ("--memory-budget", "64K")
+STILL = ("--lr", 1e-12)
+"""Steps too small to change a weight."""
 FINETUNE = ("--epochs", 2, "--unfreeze", 2, "--batch-size", 4, "--dropout", 0, "--no-amp", "--device", "cpu")
 
 
@@ -110,6 +115,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract_cache(root / "tiles", root / "cache", make_checkpoint(root / "checkpoint", seed=seed))
     tiles = sorted(f"images/{path.name}" for path in (root / "tiles" / "images").iterdir())
     shown = [tile for tile in tiles if (root / "tiles" / "labels" / f"{Path(tile).stem}.txt").read_text()]
+    plant_vectors(str(root / "vectors"), 2_100, seed=seed)  # nine blocks, 66K
     (root / "split.json").write_text(
         json.dumps({"train": shown[:49], "val": [t for t in tiles if t not in shown[:49]]})
     )
@@ -123,16 +129,21 @@ def data(made: Path) -> tuple[object, ...]:
 @pytest.fixture(scope="module")
 def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Working directories of the same runs, head and fine-tuned, on one rank and on two; the two also predict with the
-    one's model, and train a head with dropout that another test stops and resumes."""
+    one's model, and train a head with dropout that another test stops and resumes. Heads on made-up vectors are trained
+    in memory on one rank, streamed on two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     head = ("head", *data(made), *HEAD)
     finetune = ("finetune", *data(made), *FINETUNE, "--head-run", one / "runs" / "head")
-    for command in (head, (*finetune, "--workers", 0)):
+    vectors = ("head", "--cache", made / "vectors", *VECTORS, "--run-dir")
+    held = ((*vectors, "runs/vectors"), (*vectors, "runs/still", *STILL))
+    for command in (head, (*finetune, "--workers", 0), *held):
         result = run_train(one, *command)
         assert result.status == 0, result.err
     predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", "--workers", 0)
     whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
-    run_in_turn(two, make_env(), head, finetune, (*predict, "--device", "cpu"), whole)
+    streamed = ((*command, *STREAMED) for command in held)
+    out = run_in_turn(two, make_env(), head, finetune, (*predict, "--device", "cpu"), whole, *streamed)
+    assert out.count("vectors stay in the cache") == 2
     return one, two
 
 
@@ -172,6 +183,25 @@ def test_two_ranks_train_the_head_that_one_does(both: tuple[Path, Path], made: P
     logits = [compute_logits(made, run) for run in (one, two)]
     assert np.linalg.norm(logits[1] - logits[0]) <= 1e-5 * np.linalg.norm(logits[0])
     np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-5 * np.abs(logits[0]).max())
+
+
+def test_two_ranks_stream_every_row_once(both: tuple[Path, Path]) -> None:
+    """The weights stay as they are, so the losses are means over all rows, in whatever order and on whichever rank."""
+    held, streamed = (read_history(root / "runs" / "still") for root in both)
+    for a, b in zip(held, streamed, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-5)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["map_macro"] == pytest.approx(a["map_macro"], abs=1e-5)
+
+
+def test_two_ranks_that_stream_train_what_one_does_in_memory(both: tuple[Path, Path]) -> None:
+    """In another order: the loss agrees within a tenth of what training took off it, mAP within 0.03."""
+    held, streamed = (read_history(root / "runs" / "vectors")[-1] for root in both)
+    untrained = read_history(both[0] / "runs" / "still")[-1]
+    assert untrained["loss"] > 2 * held["loss"]
+    assert abs(streamed["loss"] - held["loss"]) <= 0.1 * (untrained["loss"] - held["loss"])
+    assert streamed["map_macro"] == pytest.approx(held["map_macro"], abs=0.03)
+    assert streamed["loss"] != held["loss"]
 
 
 @pytest.mark.parametrize("run", ["head", "finetune"])
