@@ -132,7 +132,7 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     one's model, and train a head with dropout that another test stops and resumes. Heads on made-up vectors are trained
     in memory on one rank, streamed on two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    head = ("head", *data(made), *HEAD)
+    head = ("head", *data(made), *HEAD, "--folds", 2)
     finetune = ("finetune", *data(made), *FINETUNE, "--head-run", one / "runs" / "head")
     vectors = ("head", "--cache", made / "vectors", *VECTORS, "--run-dir")
     held = ((*vectors, "runs/vectors"), (*vectors, "runs/still", *STILL))
@@ -211,11 +211,20 @@ def test_metrics_are_those_of_one_rank(both: tuple[Path, Path], run: str) -> Non
     one, two = (read(root / "runs" / run / "metrics.json") for root in both)
     rows = [(one, two), *zip(one["per_class"], two["per_class"], strict=True)]
     for a, b in rows:
-        for name in set(a) - {"per_class", "intervals", "variants"}:
+        for name in set(a) - {"per_class", "intervals", "variants", "calibration", "baselines"}:
             if isinstance(a[name], float):
                 assert b[name] == pytest.approx(a[name], rel=tolerance, abs=tolerance), name
             else:
                 assert b[name] == a[name], name
+    assert two["calibration"] == pytest.approx(one["calibration"], rel=1e-3, abs=1e-3)
+
+
+def test_two_ranks_cross_validate_as_one_does(both: tuple[Path, Path]) -> None:
+    one, two = (load_file(root / "runs" / "head" / "out_of_fold.safetensors") for root in both)
+    for name in ("row", "fold"):
+        np.testing.assert_array_equal(one[name], two[name])
+    largest = np.abs(one["logits"]).max()
+    np.testing.assert_allclose(two["logits"], one["logits"], rtol=1e-5, atol=1e-5 * largest)
 
 
 def test_two_ranks_fine_tune_what_one_does(both: tuple[Path, Path]) -> None:
