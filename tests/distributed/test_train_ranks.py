@@ -29,6 +29,10 @@ TIMEOUT_S = 120
 IN_TURN = Path(__file__).with_name("in_turn.py")
 HEAD = ("--epochs", 2, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu")
 DROPPING = ("--epochs", 16, "--batch-size", 8, "--device", "cpu")
+CONTROLLED = (
+    *("--epochs", 30, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu", "--run-dir", "runs/controlled"),
+    *("--class-weights", "balanced", "--repeat-factor", 0.5, "--clip-norm", 0.005, "--patience", 1),
+)
 FINETUNE = ("--epochs", 2, "--unfreeze", 2, "--batch-size", 4, "--dropout", 0, "--no-amp", "--device", "cpu")
 
 
@@ -127,12 +131,13 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     head = ("head", *data(made), *HEAD)
     finetune = ("finetune", *data(made), *FINETUNE, "--head-run", one / "runs" / "head")
-    for command in (head, (*finetune, "--workers", 0)):
+    controlled = ("head", *data(made), *CONTROLLED)
+    for command in (head, (*finetune, "--workers", 0), controlled):
         result = run_train(one, *command)
         assert result.status == 0, result.err
     predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", "--workers", 0)
     whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
-    run_in_turn(two, make_env(), head, finetune, (*predict, "--device", "cpu"), whole)
+    run_in_turn(two, make_env(), head, finetune, (*predict, "--device", "cpu"), whole, controlled)
     return one, two
 
 
@@ -172,6 +177,18 @@ def test_two_ranks_train_the_head_that_one_does(both: tuple[Path, Path], made: P
     logits = [compute_logits(made, run) for run in (one, two)]
     assert np.linalg.norm(logits[1] - logits[0]) <= 1e-5 * np.linalg.norm(logits[0])
     np.testing.assert_allclose(logits[1], logits[0], rtol=1e-5, atol=1e-5 * np.abs(logits[0]).max())
+
+
+def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: tuple[Path, Path]) -> None:
+    """Every step is clipped, by the norm of the gradient over all ranks; both ranks stop after the same epoch."""
+    first, second = (read_history(root / "runs" / "controlled") for root in both)
+    assert 2 <= len(first) == len(second) < 30
+    for a, b in zip(first, second, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert (b["lr"], b["train_tiles"], b["clipped_share"]) == (a["lr"], a["train_tiles"], a["clipped_share"])
+        assert a["train_tiles"] > 49
+    assert first[0]["clipped_share"] > 0.5
 
 
 @pytest.mark.parametrize("run", ["head", "finetune"])
