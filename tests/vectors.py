@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import torch
 
-from cache_schema import LABEL_ID_COLUMNS, BlockValues, CacheRoot, Status, TileTable
+from cache_schema import LABEL_ID_COLUMNS, BlockValues, CacheRoot, Layout, Status, TileTable
 from tests.caches import make_provenance, make_recorded
+from train.vectors import HeldVectors
 
 TYPE_IDS = (73, 86, 18, 19, 15, 11, 12, 13)
 """Raw label ids, xView type ids, of the classes from the commonest to the rarest."""
@@ -27,6 +31,15 @@ def plant_vectors(
     kept = np.flatnonzero(labels.any(axis=1) & (np.abs(scores - limits) > 0.15).all(axis=1))[:rows]
     assert len(kept) == rows
     return vectors[kept], labels[kept]
+
+
+def hold(vectors: np.ndarray) -> HeldVectors:
+    """(n, D) vectors as a run holds those of a version of n rows."""
+    nothing: Any = None
+    version: Any = SimpleNamespace(layout=Layout(len(vectors), vectors.shape[1], ("cls",), len(vectors)))
+    held = HeldVectors(version, ("cls",), torch.device("cpu"))
+    held.keep(0, BlockValues({"cls": vectors.astype(np.float16)}, nothing, nothing))
+    return held
 
 
 def write_cache(cache: Path, vectors: np.ndarray, labels: np.ndarray, *, per_scene: int = 20) -> Path:

@@ -34,6 +34,10 @@ VECTORS = ("--epochs", 2, "--batch-size", 64, "--lr", 0.01, "--dropout", 0, "--n
 STREAMED = ("--memory-budget", "64K")
 STILL = ("--lr", 1e-12)
 """Steps too small to change a weight."""
+CONTROLLED = (
+    *("--epochs", 30, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu", "--run-dir", "runs/controlled"),
+    *("--class-weights", "balanced", "--repeat-factor", 0.5, "--clip-norm", 0.005, "--patience", 1),
+)
 FINETUNE = ("--epochs", 2, "--unfreeze", 2, "--batch-size", 4, "--dropout", 0, "--no-amp", "--device", "cpu")
 
 
@@ -136,13 +140,14 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     finetune = ("finetune", *data(made), *FINETUNE, "--head-run", one / "runs" / "head")
     vectors = ("head", "--cache", made / "vectors", *VECTORS, "--run-dir")
     held = ((*vectors, "runs/vectors"), (*vectors, "runs/still", *STILL))
-    for command in (head, (*finetune, "--workers", 0), *held):
+    controlled = ("head", *data(made), *CONTROLLED)
+    for command in (head, (*finetune, "--workers", 0), controlled, *held):
         result = run_train(one, *command)
         assert result.status == 0, result.err
     predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", "--workers", 0)
     whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
     streamed = ((*command, *STREAMED) for command in held)
-    out = run_in_turn(two, make_env(), head, finetune, (*predict, "--device", "cpu"), whole, *streamed)
+    out = run_in_turn(two, make_env(), head, finetune, (*predict, "--device", "cpu"), whole, controlled, *streamed)
     assert out.count("vectors stay in the cache") == 2
     return one, two
 
@@ -202,6 +207,18 @@ def test_two_ranks_that_stream_train_what_one_does_in_memory(both: tuple[Path, P
     assert abs(streamed["loss"] - held["loss"]) <= 0.1 * (untrained["loss"] - held["loss"])
     assert streamed["map_macro"] == pytest.approx(held["map_macro"], abs=0.03)
     assert streamed["loss"] != held["loss"]
+
+
+def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: tuple[Path, Path]) -> None:
+    """Every step is clipped, by the norm of the gradient over all ranks; both ranks stop after the same epoch."""
+    first, second = (read_history(root / "runs" / "controlled") for root in both)
+    assert 2 <= len(first) == len(second) < 30
+    for a, b in zip(first, second, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert (b["lr"], b["train_tiles"], b["clipped_share"]) == (a["lr"], a["train_tiles"], a["clipped_share"])
+        assert a["train_tiles"] > 49
+    assert first[0]["clipped_share"] > 0.5
 
 
 @pytest.mark.parametrize("run", ["head", "finetune"])

@@ -184,7 +184,7 @@ def test_a_head_run_leaves_every_file(trained: Path, made: Path) -> None:
     run = trained / "runs" / "head"
     assert run.is_symlink()
     assert os.readlink(run) == "head-001"
-    for name in ("config.json", "split.json", "history.jsonl", "metrics.json", "report.html"):
+    for name in ("config.json", "split.json", "history.jsonl", "metrics.json", "val_logits.safetensors", "report.html"):
         assert (run / name).is_file(), name
     for checkpoint in ("best", "last"):
         assert {"model.safetensors", "sha256"} <= {path.name for path in (run / checkpoint).iterdir()}
@@ -197,7 +197,7 @@ def test_a_head_run_leaves_every_file(trained: Path, made: Path) -> None:
     history = read_lines(run / "history.jsonl")
     assert [line["epoch"] for line in history] == [1, 2, 3]
     for line in history:
-        assert {"epoch", "lr", "train_loss", *AVERAGES} == set(line)
+        assert {"epoch", "lr", "train_loss", *AVERAGES, "f1_macro_rarest", "map_macro_rarest"} == set(line)
     assert not [path for path in run.rglob("*") if path.name.endswith((".tmp", ".old"))]
 
 
@@ -211,7 +211,8 @@ def test_metrics_json_has_the_keys_of_the_design(trained: Path) -> None:
     assert len(absent) == 60 - len(CLASSES)
     assert all(row["precision"] is row["recall"] is row["f1"] is row["ap"] is None for row in absent)
     assert all(isinstance(metrics[name], float) for name in AVERAGES)
-    assert set(metrics["variants"]) == {"without Building and Small Car", "with empty tiles"}
+    variants = {"without Building and Small Car", "with empty tiles", "rarest in training"}
+    assert set(metrics["variants"]) == variants
 
 
 def test_metrics_equal_an_independent_computation(trained: Path, made: Path) -> None:

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from cache_schema import CacheRows
 from extract.distributed import Ranks, join_ranks
 from tests.planted import fresh_seed
-from tests.vectors import plant_vectors
-from train.cached import CachedTiles
+from tests.vectors import hold, plant_vectors
+from train.cached import open_cached_tiles
 from train.checkpoint import CheckpointMeta, load_checkpoint
 from train.config import TrainConfig
 from train.determinism import deterministic_algorithms
@@ -46,7 +45,7 @@ def make_cache(seed: int, rows: int, *, threshold: float = 0.0) -> LabelledCache
     if threshold:
         labelled = replace(labelled, repeat_factors=compute_repeat_factors(labels, threshold))
     nothing: Any = None
-    return LabelledCache(nothing, nothing, CacheRows({"cls": vectors}, nothing, nothing), labelled)
+    return LabelledCache(nothing, nothing, hold(vectors), labelled)
 
 
 def make_head(seed: int, dropout: float = 0.0) -> Head:
@@ -75,7 +74,7 @@ def make_trainer(root: Path, ranks: Ranks, seed: int, *, init: int | None = None
         weights_sha256="",
     )
     classifier = Classifier(make_head(seed if init is None else init, config.dropout), None, ("cls",))
-    tiles, val_tiles = (CachedTiles(cache, ("cls",), ranks) for cache in (train, val))
+    tiles, val_tiles = (open_cached_tiles(cache, ranks) for cache in (train, val))
     validation = ValidationSet(val_tiles, val.rows, np.ones(60, bool))
     return Trainer(classifier, tiles, validation, config, meta, run, ranks)
 
@@ -87,7 +86,7 @@ def test_weights_repeats_and_clipping_equal_a_loop_written_out(tmp_path: Path) -
     with join_ranks("cpu") as ranks:
         make_trainer(tmp_path, ranks, seed, **options).fit(print)
     cache = make_cache(seed, 150, threshold=0.2)
-    inputs, labels = torch.from_numpy(cache.values.pooled["cls"]).float(), torch.from_numpy(cache.rows.labels)
+    inputs, labels = cache.vectors.gather(torch.arange(150)).float(), torch.from_numpy(cache.rows.labels)
     weights = torch.from_numpy(compute_class_weights(cache.rows.labels, "effective"))
     head = make_head(seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.02, weight_decay=0.01)
@@ -146,7 +145,9 @@ def test_training_ends_when_patience_does(tmp_path: Path, save_every: int) -> No
     assert all(epoch - 1 - int(np.argmax(scores[:epoch])) < 3 for epoch in range(1, len(scores)))
     last = load_checkpoint(run.last)
     assert (last.meta.epoch, last.meta.best_epoch) == (len(history), best)
-    assert said == [f"stopped early, after epoch {len(history)} of 60: no better f1_weighted for 3 epochs"]
+    assert said[len(history) :] == [
+        f"stopped early, after epoch {len(history)} of 60: no better f1_weighted for 3 epochs"
+    ]
     # The cosine is that of all 60 epochs.
     steps = math.ceil(150 / BATCH)
     rates = [0.02 * scale_learning_rate(steps * (i + 1) - 1, steps * 60, 0.05) for i in range(len(history))]

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from cache_schema import CacheRows
 from extract.distributed import Ranks
 from tests.planted import fresh_seed
+from tests.vectors import hold
 from train.batches import epoch_order
 from train.cached import CachedTiles
-from train.rows import LabelledCache, LabelledRows
+from train.rows import LabelledRows
 from train.sampling import compute_repeat_factors, count_epoch, describe_repeats, draw_epoch, draw_repeats
 
 NAMES = tuple("abcdef")
@@ -79,12 +78,11 @@ def test_every_rank_sees_its_share_of_the_same_repeated_batches(world_size: int)
     labels = draw_labels(rng)
     rows = make_rows(labels, 0.2)
     vectors = np.arange(len(labels), dtype=np.float16)[:, None]
-    nothing: Any = None
-    cache = LabelledCache(nothing, nothing, CacheRows({"cls": vectors}, nothing, nothing), rows)
+    held = hold(vectors)
     shares = []
     for rank in range(world_size):
         ranks = Ranks(rank, world_size, world_size, torch.device("cpu"), dist.HashStore())
-        tiles = CachedTiles(cache, ("cls",), ranks)
+        tiles = CachedTiles(rows, held, ranks)
         shares.append(list(tiles.iterate_epoch(batch_size=batch_size, seed=seed, epoch=epoch)))
     batches = [sorted(int(row) for share in batch for row in share.rows) for batch in zip(*shares, strict=True)]
     order = draw_epoch(rows, seed, epoch)
