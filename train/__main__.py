@@ -14,6 +14,7 @@ from extract.scenes import DEFAULT_SCENE_REGEX
 from extract.stop import Stopped
 
 from .config import DataConfig, TrainConfig
+from .loss import LOSSES
 
 DEFAULTS = {
     "head": {"epochs": 50, "batch_size": 1024, "lr": 1e-3, "warmup": 0.05},
@@ -55,11 +56,18 @@ _TRAINING: Options = [
         "left out, 224 px: to compare with the original script's figures only.",
     ),
     click.option("--features", default="cls", help="cls, patch_mean or cls+patch_mean."),
+    click.option(
+        "--head", type=click.Choice(["mlp", "linear"]), default="mlp", help="With a hidden layer, or without."
+    ),
     click.option("--hidden", type=int, default=512, help="Width of the head's hidden layer."),
-    click.option("--dropout", type=float, default=0.1, help="Of the head."),
+    click.option("--dropout", type=float, default=0.1, help="Of the hidden layer."),
     click.option("--weight-decay", type=float, default=0.01, help="Of AdamW."),
+    click.option("--loss", type=click.Choice(LOSSES), default="focal", help="What the head is trained with."),
     click.option("--alpha", type=float, default=0.65, help="Focal loss: weight of the positives."),
     click.option("--gamma", type=float, default=2.0, help="Focal loss: how little easy examples count."),
+    click.option("--gamma-pos", type=float, default=0.0, help="Asymmetric loss: the same, of the positives."),
+    click.option("--gamma-neg", type=float, default=4.0, help="Asymmetric loss: the same, of the negatives."),
+    click.option("--margin", type=float, default=0.05, help="Asymmetric loss: negatives below it cost nothing."),
     click.option(
         "--best-by",
         type=click.Choice(["f1_weighted", "map_macro"]),

@@ -9,6 +9,7 @@ from extract.backbone import POOLING
 from extract.scenes import DEFAULT_SCENE_REGEX
 
 from .errors import TrainError
+from .loss import LossConfig, LossName
 
 EmptyTiles = Literal["drop", "val", "keep"]
 ORIGINAL_EXCLUDED = (5, 48)
@@ -59,8 +60,11 @@ class TrainConfig:
         epochs, batch_size: the batch is global, whatever the number of ranks.
         lr, backbone_lr: peak learning rates of head and layers.
         weight_decay, warmup: of AdamW; the share of steps that warms up.
+        loss: what the head is trained with.
         alpha, gamma: of the focal loss.
-        hidden, dropout: of the head.
+        gamma_pos, gamma_neg, margin: of the asymmetric loss.
+        head: with a hidden layer, or a linear one.
+        hidden, dropout: of the hidden layer.
         best_by: metric that selects the best epoch.
         save_every: epochs between checkpoints.
         amp: autocast to bf16, by default where the device is CUDA.
@@ -93,6 +97,11 @@ class TrainConfig:
     backbone: str | None = None
     allow_unsealed: bool = False
     resume: bool = False
+    head: Literal["mlp", "linear"] = "mlp"
+    loss: LossName = "focal"
+    gamma_pos: float = 0.0
+    gamma_neg: float = 4.0
+    margin: float = 0.05
 
     def __post_init__(self) -> None:
         unknown = set(self.features.split("+")) - set(POOLING)
@@ -118,11 +127,23 @@ class TrainConfig:
             "warmup": (self.warmup, 0 <= self.warmup < 1, "a share from 0 to below 1"),
             "alpha": (self.alpha, 0 <= self.alpha <= 1, "0 to 1"),
             "gamma": (self.gamma, 0 <= self.gamma < math.inf, "0 or more"),
+            "gamma-pos": (self.gamma_pos, 0 <= self.gamma_pos < math.inf, "0 or more"),
+            "gamma-neg": (self.gamma_neg, 0 <= self.gamma_neg < math.inf, "0 or more"),
+            "margin": (self.margin, 0 <= self.margin < 1, "0 to below 1"),
             "hidden": (self.hidden, self.hidden >= 1, "at least 1"),
             "dropout": (self.dropout, 0 <= self.dropout < 1, "0 to below 1"),
             "seed": (self.seed, 0 <= self.seed < 2**31, "0 to 2147483647"),
             "workers": (self.workers or 0, (self.workers or 0) >= 0, "0 or more"),
         }
+
+    @property
+    def hidden_width(self) -> int:
+        """Of the head's hidden layer; 0 for a linear head."""
+        return self.hidden if self.head == "mlp" else 0
+
+    def make_loss(self) -> LossConfig:
+        """The loss with its parameters, to be called with logits and labels."""
+        return LossConfig(self.loss, self.alpha, self.gamma, self.gamma_pos, self.gamma_neg, self.margin)
 
     def like_original(self) -> Self:
         """The original script's split and classes, for comparison with its figures only."""

@@ -15,7 +15,7 @@ from extract.distributed import Ranks
 
 from .batches import Tiles
 from .intervals import bootstrap_intervals
-from .loss import focal_loss
+from .loss import LossConfig
 from .metrics import (
     DOMINANT_CLASSES,
     compute_metrics,
@@ -75,20 +75,18 @@ class Evaluation:
         return {**self.metrics, "intervals": intervals, "variants": self.variants}
 
 
-def compute_loss(logits: Tensor, labels: BoolArray, *, alpha: float, gamma: float) -> float | None:
-    """Mean focal loss over all tiles and classes; None where there is no tile."""
+def compute_loss(logits: Tensor, labels: BoolArray, loss: LossConfig) -> float | None:
+    """Mean loss over all tiles and classes; None where there is no tile."""
     if not len(logits):
         return None
-    return float(focal_loss(logits, torch.from_numpy(labels).float(), alpha=alpha, gamma=gamma).double().mean())
+    return float(loss(logits, torch.from_numpy(labels).float()).double().mean())
 
 
-def score_epoch(
-    logits: Tensor, rows: LabelledRows, counted: BoolArray, *, alpha: float, gamma: float
-) -> dict[str, Any]:
+def score_epoch(logits: Tensor, rows: LabelledRows, counted: BoolArray, *, loss: LossConfig) -> dict[str, Any]:
     """Metrics at threshold 0.5 on the rows where `counted` (n,) is true."""
     logits, labels = logits[torch.from_numpy(counted)], rows.labels[counted]
-    loss = compute_loss(logits, labels, alpha=alpha, gamma=gamma)
-    return compute_metrics(logits.sigmoid().numpy(), labels, rows.class_names, loss=loss)
+    mean = compute_loss(logits, labels, loss)
+    return compute_metrics(logits.sigmoid().numpy(), labels, rows.class_names, loss=mean)
 
 
 def evaluate_rows(
@@ -96,8 +94,7 @@ def evaluate_rows(
     rows: LabelledRows,
     counted: BoolArray,
     *,
-    alpha: float,
-    gamma: float,
+    loss: LossConfig,
     thresholds: npt.NDArray[np.float32] | None = None,
     seed: int = 0,
 ) -> Evaluation:
@@ -107,7 +104,7 @@ def evaluate_rows(
         logits: (n, C) float32.
         rows: their labels and scenes.
         counted: (n,) bool, the rows of the main figures; the others are empty tiles.
-        alpha, gamma: of the loss.
+        loss: whose mean is among the figures.
         thresholds: (C,) tuned elsewhere, as for a test set; None tunes them here, cross-fitted by scene for
             `f1_weighted_tuned`.
         seed: of folds and resampling.
@@ -118,7 +115,7 @@ def evaluate_rows(
     def score(chosen: BoolArray, dropped: tuple[str, ...] = ()) -> dict[str, Any]:
         mine, labels = probs[chosen], rows.labels[chosen]
         crossed = cross_fitted_preds(mine, labels, rows.scenes[chosen], seed=seed) if thresholds is None else None
-        loss = compute_loss(logits[torch.from_numpy(chosen)], labels, alpha=alpha, gamma=gamma)
+        mean = compute_loss(logits[torch.from_numpy(chosen)], labels, loss)
         return compute_metrics_without(
             dropped,
             mine,
@@ -126,7 +123,7 @@ def evaluate_rows(
             rows.class_names,
             preds_tuned=mine >= tuned if crossed is None else crossed,
             thresholds=tuned,
-            loss=None if dropped else loss,
+            loss=None if dropped else mean,
         )
 
     variants = {}

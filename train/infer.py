@@ -231,8 +231,7 @@ def _score(loaded: LoadedRun, inference: Inference | None) -> str:
         torch.from_numpy(inference.logits[rows.index]),
         rows,
         counted,
-        alpha=loaded.config.alpha,
-        gamma=loaded.config.gamma,
+        loss=loaded.config.make_loss(),
         thresholds=loaded.thresholds,
     )
     notes = [*rows.notes, *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted])]

@@ -116,7 +116,7 @@ def _draw_curves(history: list[dict[str, Any]]) -> str:
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
-    left.set_ylabel("focal loss")
+    left.set_ylabel("loss")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

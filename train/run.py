@@ -7,6 +7,7 @@ classifier holds a backbone. Split, loop, metrics, checkpoints and report are th
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None,
         else:
             data, split = replace(stored.data, split_file=run.split_file), "the split of that run"
     features = "+".join(head.meta.features)
-    config = replace(config, data=data, features=features, hidden=head.meta.hidden, head_run=str(run))
+    config = replace(config, data=data, features=features, head_run=str(run), **_describe_shape(head.meta))
     return config, head, (f"head starts from {run}, best epoch {head.meta.epoch}; validates on {split}",)
 
 
@@ -136,6 +137,11 @@ def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | N
     if config.head_run is None and run.read_config().cache != config.cache:
         return None
     return run, head
+
+
+def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
+    """The settings that give a head of a checkpoint's shape."""
+    return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
 
 
 def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
@@ -218,7 +224,7 @@ def make_meta(config: TrainConfig, cache: LabelledCache) -> CheckpointMeta:
         epoch=0,
         unfreeze=config.unfreeze,
         features=tuple(config.features.split("+")),
-        hidden=config.hidden,
+        hidden=config.hidden_width,
         dropout=config.dropout,
         class_ids=rows.class_ids,
         class_names=rows.class_names,
@@ -242,7 +248,7 @@ def _compare_cached_and_streamed(trainer: Trainer, make_tiles: MakeTiles, sets: 
     ):
         logits = predict_logits(model, tiles, ranks, amp=use_amp(config, ranks))
         if logits is not None:
-            scored = score_epoch(logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma)
+            scored = score_epoch(logits, sets.val.rows, sets.counted, loss=config.make_loss())
             figures.append(f"{scored['map_macro']:.4f}")
     if figures:
         _say(ranks, f"step 0: mAP of the starting head: cached {figures[0]}, streamed {figures[1]}")
@@ -261,18 +267,15 @@ def _finish(
         test_logits = predict_logits(classifier, make_tiles(sets.test), ranks, amp=amp)
     if val_logits is None:
         return
-    val = evaluate_rows(
-        val_logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma, seed=config.seed
-    )
+    loss = config.make_loss()
+    val = evaluate_rows(val_logits, sets.val.rows, sets.counted, loss=loss, seed=config.seed)
     save_checkpoint(run.best, best.tensors, replace(best.meta, thresholds=tuple(map(float, val.thresholds))))
     run.write_json("metrics.json", val.to_json())
     results: dict[str, Evaluation] = {f"validation, best epoch {best.meta.epoch}": val}
     if sets.test is not None and test_logits is not None:
         rows = sets.test.rows
         counted = ~rows.empty if config.data.empty == "drop" else np.ones(len(rows), bool)
-        test = evaluate_rows(
-            test_logits, rows, counted, alpha=config.alpha, gamma=config.gamma, thresholds=val.thresholds
-        )
+        test = evaluate_rows(test_logits, rows, counted, loss=loss, thresholds=val.thresholds)
         run.write_json("test_metrics.json", test.to_json())
         results["test, scored once"] = test
     write_report(run, config, results)
