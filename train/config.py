@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from cache_schema import LabelIds
 from extract.backbone import POOLING
@@ -12,6 +12,8 @@ from .errors import TrainError
 from .loss import LossConfig, LossName
 
 EmptyTiles = Literal["drop", "val", "keep"]
+HeadName = Literal["mlp", "linear"]
+HEADS: tuple[HeadName, ...] = get_args(HeadName)
 ORIGINAL_EXCLUDED = (5, 48)
 """Class ids the original script left out: Small Car and Building, present nearly everywhere."""
 ORIGINAL_SEED = 42
@@ -97,7 +99,7 @@ class TrainConfig:
     backbone: str | None = None
     allow_unsealed: bool = False
     resume: bool = False
-    head: Literal["mlp", "linear"] = "mlp"
+    head: HeadName = "mlp"
     loss: LossName = "focal"
     gamma_pos: float = 0.0
     gamma_neg: float = 4.0

@@ -49,7 +49,7 @@ def write_report(run: RunDirectory, config: TrainConfig, results: Mapping[str, E
         subtitle=(f"last {config.unfreeze} layers and head" if config.unfreeze else "head on cached embeddings")
         + f", cache {config.cache}",
         results=[_tabulate(title, evaluation) for title, evaluation in results.items()],
-        curves=_draw_curves(history),
+        curves=_draw_curves(history) if history else None,
         settings=json.dumps(run.read_json("config.json"), indent=2, ensure_ascii=False),
     )
     (run.path / "report.html").write_text(page)

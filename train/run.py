@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schema import ProvenanceError, open_cache
+from cache_schema import ProvenanceError, Version, open_cache
 from extract.distributed import Ranks, join_ranks
 from extract.plan import find_cached_checkpoint
 from extract.stop import Stopped, stop_on_signals
@@ -58,7 +58,7 @@ def run_training(config: TrainConfig) -> None:
             config, head, notes = ranks.run_on_main(lambda: _resolve(config))
             sets = ranks.run_everywhere(lambda: read_sets(config))
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
-            start = ranks.run_on_main(lambda: _open_run(config, head, sets))
+            start = ranks.run_on_main(lambda: open_run(config, head, sets))
             for line in (*sets.notes, *notes, *start.notes):
                 _say(ranks, line)
             _train(config, start, head, sets, ranks)
@@ -77,7 +77,7 @@ def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, set
         load_tensors(trainer.classifier, head.tensors)
         _compare_cached_and_streamed(trainer, make_tiles, sets, ranks)
     trainer.fit(lambda line: _say(ranks, line))
-    _finish(config, start.run, sets, trainer.classifier, make_tiles, ranks)
+    finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks)
 
 
 def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
@@ -144,7 +144,7 @@ def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
     return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
 
 
-def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
+def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
     """Rank 0: check what would fail later, then make or reopen the run directory."""
     version = sets.train.version
     if config.backbone and config.backbone != version.recorded.backbone:
@@ -152,6 +152,7 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
             f"{config.cache} was made with BACKBONE={version.recorded.backbone}, not {config.backbone}: "
             f"run `make extract BACKBONE={config.backbone}`, or leave BACKBONE unset"
         )
+    check_features(config.features, sets.train)
     if head is not None:
         check_head(head.meta, sets.train)
     if config.unfreeze:
@@ -166,6 +167,28 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
     # The settings last: with them the directory is a run, which can be resumed.
+    write_settings(run, config, version)
+    run.finish()
+    return Start(run, None, (f"global batch {config.batch_size}; files go to {run}",))
+
+
+def check_features(features: str, cache: LabelledCache) -> None:
+    """Refuse pooled arrays that the cache does not hold.
+
+    Raises:
+        TrainError: names those it holds.
+    """
+    there = cache.version.layout.pooling
+    lacking = [name for name in features.split("+") if name not in there]
+    if lacking:
+        raise TrainError(
+            f"--features {features}: {cache.version.root.url} holds no {', '.join(lacking)}: choose of "
+            f"{', '.join(there)}, or run `make extract` again"
+        )
+
+
+def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> None:
+    """config.json: the settings, and what the cache was made from."""
     run.write_json(
         "config.json",
         {
@@ -175,8 +198,6 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
             "recorded": version.recorded.to_json(),
         },
     )
-    run.finish()
-    return Start(run, None, (f"global batch {config.batch_size}; files go to {run}",))
 
 
 def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
@@ -254,7 +275,7 @@ def _compare_cached_and_streamed(trainer: Trainer, make_tiles: MakeTiles, sets: 
         _say(ranks, f"step 0: mAP of the starting head: cached {figures[0]}, streamed {figures[1]}")
 
 
-def _finish(
+def finish_run(
     config: TrainConfig, run: RunDirectory, sets: Sets, classifier: Classifier, make_tiles: MakeTiles, ranks: Ranks
 ) -> None:
     """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
@@ -282,4 +303,4 @@ def _finish(
     run.finish()
     for title, evaluation in results.items():
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
-    print(f"\nrun: {run} (best/, last/, metrics.json, report.html)", flush=True)
+    print(f"\nrun: {run} (best/, metrics.json, report.html)", flush=True)
