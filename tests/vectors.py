@@ -10,7 +10,7 @@ CLASSES = 60
 
 
 def plant_vectors(url: str, *, rows: int, width: int, seed: int, tiles_a_scene: int = 12) -> str:
-    """A sealed cache of `rows` vectors, `cls` and a noisier `patch_mean`, labelled with 60 class ids by a linear rule."""
+    """A sealed cache: `cls`, a noisier `patch_mean`, and labels, as class ids, that follow `cls` by a linear rule."""
     rng = np.random.default_rng(seed)
     number = np.arange(rows)
     names = sorted(f"images/{row // tiles_a_scene:05}_{row % tiles_a_scene}.png" for row in range(rows))

@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -46,7 +46,7 @@ class Grid:
         """Every combination; all else is as in `base`.
 
         Raises:
-            TrainError: an empty list, an entry named twice, or one that means nothing.
+            TrainError: an empty list, an entry that means nothing, or a configuration that comes twice.
         """
         axes: tuple[list[dict[str, Any]], ...] = (
             [{"features": choice} for choice in _split("features", self.features, str)],
@@ -55,7 +55,12 @@ class Grid:
             [{"lr": lr} for lr in _split("lrs", self.lrs, float)],
             [{"weight_decay": decay} for decay in _split("weight-decays", self.weight_decays, float)],
         )
-        return [replace(base, **dict(ChainMap(*changes))) for changes in itertools.product(*axes)]
+        configs = [replace(base, **dict(ChainMap(*changes))) for changes in itertools.product(*axes)]
+        twice = next((config for config, times in Counter(configs).items() if times > 1), None)
+        if twice is not None:
+            what = f"{twice.features}, {twice.head}, {describe_loss(twice)}, {twice.lr:g}, {twice.weight_decay:g}"
+            raise TrainError(f"the lists name one configuration twice ({what}): name each of their values once")
+        return configs
 
 
 def describe_loss(config: TrainConfig) -> str:
@@ -90,13 +95,9 @@ def _split(option: str, text: str, parse: Callable[[str], T]) -> list[T]:
     if not entries:
         raise TrainError(f"--{option} is empty: name at least one, and separate several by commas")
     try:
-        parsed = [parse(entry) for entry in entries]
+        return [parse(entry) for entry in entries]
     except ValueError as error:
         raise TrainError(f"--{option} {text}: {error}") from error
-    twice = next((entry for entry, value in zip(entries, parsed, strict=True) if parsed.count(value) > 1), None)
-    if twice is not None:
-        raise TrainError(f"--{option} {text}: {twice} is named twice")
-    return parsed
 
 
 def _parse_head(text: str) -> str:

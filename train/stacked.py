@@ -41,7 +41,8 @@ class StackedHeads:
         """
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._amp):
             weight, bias, *second = self.tensors.values()
-            first = functional.linear(inputs, weight.flatten(0, 1), bias.flatten()).unflatten(1, (len(weight), -1))
+            first: Tensor = functional.linear(inputs, weight.flatten(0, 1), bias.flatten())
+            first = first.unflatten(1, (len(weight), -1))
             if not second:
                 return first.transpose(0, 1)
             hidden = first.relu()
