@@ -139,6 +139,7 @@ def finetune(**options: Any) -> None:
     _train(options)
 
 
+# 2 x 2 x 4 x 2 x 2 = 64: two values where one would hide a trend, the losses there are, and both kinds of head.
 _SWEEP: Options = [
     click.option("--lrs", default="1e-3,3e-3", help="Peak learning rates."),
     click.option("--weight-decays", default="0.01,0.3", help="Of AdamW."),

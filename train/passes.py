@@ -19,7 +19,7 @@ from .config import TrainConfig
 from .grid import describe_loss
 from .intervals import score_resamples
 from .loop import ValidationSet, scale_learning_rate, seed_dropout
-from .model import Head
+from .model import Head, join_features
 from .ranking import KEYS, CountArray, FloatArray, HeadResult, assign_folds, choose_epochs, score_counts
 from .stacked import Stack, StackedHeads, draw_dropout
 
@@ -49,16 +49,13 @@ def plan_passes(
     """
     passes: list[list[Members]] = [[]]
     room = STATE_BYTES
-    ordered = sorted(configs, key=lambda config: (*_shape(config), describe_loss(config)))
-    for _, group in groupby(ordered, _shape):
+    for _, group in groupby(sorted(configs, key=_order), _shape):
         members = tuple(group)
         with torch.device("meta"):
-            state = _COPIES * 4 * sum(tensor.numel() for tensor in make_head(members[0]).parameters())
-        widest = 4 * members[0].batch_size * max(members[0].hidden_width, 64)
-        most = max(1, min(ACTIVATION_BYTES[device.type] // widest, STATE_BYTES // state))
-        size = math.ceil(len(members) / math.ceil(len(members) / most))
-        for start in range(0, len(members), size):
-            stack = members[start : start + size]
+            tensors = list(make_head(members[0]).parameters())
+        state = _COPIES * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        layer = members[0].batch_size * len(tensors[0]) * tensors[0].element_size()
+        for stack in _split(members, max(1, min(ACTIVATION_BYTES[device.type] // layer, STATE_BYTES // state))):
             if passes[-1] and len(stack) * state > room:
                 passes.append([])
                 room = STATE_BYTES
@@ -73,6 +70,16 @@ def plan_passes(
 
 def _shape(config: TrainConfig) -> tuple[str, int]:
     return config.features, config.hidden_width
+
+
+def _order(config: TrainConfig) -> tuple[str, int, str]:
+    return *_shape(config), describe_loss(config)
+
+
+def _split(members: Members, most: int) -> list[Members]:
+    """As few stacks as hold at most `most` members each, about equal in size."""
+    size = math.ceil(len(members) / math.ceil(len(members) / most))
+    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +206,7 @@ class SweepPass:
             scale = scale_learning_rate(step, config.epochs * steps, config.warmup)
             mask = None
             if hidden and config.dropout:
-                mask = draw_dropout(batch.global_size, hidden, config.dropout, batch.inputs.device, amp=self._amp)
+                mask = draw_dropout(len(batch.inputs), hidden, config.dropout, batch.inputs.device, amp=self._amp)
             views = self._take_features(batch.inputs)
             for stack in self._stacks:
                 stack.train_step(views[stack.features], batch.labels, mask, scale)
@@ -209,7 +216,7 @@ class SweepPass:
         """By feature choice the (B, F) float32 columns out of all."""
         parts = dict(zip(self._joined, inputs.float().chunk(len(self._joined), dim=1), strict=True))
         choices = {stack.features for stack in self._stacks}
-        return {choice: torch.cat([parts[name] for name in choice.split("+")], dim=1) for choice in choices}
+        return {choice: join_features(parts, tuple(choice.split("+"))) for choice in choices}
 
     @torch.inference_mode()
     def _count(self) -> list[tuple[CountArray, BoolArray]]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from extract.distributed import Ranks, join_ranks
 from extract.stop import Stopped, stop_on_signals
 
+from .batches import Tiles
 from .cached import CachedTiles
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
@@ -20,6 +21,7 @@ from .loop import ValidationSet, choose_batch_size, use_amp
 from .model import Classifier, Head
 from .passes import Folds, SweepPass, plan_passes
 from .ranking import HeadResult, Ranked, cross_fit, format_ranking, rank_configurations
+from .rows import LabelledCache
 from .run import check_features, finish_run, make_head, make_meta, open_run, write_settings
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
@@ -61,16 +63,24 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
     with stop_on_signals(), join_ranks(base.device) as ranks:
         if ranks.world_size > 1:
             raise TrainError(f"a sweep is one process, not {ranks.world_size}: leave NPROC unset")
-        sets = read_sets(base)
-        for choice in choices:
-            check_features(choice, sets.train)
-        base = replace(base, batch_size=choose_batch_size(len(sets.train.rows), base.batch_size))
-        start = open_run(base, None, sets)
-        for line in (*sets.notes, *start.notes):
-            print(line, flush=True)
-        if not base.val_cache:  # another seed would make another split
-            base = replace(base, data=replace(base.data, split_file=start.run.split_file))
-        Sweep(grid.expand(base), numbers, sets, start.run, ranks).run()
+        run = None
+        try:
+            sets = read_sets(base)
+            for choice in choices:
+                check_features(choice, sets.train)
+            base = replace(base, batch_size=choose_batch_size(len(sets.train.rows), base.batch_size))
+            start = open_run(base, None, sets)
+            run = start.run
+            for line in (*sets.notes, *start.notes):
+                print(line, flush=True)
+            if not base.val_cache:  # another seed would make another split
+                base = replace(base, data=replace(base.data, split_file=run.split_file))
+            Sweep(grid.expand(base), numbers, sets, run, ranks).run()
+        except Stopped as stop:
+            ranked = run is not None and (run.path / "sweep.json").exists()
+            what = f"{run}/sweep.json ranks what was complete" if ranked else "nothing was complete yet"
+            print(f"stopped by {stop}: {what}", file=sys.stderr, flush=True)
+            raise
 
 
 class Sweep:
@@ -83,16 +93,16 @@ class Sweep:
         self._amp = use_amp(configs[0], ranks)
         used = {name for config in configs for name in config.features.split("+")}
         self._joined = tuple(name for name in sets.train.version.layout.pooling if name in used)
-        tiles = CachedTiles(sets.val, self._joined, ranks)
-        self._val = ValidationSet(tiles, sets.val.rows, sets.counted)
+        self._val = ValidationSet(self._load(sets.val, self._joined), sets.val.rows, sets.counted)
         self._folds = Folds.make(self._val, seeds[0], ranks.device)
+        if not self._folds.support.any():
+            raise TrainError("no validation tile shows any class: nothing can be ranked; give a larger VAL_CACHE")
 
     def run(self) -> None:
         """Train, rank, and write what the winner leaves."""
         outcome = self._train()
         if not outcome.results:
             if outcome.stop is not None:
-                print(f"stopped by {outcome.stop} before an epoch was complete: nothing to rank", file=sys.stderr)
                 raise outcome.stop
             raise TrainError("every head diverged: lower --lrs, or run `python -m train head`, which names the tiles")
         ranked = rank_configurations(outcome.results, outcome.failed)
@@ -104,11 +114,14 @@ class Sweep:
         if outcome.stop is not None:
             raise outcome.stop
 
+    def _load(self, cache: LabelledCache, features: tuple[str, ...]) -> Tiles:
+        return CachedTiles(cache, features, self._ranks)
+
     def _make_head(self, config: TrainConfig) -> Head:
         return make_head(make_meta(config, self._sets.train), self._sets.train.version.layout.width, config.seed)
 
     def _train(self) -> Outcome:
-        train = CachedTiles(self._sets.train, self._joined, self._ranks)
+        train = self._load(self._sets.train, self._joined)
         passes = plan_passes(self._configs, self._seeds, self._make_head, self._ranks.device)
         heads, epochs = len(self._configs) * len(self._seeds), self._configs[0].epochs
         print(f"{len(self._configs)} configurations x {len(self._seeds)} seeds: {heads} heads, {len(passes)} passes")
@@ -171,7 +184,7 @@ class Sweep:
             self._run,
             self._sets,
             classifier,
-            lambda cache: CachedTiles(cache, meta.features, self._ranks),
+            lambda cache: self._load(cache, meta.features),
             self._ranks,
         )
 

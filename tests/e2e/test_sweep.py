@@ -206,6 +206,7 @@ def test_a_signal_leaves_what_there_is(
     assert [len(entry["heads"]) for entry in whole["ranking"]] == [1] * 6
     stopped = f"stopped by {signal.Signals(number).name}: ranked are 6 heads of 12, after {min(epoch, 3)} of 3 epochs"
     assert stopped in result.out
+    assert f"stopped by {signal.Signals(number).name}: runs/sweep-001/sweep.json ranks what was" in result.err
     assert load_checkpoint(tmp_path / "runs" / "sweep" / "best").meta.epoch <= epoch
 
 
