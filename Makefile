@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo extract train-head finetune evaluate predict info check test soak bench
+.PHONY: help help-all demo extract train-head sweep finetune evaluate predict info check test soak bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
@@ -33,7 +33,7 @@ help: ## show this help
 
 help-all: ## (more) show every target and every command's options
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
-	@for command in "extract run" "train head" "train finetune" "train evaluate" "train predict" "train triage" \
+	@for command in "extract run" "train head" "train sweep" "train finetune" "train evaluate" "train predict" "train triage" \
 		"cache_schema info" "cache_schema verify" "cache_schema diff" "cache_schema gc"; do \
 		echo; $(PYTHON) -m $$command --help; done
 
@@ -47,6 +47,9 @@ extract: $(READY) ## embed every tile under TILES=gs://bucket/prefix once [BACKB
 
 train-head: $(READY) ## fit the head on cached vectors [CACHE VAL_CACHE TEST_CACHE]
 	@$(LAUNCH) -m train head --run-dir '$(or $(RUN),$(RUNS)/head)' $(TRAIN)
+
+sweep: $(READY) ## fit heads of 64 settings together, rank them, keep the best [CACHE VAL_CACHE TEST_CACHE]
+	@$(if $(NPROC),$(LAUNCH),$(PYTHON)) -m train sweep --run-dir '$(or $(RUN),$(RUNS)/sweep)' $(TRAIN)
 
 finetune: $(READY) ## train the last UNFREEZE=3 layers on streamed tiles, from the cached head
 	@$(SERVED) $(LAUNCH) -m train finetune --run-dir '$(or $(RUN),$(RUNS)/finetune)' --unfreeze $(UNFREEZE) \

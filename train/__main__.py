@@ -1,4 +1,4 @@
-"""python -m train head|finetune|evaluate|predict|triage"""
+"""python -m train head|sweep|finetune|evaluate|predict|triage"""
 
 import sys
 from collections.abc import Callable
@@ -14,17 +14,19 @@ from extract.distributed import exit_with
 from extract.scenes import DEFAULT_SCENE_REGEX
 from extract.stop import Stopped
 
-from .config import DataConfig, TrainConfig
+from .config import HEADS, DataConfig, TrainConfig
+from .loss import LOSSES
 from .memory import parse_bytes
 
 DEFAULTS = {
     "head": {"epochs": 50, "batch_size": 1024, "lr": 1e-3, "warmup": 0.05},
     "finetune": {"epochs": 10, "batch_size": 64, "lr": 1e-4, "warmup": 0.1},
+    "sweep": {"epochs": 20, "batch_size": 1024, "warmup": 0.05},
 }
 Command = Callable[..., Any]
 Options = list[Callable[[Any], Any]]
 
-_TRAINING: Options = [
+_DATA: Options = [
     click.option("--cache", help="Cache to train on.  [default: the one written last]"),
     click.option("--val-cache", help="A validation set of its own, instead of a split of the cache."),
     click.option("--test-cache", help="A test set, scored once at the end."),
@@ -50,6 +52,17 @@ _TRAINING: Options = [
     click.option("--scene-regex", default=DEFAULT_SCENE_REGEX, help="Group (?P<scene>…) of a tile's name."),
     click.option("--val-fraction", type=float, default=0.2, help="Share of tiles to validate on, in whole scenes."),
     click.option("--split-file", type=click.Path(dir_okay=False), help="A split.json written before."),
+]
+_SHARED: Options = [
+    click.option("--hidden", type=int, default=512, help="Width of the head's hidden layer."),
+    click.option("--dropout", type=float, default=0.1, help="Of the hidden layer."),
+    click.option("--seed", type=int, default=0, help="Of split, head, order and dropout."),
+    click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: where the device multiplies it]"),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished cache, without its missing rows."),
+]
+_TRAINING: Options = [
+    *_DATA,
     click.option(
         "--like-original",
         is_flag=True,
@@ -57,11 +70,14 @@ _TRAINING: Options = [
         "left out, 224 px: to compare with the original script's figures only.",
     ),
     click.option("--features", default="cls", help="cls, patch_mean or cls+patch_mean."),
-    click.option("--hidden", type=int, default=512, help="Width of the head's hidden layer."),
-    click.option("--dropout", type=float, default=0.1, help="Of the head."),
+    click.option("--head", type=click.Choice(HEADS), default="mlp", help="With a hidden layer, or without."),
     click.option("--weight-decay", type=float, default=0.01, help="Of AdamW."),
+    click.option("--loss", type=click.Choice(LOSSES), default="focal", help="What the head is trained with."),
     click.option("--alpha", type=float, default=0.65, help="Focal loss: weight of the positives."),
     click.option("--gamma", type=float, default=2.0, help="Focal loss: how little easy examples count."),
+    click.option("--gamma-pos", type=float, default=0.0, help="Asymmetric loss: the same, of the positives."),
+    click.option("--gamma-neg", type=float, default=4.0, help="Asymmetric loss: the same, of the negatives."),
+    click.option("--margin", type=float, default=0.05, help="Asymmetric loss: negatives below it cost nothing."),
     click.option(
         "--best-by",
         type=click.Choice(["f1_weighted", "map_macro"]),
@@ -88,16 +104,13 @@ _TRAINING: Options = [
     click.option("--clip-norm", type=float, help="Largest norm of a step's gradient, over all ranks and weights."),
     click.option("--deterministic", is_flag=True, help="Bit-equal runs on one machine; slower on CUDA."),
     click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
-    click.option("--seed", type=int, default=0, help="Of split, head, order and dropout."),
-    click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: where the device multiplies it]"),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
-    click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished cache, without its missing rows."),
     click.option("--resume", is_flag=True, help="Continue the newest run of --run-dir with its own settings."),
+    *_SHARED,
 ]
 
 
-def _training_options(command: str) -> Callable[[Command], Command]:
-    """The options both trainers share, with this command's defaults."""
+def _training_options(command: str, options: Options) -> Callable[[Command], Command]:
+    """The options of a trainer, with this command's defaults."""
     defaults = DEFAULTS[command]
     own: Options = [
         click.option(
@@ -110,21 +123,18 @@ def _training_options(command: str) -> Callable[[Command], Command]:
             default=defaults["batch_size"],
             help="Global, whatever the ranks; halved until an epoch has 20 steps.",
         ),
-        click.option("--lr", type=float, default=defaults["lr"], help="Peak learning rate of the head."),
         click.option("--warmup", type=float, default=defaults["warmup"], help="Share of steps that warms up."),
     ]
 
+    if "lr" in defaults:
+        own.append(click.option("--lr", type=float, default=defaults["lr"], help="Peak learning rate of the head."))
+
     def decorate(function: Command) -> Command:
-        for option in reversed([*own, *_TRAINING]):
+        for option in reversed([*own, *options]):
             function = option(function)
         return function
 
     return decorate
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-def main() -> None:
-    """Cached embeddings, or streamed tiles, to a multi-label classifier."""
 
 
 class _Bytes(click.ParamType[int]):
@@ -139,13 +149,21 @@ class _Bytes(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-@main.command()
-@_training_options("head")
-@click.option(
+_memory_budget = click.option(
     "--memory-budget",
     type=_Bytes(),
     help="Memory a rank may hold vectors in, such as 512M; more of them are streamed.  [default: half of what is free]",
 )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def main() -> None:
+    """Cached embeddings, or streamed tiles, to a multi-label classifier."""
+
+
+@main.command()
+@_training_options("head", _TRAINING)
+@_memory_budget
 @click.option("--folds", type=int, default=0, help="Cross-validate over as many folds of scenes as well; 0: do not.")
 def head(**options: Any) -> None:
     """Fit the head on cached embeddings: seconds, not hours."""
@@ -153,7 +171,7 @@ def head(**options: Any) -> None:
 
 
 @main.command()
-@_training_options("finetune")
+@_training_options("finetune", _TRAINING)
 @click.option("--unfreeze", type=int, default=3, help="Last transformer layers to train; 0 is the cached path.")
 @click.option("--backbone-lr", type=float, default=1e-5, help="Peak learning rate of the unfrozen layers.")
 @click.option("--head-run", help="Run whose head to start from.  [default: runs/head, if it is of this cache]")
@@ -161,6 +179,33 @@ def head(**options: Any) -> None:
 def finetune(**options: Any) -> None:
     """Train the last layers and the head on streamed tiles, starting from the cached head."""
     _train(options)
+
+
+# 2 x 2 x 4 x 2 x 2 = 64: two values where one would hide a trend, the losses there are, and both kinds of head.
+_SWEEP: Options = [
+    click.option("--lrs", default="1e-3,3e-3", help="Peak learning rates."),
+    click.option("--weight-decays", default="0.01,0.3", help="Of AdamW."),
+    click.option(
+        "--losses",
+        default="bce,focal:0.65:2,focal:0.5:1,asymmetric",
+        help="bce, focal:ALPHA:GAMMA, asymmetric:GAMMA-POS:GAMMA-NEG:MARGIN; parameters may be left out.",
+    ),
+    click.option("--features", default="cls,cls+patch_mean", help="Pooled arrays of the cache, joined by +."),
+    click.option("--heads", default="linear,mlp", help="linear, mlp."),
+    click.option("--seeds", type=int, default=3, help="Heads of each configuration; the first has --seed."),
+]
+
+
+@main.command()
+@_training_options("sweep", [*_SWEEP, *_DATA, *_SHARED])
+@_memory_budget
+def sweep(lrs: str, weight_decays: str, losses: str, features: str, heads: str, seeds: int, **options: Any) -> None:
+    """Train heads of many settings together on cached embeddings, rank them, and keep the best."""
+    from .grid import Grid
+    from .sweep import run_sweep
+
+    grid = Grid(lrs=lrs, weight_decays=weight_decays, losses=losses, features=features, heads=heads)
+    run_sweep(_make_config(options), grid, seeds)
 
 
 _TARGET: Options = [
@@ -230,15 +275,19 @@ def demo(tiles: str, finetune_options: tuple[str, ...]) -> None:
 def _train(options: dict[str, Any]) -> None:
     from .run import run_training
 
-    if not options["resume"]:  # a resumed run knows its own
-        options["cache"] = options["cache"] or _last_cache()
     like_original = options.pop("like_original")
+    config = _make_config(options)
+    run_training(config.like_original() if like_original else config)
+
+
+def _make_config(options: dict[str, Any]) -> TrainConfig:
+    if not options.get("resume"):  # a resumed run knows its own
+        options["cache"] = options["cache"] or _last_cache()
     names = DataConfig.__dataclass_fields__.keys() & options.keys()
     data = {name: options.pop(name) for name in names}
     data["exclude"] = _parse_ids(data["exclude"])
     options["cache"] = options["cache"] or ""
-    config = TrainConfig(data=DataConfig(**data), **options)
-    run_training(config.like_original() if like_original else config)
+    return TrainConfig(data=DataConfig(**data), **options)
 
 
 def _parse_ids(text: str) -> tuple[int, ...]:

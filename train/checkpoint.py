@@ -32,7 +32,7 @@ class CheckpointMeta:
         epoch: epochs finished.
         unfreeze: trained layers; 0 for a head alone.
         features: pooled arrays the head was trained on.
-        hidden, dropout: of the head.
+        hidden, dropout: of the head; `hidden` 0 is a linear one.
         class_ids, class_names: C each, in the order of the logits.
         reading: how raw label ids were read, `type` or `class`.
         thresholds: C decision thresholds tuned on the validation rows; empty before the first evaluation.

@@ -2,16 +2,19 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from cache_schema import LabelIds
 from extract.backbone import POOLING
 from extract.scenes import DEFAULT_SCENE_REGEX
 
 from .errors import TrainError
+from .loss import LossConfig, LossName
 from .weights import ClassWeights
 
 EmptyTiles = Literal["drop", "val", "keep"]
+HeadName = Literal["mlp", "linear"]
+HEADS: tuple[HeadName, ...] = get_args(HeadName)
 ORIGINAL_EXCLUDED = (5, 48)
 """Class ids the original script left out: Small Car and Building, present nearly everywhere."""
 ORIGINAL_SEED = 42
@@ -62,8 +65,11 @@ class TrainConfig:
         epochs, batch_size: the batch is global, whatever the number of ranks.
         lr, backbone_lr: peak learning rates of head and layers.
         weight_decay, warmup: of AdamW; the share of steps that warms up.
+        loss: what the head is trained with.
         alpha, gamma: of the focal loss.
-        hidden, dropout: of the head.
+        gamma_pos, gamma_neg, margin: of the asymmetric loss.
+        head: with a hidden layer, or a linear one.
+        hidden, dropout: of the hidden layer.
         best_by: metric that selects the best epoch.
         class_weights: how the positives of rare classes are weighted.
         repeat_factor: share of tiles below which a class's tiles are repeated; 0 repeats none.
@@ -111,6 +117,11 @@ class TrainConfig:
     allow_unsealed: bool = False
     resume: bool = False
     folds: int = 0
+    head: HeadName = "mlp"
+    loss: LossName = "focal"
+    gamma_pos: float = 0.0
+    gamma_neg: float = 4.0
+    margin: float = 0.05
 
     def __post_init__(self) -> None:
         unknown = set(self.features.split("+")) - set(POOLING)
@@ -140,12 +151,24 @@ class TrainConfig:
             "repeat-factor": (self.repeat_factor, 0 <= self.repeat_factor <= 1, "a share of tiles, 0 to 1"),
             "patience": (self.patience or 0, self.patience is None or self.patience >= 1, "at least 1 epoch"),
             "clip-norm": (self.clip_norm or 0.0, self.clip_norm is None or 0 < self.clip_norm < math.inf, "above 0"),
+            "gamma-pos": (self.gamma_pos, 0 <= self.gamma_pos < math.inf, "0 or more"),
+            "gamma-neg": (self.gamma_neg, 0 <= self.gamma_neg < math.inf, "0 or more"),
+            "margin": (self.margin, 0 <= self.margin < 1, "0 to below 1"),
             "hidden": (self.hidden, self.hidden >= 1, "at least 1"),
             "dropout": (self.dropout, 0 <= self.dropout < 1, "0 to below 1"),
             "seed": (self.seed, 0 <= self.seed < 2**31, "0 to 2147483647"),
             "workers": (self.workers or 0, (self.workers or 0) >= 0, "0 or more"),
             "memory-budget": (self.memory_budget, (self.memory_budget or 1) > 0, "bytes above 0"),
         }
+
+    @property
+    def hidden_width(self) -> int:
+        """Of the head's hidden layer; 0 for a linear head."""
+        return self.hidden if self.head == "mlp" else 0
+
+    def make_loss(self) -> LossConfig:
+        """The loss with its parameters, to be called with logits and labels."""
+        return LossConfig(self.loss, self.alpha, self.gamma, self.gamma_pos, self.gamma_neg, self.margin)
 
     def like_original(self) -> Self:
         """The original script's split and classes, for comparison with its figures only."""

@@ -18,7 +18,7 @@ from .batches import Tiles
 from .calibration import expected_calibration_error
 from .decisions import Decisions, FloatArray, cross_fit
 from .intervals import bootstrap_intervals
-from .loss import focal_loss
+from .loss import LossConfig
 from .metrics import (
     DOMINANT_CLASSES,
     compute_metrics,
@@ -102,20 +102,18 @@ class Evaluation:
         }
 
 
-def compute_loss(logits: Tensor, labels: BoolArray, *, alpha: float, gamma: float) -> float | None:
-    """Mean focal loss over all tiles and classes; None where there is no tile."""
+def compute_loss(logits: Tensor, labels: BoolArray, loss: LossConfig) -> float | None:
+    """Mean loss over all tiles and classes; None where there is no tile."""
     if not len(logits):
         return None
-    return float(focal_loss(logits, torch.from_numpy(labels).float(), alpha=alpha, gamma=gamma).double().mean())
+    return float(loss(logits, torch.from_numpy(labels).float()).double().mean())
 
 
-def score_epoch(
-    logits: Tensor, rows: LabelledRows, counted: BoolArray, *, alpha: float, gamma: float
-) -> dict[str, Any]:
+def score_epoch(logits: Tensor, rows: LabelledRows, counted: BoolArray, *, loss: LossConfig) -> dict[str, Any]:
     """Metrics at threshold 0.5 on the rows where `counted` (n,) is true."""
     logits, labels = logits[torch.from_numpy(counted)], rows.labels[counted]
-    loss = compute_loss(logits, labels, alpha=alpha, gamma=gamma)
-    return compute_metrics(logits.sigmoid().numpy(), labels, rows.class_names, loss=loss)
+    mean = compute_loss(logits, labels, loss)
+    return compute_metrics(logits.sigmoid().numpy(), labels, rows.class_names, loss=mean)
 
 
 def evaluate_rows(
@@ -123,8 +121,7 @@ def evaluate_rows(
     rows: LabelledRows,
     counted: BoolArray,
     *,
-    alpha: float,
-    gamma: float,
+    loss: LossConfig,
     decisions: Decisions | None = None,
     rarest: tuple[int, ...] = (),
     seed: int = 0,
@@ -137,7 +134,7 @@ def evaluate_rows(
         logits: (n, C) float32.
         rows: their labels and scenes.
         counted: (n,) bool, the rows of the main figures; the others are empty tiles.
-        alpha, gamma: of the loss.
+        loss: whose mean is among the figures.
         decisions: fitted elsewhere, as for a test set; None fits them here, cross-fitted by scene for
             `f1_weighted_tuned` and the calibration error after.
         rarest: columns of the classes rarest in training, for a variant of their own.
@@ -161,7 +158,7 @@ def evaluate_rows(
             rows.class_names,
             preds_tuned=preds_tuned,
             thresholds=fitted.thresholds,
-            loss=None if dropped else compute_loss(mine, labels, alpha=alpha, gamma=gamma),
+            loss=None if dropped else compute_loss(mine, labels, loss),
         )
 
     calibrated, preds_tuned = read(counted)

@@ -131,16 +131,15 @@ class CrossValidation:
     def score(cls, found: OutOfFold, rows: LabelledRows, config: TrainConfig) -> CrossValidation:
         """The figures of n rows."""
         logits, counted = torch.from_numpy(found.logits), mark_counted(rows, config.data.empty)
-        alpha, gamma = config.alpha, config.gamma
         per_fold = []
         for number in range(config.folds):
             mine = found.fold == number
             held_out = rows.select(mine)
-            averages = score_epoch(logits[torch.from_numpy(mine)], held_out, counted[mine], alpha=alpha, gamma=gamma)
+            averages = score_epoch(logits[torch.from_numpy(mine)], held_out, counted[mine], loss=config.make_loss())
             del averages["per_class"], averages["f1_weighted_tuned"]
             tiles, scenes = int(counted[mine].sum()), len(np.unique(held_out.scenes[counted[mine]]))
             per_fold.append({"scenes": scenes, "tiles": tiles, **averages})
-        return cls(per_fold, evaluate_rows(logits, rows, counted, alpha=alpha, gamma=gamma, seed=config.seed))
+        return cls(per_fold, evaluate_rows(logits, rows, counted, loss=config.make_loss(), seed=config.seed))
 
     def spread(self, key: str) -> tuple[float, float]:
         """Mean of a figure over folds and its standard deviation from fold to fold (n - 1)."""

@@ -232,8 +232,7 @@ def _score(loaded: LoadedRun, inference: Inference | None) -> str:
         torch.from_numpy(inference.logits[rows.index]),
         rows,
         counted,
-        alpha=loaded.config.alpha,
-        gamma=loaded.config.gamma,
+        loss=loaded.config.make_loss(),
         decisions=loaded.decisions,
     )
     notes = [*rows.notes, *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted])]

@@ -23,7 +23,6 @@ from .checkpoint import CheckpointMeta, LoadedCheckpoint, save_checkpoint, sync
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
 from .evaluation import predict_logits, score_epoch
-from .loss import focal_loss
 from .model import Classifier
 from .rarest import average_rarest, find_rarest
 from .rows import LabelledRows
@@ -97,6 +96,7 @@ class Trainer:
         self._run = run
         self._ranks = ranks
         self._amp = use_amp(config, ranks)
+        self._loss = config.make_loss()
         self._optimizer = make_optimizer(classifier, config)
         self._model: nn.Module = classifier
         if ranks.world_size > 1:
@@ -175,8 +175,7 @@ class Trainer:
     def _train_epoch(self, bar: "tqdm[Any]", timing: EpochTiming) -> dict[str, float]:
         """Train one epoch; its mean loss over all ranks, and what the options in use did, for the history."""
         config, started = self.config, time.perf_counter()
-        # Dropout's draws depend on seed, epoch and rank alone, so a resumed run repeats them.
-        torch.manual_seed((config.seed * 1_000_003 + self._epoch) * 8_191 + self._ranks.rank)
+        seed_dropout(config.seed, self._epoch, self._ranks.rank)
         self.classifier.train()
         batches = self._train.iterate_epoch(batch_size=config.batch_size, seed=config.seed, epoch=self._epoch)
         first = step = self._first_steps[self._epoch]
@@ -235,7 +234,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp):
             logits = self._model(batch.inputs)
-        losses = focal_loss(logits, batch.labels.float(), alpha=self.config.alpha, gamma=self.config.gamma)
+        losses = self._loss(logits, batch.labels.float())
         if self._class_weights is not None:
             losses = weigh_positives(losses, batch.labels, self._class_weights)
         summed = losses.sum()
@@ -270,9 +269,7 @@ class Trainer:
                 f"{len(logits):,} validation tiles: lower --lr, or train without --amp; the checkpoints are as they "
                 "were"
             )
-        metrics = score_epoch(
-            logits, self._val.rows, self._val.counted, alpha=self.config.alpha, gamma=self.config.gamma
-        )
+        metrics = score_epoch(logits, self._val.rows, self._val.counted, loss=self._loss)
         timing.val_s = time.perf_counter() - started
         self._record(trained, metrics, timing, bar, note)
         return self._is_over()
@@ -316,6 +313,11 @@ class Trainer:
         meta = self._meta.at_epoch(self._epoch, self._best, self._best_epoch)
         state = self._optimizer.state_dict() if optimizer else None
         save_checkpoint(directory, self.classifier.trained_tensors(), meta, state)
+
+
+def seed_dropout(seed: int, epoch: int, rank: int) -> None:
+    """Make the epoch's draws depend on seed, epoch and rank alone, so that a resumed run repeats them."""
+    torch.manual_seed((seed * 1_000_003 + epoch) * 8_191 + rank)
 
 
 def use_amp(config: TrainConfig, ranks: Ranks) -> bool:

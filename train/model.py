@@ -9,10 +9,16 @@ from extract.backbone import Backbone
 
 
 class Head(nn.Sequential):
-    """Linear(D, hidden) - ReLU - Dropout - Linear(hidden, C): (B, D) embeddings to (B, C) logits."""
+    """Linear(D, hidden) - ReLU - Dropout - Linear(hidden, C): (B, D) embeddings to (B, C) logits.
+
+    Without a hidden layer (`hidden` 0) it is Linear(D, C), and `dropout` has nothing to act on.
+    """
 
     def __init__(self, width: int, classes: int, *, hidden: int, dropout: float) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes))
+        if hidden:
+            super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes))
+        else:
+            super().__init__(nn.Linear(width, classes))
 
 
 class Classifier(nn.Module):

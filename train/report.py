@@ -64,7 +64,7 @@ def write_report(
         results=[_tabulate(title, evaluation) for title, evaluation in results.items()],
         notes=notes,
         folds="\n".join(folds),
-        curves=_draw_curves(history),
+        curves=_draw_curves(history) if history else None,
         settings=json.dumps(run.read_json("config.json"), indent=2, ensure_ascii=False),
     )
     (run.path / "report.html").write_text(page)
@@ -134,7 +134,7 @@ def _draw_curves(history: list[dict[str, Any]]) -> str:
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
-    left.set_ylabel("focal loss")
+    left.set_ylabel("loss")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

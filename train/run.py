@@ -7,10 +7,11 @@ classifier holds a backbone. Split, loop, metrics, checkpoints and report are th
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from cache_schema import ProvenanceError, open_cache
+from cache_schema import ProvenanceError, Version, open_cache
 from extract.distributed import Ranks, join_ranks
 from extract.plan import find_cached_checkpoint
 from extract.stop import Stopped, stop_on_signals
@@ -60,7 +61,7 @@ def run_training(config: TrainConfig) -> None:
             config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
             sets = ranks.run_everywhere(lambda: read_sets(config, ranks.device))
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
-            start = ranks.run_on_main(lambda: _open_run(config, head, sets))
+            start = ranks.run_on_main(lambda: open_run(config, head, sets))
             for line in (*sets.notes, *notes, *start.notes):
                 _say(ranks, line)
             with deterministic_algorithms(config.deterministic):
@@ -85,7 +86,7 @@ def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, set
         from .folds import cross_validate  # which trains its heads by what is in this room
 
         folds = cross_validate(config, sets.whole, start.run, ranks, lambda line: _say(ranks, line))
-    _finish(config, start.run, sets, trainer.classifier, make_tiles, ranks, folds.describe() if folds else ())
+    finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks, folds.describe() if folds else ())
 
 
 def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
@@ -131,7 +132,7 @@ def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None,
         else:
             data, split = replace(stored.data, split_file=run.split_file), "the split of that run"
     features = "+".join(head.meta.features)
-    config = replace(config, data=data, features=features, hidden=head.meta.hidden, head_run=str(run))
+    config = replace(config, data=data, features=features, head_run=str(run), **_describe_shape(head.meta))
     return config, head, (f"head starts from {run}, best epoch {head.meta.epoch}; validates on {split}",)
 
 
@@ -147,7 +148,12 @@ def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | N
     return run, head
 
 
-def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
+def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
+    """The settings that give a head of a checkpoint's shape."""
+    return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
+
+
+def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
     """Rank 0: check what would fail later, then make or reopen the run directory."""
     version = sets.train.version
     if config.backbone and config.backbone != version.recorded.backbone:
@@ -169,6 +175,13 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
     # The settings last: with them the directory is a run, which can be resumed.
+    write_settings(run, config, version)
+    run.finish()
+    return Start(run, None, (f"global batch {config.batch_size}; files go to {run}",))
+
+
+def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> None:
+    """config.json: the settings, and what the cache was made from."""
     run.write_json(
         "config.json",
         {
@@ -178,8 +191,6 @@ def _open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
             "recorded": version.recorded.to_json(),
         },
     )
-    run.finish()
-    return Start(run, None, (f"global batch {config.batch_size}; files go to {run}",))
 
 
 def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
@@ -227,7 +238,7 @@ def make_meta(config: TrainConfig, cache: LabelledCache) -> CheckpointMeta:
         epoch=0,
         unfreeze=config.unfreeze,
         features=tuple(config.features.split("+")),
-        hidden=config.hidden,
+        hidden=config.hidden_width,
         dropout=config.dropout,
         class_ids=rows.class_ids,
         class_names=rows.class_names,
@@ -251,20 +262,20 @@ def _compare_cached_and_streamed(trainer: Trainer, make_tiles: MakeTiles, sets: 
     ):
         logits = predict_logits(model, tiles, ranks, amp=use_amp(config, ranks))
         if logits is not None:
-            scored = score_epoch(logits, sets.val.rows, sets.counted, alpha=config.alpha, gamma=config.gamma)
+            scored = score_epoch(logits, sets.val.rows, sets.counted, loss=config.make_loss())
             figures.append(f"{scored['map_macro']:.4f}")
     if figures:
         _say(ranks, f"step 0: mAP of the starting head: cached {figures[0]}, streamed {figures[1]}")
 
 
-def _finish(
+def finish_run(
     config: TrainConfig,
     run: RunDirectory,
     sets: Sets,
     classifier: Classifier,
     make_tiles: MakeTiles,
     ranks: Ranks,
-    folds: Sequence[str],
+    folds: Sequence[str] = (),
 ) -> None:
     """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
     best = ranks.run_on_main(lambda: load_best(run.path))
@@ -282,8 +293,7 @@ def _finish(
         val_logits,
         sets.val.rows,
         sets.counted,
-        alpha=config.alpha,
-        gamma=config.gamma,
+        loss=config.make_loss(),
         rarest=rarest,
         seed=config.seed,
     )
@@ -297,8 +307,7 @@ def _finish(
             test_logits,
             sets.test.rows,
             sets.counted_test,
-            alpha=config.alpha,
-            gamma=config.gamma,
+            loss=config.make_loss(),
             decisions=fitted,
             rarest=rarest,
         )
@@ -316,4 +325,4 @@ def _finish(
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
     for line in (*folds, *notes, *compare_with_plain(run, config, sets, val_logits)):
         print(line)
-    print(f"\nrun: {run} (best/, last/, metrics.json, report.html)", flush=True)
+    print(f"\nrun: {run} (best/, metrics.json, report.html)", flush=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cache_schema import ProvenanceError, open_cache
+from cache_schema import ProvenanceError, Version, open_cache
 from cache_schema.layout import BoolArray
 
 from .config import ORIGINAL_IMAGE_SIZE, EmptyTiles, TrainConfig
@@ -57,6 +57,8 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
         _refuse_unlike_original(config)
     urls = filter(None, (config.cache, config.val_cache, config.test_cache))
     versions = [open_cache(url, allow_unsealed=config.allow_unsealed) for url in urls]
+    for version in versions:
+        _check_features(config.features, version)
     residence = Residence.choose(config, versions, device)
     whole = read_labelled_cache(config.cache, config.data, residence, allow_unsealed=config.allow_unsealed)
     notes = list(whole.rows.notes)
@@ -141,6 +143,21 @@ def _name_missing_classes(train: LabelledRows, val: LabelledRows) -> list[str]:
     if nowhere:
         lines.append(f"{nowhere} of {len(learnt)} classes occur in no tile: n/a in every figure")
     return lines
+
+
+def _check_features(features: str, version: Version) -> None:
+    """Refuse pooled arrays that the cache does not hold.
+
+    Raises:
+        TrainError: names those it holds.
+    """
+    there = version.layout.pooling
+    lacking = [name for name in features.split("+") if name not in there]
+    if lacking:
+        raise TrainError(
+            f"--features {features}: {version.root.url} holds no {', '.join(lacking)}: choose of "
+            f"{', '.join(there)}, or run `make extract` again"
+        )
 
 
 def _refuse_unlike_original(config: TrainConfig) -> None:

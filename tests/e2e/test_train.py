@@ -600,6 +600,30 @@ def test_exactly_the_asked_tensors_change(
     assert f"training {len(expected) - 4} tensors" in result.out
 
 
+def test_fine_tuning_goes_on_with_a_linear_head_and_another_loss(made: Path, tmp_path: Path) -> None:
+    """The head's shape is the checkpoint's, whatever the options say; the loss is the one asked for."""
+    run_options = ("--cache", made / "cache", "--epochs", 1, "--device", "cpu")
+    head = run_train(tmp_path, "head", *run_options, "--head", "linear", "--loss", "bce")
+    assert head.status == 0, head.err
+    finetune = run_train(tmp_path, "finetune", *run_options, "--workers", 0, "--unfreeze", 1, "--loss", "asymmetric")
+    assert finetune.status == 0, finetune.err
+    runs = tmp_path / "runs"
+    for name in ("head", "finetune"):
+        tensors = load_file(runs / name / "best" / "model.safetensors")
+        assert {key for key in tensors if key.startswith("head.")} == {"head.0.weight", "head.0.bias"}
+    config = read(runs / "finetune" / "config.json")["config"]
+    assert (config["head"], config["loss"]) == ("linear", "asymmetric")
+    names, labels = names_shown(made / "tiles", read(runs / "head" / "split.json")["val"])
+    arrays = open_arrays(made / "cache")
+    row_of = {str(name): row for row, name in enumerate(arrays["tile"][:])}
+    t = load_file(runs / "head" / "best" / "model.safetensors")
+    logits = arrays["cls"][:][[row_of[name] for name in names]].astype(float) @ t["head.0.weight"].T + t["head.0.bias"]
+    entropy = np.logaddexp(0, np.where(labels, -logits, logits)).mean()
+    assert read(runs / "head" / "metrics.json")["loss"] == pytest.approx(entropy, abs=TOLERANCE)
+    used = run_train(tmp_path, "predict", "--run-dir", "runs/head", "--cache", made / "cache", "--device", "cpu")
+    assert used.status == 0, used.err
+
+
 def test_finetuning_starts_from_the_head_and_says_so(trained: Path) -> None:
     out = (trained / "finetune.out").read_text()
     best = read(trained / "runs" / "head" / "best" / "checkpoint.json")["epoch"]

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.planted import fresh_seed
 from train.config import DataConfig, TrainConfig
 from train.evaluation import Evaluation, evaluate_rows
+from train.loss import LossConfig
 from train.report import draw_tiles, write_report
 from train.rows import LabelledRows
 from train.rundir import RunDirectory
@@ -64,7 +65,7 @@ def make_rows(rng: np.random.Generator, rows: int = 40) -> LabelledRows:
 
 def evaluate(rows: LabelledRows, rng: np.random.Generator) -> Evaluation:
     logits = torch.from_numpy(rng.normal(size=rows.labels.shape).astype(np.float32))
-    return evaluate_rows(logits, rows, np.ones(len(rows), bool), alpha=0.65, gamma=2.0)
+    return evaluate_rows(logits, rows, np.ones(len(rows), bool), loss=LossConfig())
 
 
 @pytest.fixture
