@@ -68,8 +68,8 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
             sets = read_sets(base, ranks.device)
             if not isinstance(sets.train.vectors, HeldVectors):
                 raise TrainError(
-                    "a sweep looks at the vectors many times over and needs them in memory, where they do not fit: give a "
-                    "larger --memory-budget, or fewer --features"
+                    "a sweep looks at the vectors many times over and needs them in memory, where they do not "
+                    "fit: give a larger --memory-budget, or fewer --features"
                 )
             base = replace(base, batch_size=choose_batch_size(len(sets.train.rows), base.batch_size))
             start = open_run(base, None, sets)

@@ -47,7 +47,7 @@ def test_the_defaults_are_64_configurations() -> None:
         ({"lrs": "1e-3,fast"}, "--lrs 1e-3,fast: could not convert"),
         ({"lrs": "-1e-3"}, "--lr -0.001: above 0"),
         ({"lrs": "1e-3,0.001"}, "one configuration twice .cls, linear, bce, 0.001, 0."),
-        ({"weight_decays": "-1"}, "--weight-decay -1.0: 0 or more"),
+        ({"weight_decays": "-1"}, "--weight-decay -1.0: 0 to 1e"),
         ({"losses": "hinge"}, "hinge is no loss: choose of bce, focal:alpha:gamma, asymmetric:gamma_pos"),
         ({"losses": "focal,focal:0.65:2"}, "one configuration twice .cls, linear, focal:0.65:2"),
         ({"losses": "bce:1"}, "bce:1 is no loss"),
