@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
+from tests.benchmarks.__main__ import AREAS
 from tests.benchmarks.contenders import count_flop
-from tests.benchmarks.extract import MEASURES, choose_load
+from tests.benchmarks.extract import choose_load
 from tests.benchmarks.fixtures import VITL16, Fixtures, read_run
 from tests.benchmarks.processes import read_cpu_seconds, run_apart, watch_memory
 
@@ -104,5 +106,8 @@ def test_tiles_are_whole_and_labelled(tmp_path: Path, monkeypatch: pytest.Monkey
                 assert all(0 <= float(share) <= 1 for share in line.split()[1:])
 
 
-def test_measures_have_names_for_the_command_line() -> None:
-    assert all(name == name.lower() and " " not in name for name in MEASURES)
+@pytest.mark.parametrize("module", AREAS.values())
+def test_measures_have_names_for_the_command_line(module: str) -> None:
+    measures = import_module(module).MEASURES
+    assert measures
+    assert all(name == name.lower() and " " not in name for name in measures)

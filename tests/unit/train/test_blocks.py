@@ -34,10 +34,10 @@ PLANS = {
 def test_ranks_plan_the_same_batches_and_each_block_once(
     counts: np.ndarray, batch_size: int, world_size: int, seed: int, epoch: int
 ) -> None:
-    def plan(rank: int, epoch: int = epoch) -> Any:
-        return plan_epoch(counts, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, epoch=epoch)
-
-    plans = [plan(rank) for rank in range(world_size)]
+    plans = [
+        plan_epoch(counts, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, epoch=epoch)
+        for rank in range(world_size)
+    ]
     assert sorted(block for plan in plans for block in plan.blocks) == np.flatnonzero(counts).tolist()
     steps = -(-int(counts.sum()) // batch_size)
     for own in plans:
@@ -49,8 +49,18 @@ def test_ranks_plan_the_same_batches_and_each_block_once(
     assert max(plans[0].global_sizes, default=0) < batch_size + world_size
     shares = [sum(own.sizes) for own in plans]
     assert max(shares) - min(shares) <= max(counts, default=0)
-    if len(plans[0].blocks) > 8:
-        assert plan(0).blocks == plans[0].blocks != plan(0, epoch + 1).blocks
+
+
+def test_blocks_come_in_another_order_every_epoch_and_seed() -> None:
+    """Of 40 blocks, so that no two orders agree by chance."""
+    counts = np.full(40, 5)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        return plan_epoch(counts, batch_size=8, rank=0, world_size=1, seed=seed, epoch=epoch).blocks
+
+    orders = [order(0, 0), order(0, 1), order(1, 0), list(range(40))]
+    assert order(0, 0) == orders[0]
+    assert len({tuple(blocks) for blocks in orders}) == 4
 
 
 class BlocksInMemory:
