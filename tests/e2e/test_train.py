@@ -26,7 +26,7 @@ from cache_schema import Taxonomy
 from tests.checkpoints import make_checkpoint
 from tests.planted import CLASSES, Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
-from train.calibration import fit_temperature
+from train.calibration import expected_calibration_error, fit_temperature
 from train.decisions import cross_fit
 from train.loop import Trainer
 from train.thresholds import tune_thresholds
@@ -223,7 +223,9 @@ def test_metrics_equal_an_independent_computation(trained: Path, made: Path) -> 
     logits = compute_logits(made / "cache", run, names)
     assert_figures(metrics, logits, labels)
     scenes = np.array([Path(name).stem.split("_")[0] for name in names])
-    _, crossed = cross_fit(logits.astype(np.float32), labels, scenes)
+    calibrated, crossed = cross_fit(logits.astype(np.float32), labels, scenes)
+    for key, probs in (("ece_before", sigmoid(logits)), ("ece_after", calibrated)):
+        assert metrics["calibration"][key] == pytest.approx(expected_calibration_error(probs, labels), abs=1e-4)
     support = labels.sum(axis=0)
     present = support > 0
     f1 = sk.f1_score(labels, crossed, average=None, zero_division=0)

