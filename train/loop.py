@@ -166,7 +166,7 @@ class Trainer:
             )
 
     def _is_over(self) -> bool:
-        """Rank 0: whether no epoch is left, or none was the best for as long as patience lasts."""
+        """Rank 0, and any rank just restored: whether no epoch is left, or patience with the last ones is over."""
         if self._epoch == self.config.epochs:
             return True
         patience = self.config.patience

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import TrainConfig
-from .errors import TrainError
+from .errors import CheckpointError, TrainError
 from .intervals import bootstrap_difference
 from .metrics import compute_metrics
 from .rarest import TITLE, find_rarest
@@ -29,10 +29,19 @@ _FIGURES = (("f1_weighted", "weighted F1"), ("f1_macro", "macro F1"), ("map_macr
 
 
 def save_val_logits(run: RunDirectory, rows: LabelledRows, logits: Tensor) -> None:
-    """Keep the best epoch's logits of n validation rows: `rows` (n,) int64 of the table, `logits` (n, C) float32."""
+    """Keep the best epoch's logits of n validation rows: `rows` (n,) int64 of the table, `logits` (n, C) float32.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
     temporary = run.path / f"{VAL_LOGITS}.tmp"
-    save_file({"rows": torch.from_numpy(rows.index), "logits": logits.contiguous()}, temporary)
-    temporary.rename(run.path / VAL_LOGITS)
+    try:
+        save_file({"rows": torch.from_numpy(rows.index), "logits": logits.contiguous()}, temporary)
+        temporary.rename(run.path / VAL_LOGITS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {run.path / VAL_LOGITS}: {error}: make room, then continue with --resume"
+        ) from error
 
 
 def load_val_logits(run: RunDirectory, rows: LabelledRows) -> Tensor | None:

@@ -12,19 +12,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 import zarr
 from safetensors.numpy import load_file
 
+from extract.backbone import find_checkpoint
+from extract.distributed import Ranks
+from extract.feed import TileFeed
+from extract.source import open_source
 from tests.caches import plant_vectors
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
 from train.batches import epoch_order
+from train.config import DataConfig
+from train.rows import read_labelled_cache
+from train.sampling import compute_repeat_factors, draw_epoch
+from train.streaming import StreamedTiles
 
 TIMEOUT_S = 120
 IN_TURN = Path(__file__).with_name("in_turn.py")
@@ -219,6 +230,29 @@ def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: 
         assert (b["lr"], b["train_tiles"], b["clipped_share"]) == (a["lr"], a["train_tiles"], a["clipped_share"])
         assert a["train_tiles"] > 49
     assert first[0]["clipped_share"] > 0.5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank: int) -> None:
+    """The rank's share of each batch, pixels and labels of the very rows."""
+    cache = read_labelled_cache(str(made / "cache"), DataConfig(empty="keep"))
+    rows = replace(cache.rows, repeat_factors=compute_repeat_factors(cache.rows.labels, 0.7))
+    ranks = Ranks(rank, 2, 2, torch.device("cpu"), dist.HashStore())
+    feed = TileFeed(open_source(str(made / "tiles")), workers=0)
+    checkpoint = find_checkpoint(str(made / "checkpoint"))
+    tiles = StreamedTiles(replace(cache, rows=rows), feed, checkpoint, ranks, dtype=torch.float32, eval_batch=16)
+    order = draw_epoch(rows, 3, 1)
+    assert len(order) > len(rows) + 5
+    batches = list(tiles.iterate_epoch(batch_size=16, seed=3, epoch=1))
+    alone = Ranks(0, 1, 1, torch.device("cpu"), dist.HashStore())
+    pixels = torch.cat(
+        list(StreamedTiles(cache, feed, checkpoint, alone, dtype=torch.float32, eval_batch=16).iterate_share())
+    )
+    for batch, whole in zip(batches, order.split(16), strict=True):
+        assert batch.rows.tolist() == whole[rank::2].tolist()
+        assert batch.global_size == len(whole)
+        assert torch.equal(batch.labels, torch.from_numpy(rows.labels)[batch.rows])
+        assert torch.equal(batch.inputs, pixels[batch.rows])
 
 
 @pytest.mark.parametrize("run", ["head", "finetune"])
