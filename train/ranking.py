@@ -5,7 +5,6 @@ configuration, are therefore made again on all but one fold of the validation sc
 Varma & Simon, "Bias in error estimation when using cross-validation for model selection", BMC Bioinformatics 7 (2006).
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,10 +52,9 @@ class HeadResult:
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """A configuration with the heads of its seeds, at least one, and how many more of them diverged."""
+    """A configuration with the heads of its seeds, at least one."""
 
     heads: tuple[HeadResult, ...]
-    diverged: int
 
     @property
     def config(self) -> TrainConfig:
@@ -82,7 +80,6 @@ class Ranked:
             "lr": config.lr,
             "weight_decay": config.weight_decay,
             "seeds": len(self.heads),
-            "diverged": self.diverged,
             "command": describe_command(config),
         }
 
@@ -132,7 +129,7 @@ def choose_epochs(history: CountArray, support: CountArray) -> tuple[FloatArray,
 
 
 def rank_configurations(results: Sequence[HeadResult], failed: Sequence[TrainConfig]) -> list[Ranked]:
-    """Configurations by their mean weighted F1, best first; those of which a seed diverged come last.
+    """Configurations by their mean weighted F1, best first; without those of which a head diverged.
 
     Args:
         results: heads, those of the first seed first.
@@ -141,9 +138,10 @@ def rank_configurations(results: Sequence[HeadResult], failed: Sequence[TrainCon
     heads: dict[TrainConfig, list[HeadResult]] = {}
     for result in results:
         heads.setdefault(_without_seed(result.config), []).append(result)
-    diverged = Counter(map(_without_seed, failed))
-    ranked = [Ranked(tuple(of_seeds), diverged[config]) for config, of_seeds in heads.items()]
-    return sorted(ranked, key=lambda entry: (entry.diverged > 0, -entry.mean("f1_weighted")))
+    for config in failed:
+        heads.pop(_without_seed(config), None)
+    ranked = [Ranked(tuple(of_seeds)) for of_seeds in heads.values()]
+    return sorted(ranked, key=lambda entry: -entry.mean("f1_weighted"))
 
 
 def cross_fit(ranked: Sequence[Ranked], support: CountArray) -> dict[str, float] | None:
@@ -153,26 +151,25 @@ def cross_fit(ranked: Sequence[Ranked], support: CountArray) -> dict[str, float]
         ranked: every configuration, of equally many seeds.
         support: (K, C).
     """
-    sound = [entry for entry in ranked if not entry.diverged]
-    if len(support) < 2 or not sound:
+    if len(support) < 2:
         return None
-    others = np.stack([np.mean([head.others for head in entry.heads], axis=0) for entry in sound])
+    others = np.stack([np.mean([head.others for head in entry.heads], axis=0) for entry in ranked])
     winners = others.argmax(axis=0)
-    seeds = min(len(entry.heads) for entry in sound)
-    counts = np.stack([sum(sound[winner].heads[s].own[k] for k, winner in enumerate(winners)) for s in range(seeds)])
+    seeds = min(len(entry.heads) for entry in ranked)
+    counts = np.stack([sum(ranked[winner].heads[s].own[k] for k, winner in enumerate(winners)) for s in range(seeds)])
     weighted, macro = score_counts(counts, support.sum(axis=0))
     return {"f1_weighted": float(weighted.mean()), "f1_macro": float(macro.mean())}
 
 
 def format_ranking(ranked: Sequence[Ranked]) -> str:
     """The best configurations, one a line: mean and spread over seeds, and what they are."""
-    header = ["", *_TITLES, "features", "head", "loss", "lr", "weight decay", ""]
+    header = ["", *_TITLES, "features", "head", "loss", "lr", "weight decay"]
     lines = [header]
     for i, entry in enumerate(ranked[:SHOWN], start=1):
         config = entry.config
         figures = [_format(entry.mean(key), entry.spread(key)) for key in KEYS]
         what = [config.features, config.head, describe_loss(config), f"{config.lr:g}", f"{config.weight_decay:g}"]
-        lines.append([str(i), *figures, *what, f"{entry.diverged} diverged" if entry.diverged else ""])
+        lines.append([str(i), *figures, *what])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

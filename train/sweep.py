@@ -61,8 +61,7 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
     base = replace(base, features="+".join(used))
     numbers = [replace(base, seed=base.seed + i).seed for i in range(seeds)]
     with stop_on_signals(), join_ranks(base.device) as ranks:
-        if ranks.world_size > 1:
-            raise TrainError(f"a sweep is one process, not {ranks.world_size}: leave NPROC unset")
+        ranks.run_on_main(lambda: _refuse_several(ranks.world_size))
         run = None
         try:
             sets = read_sets(base, ranks.device)
@@ -84,6 +83,11 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
             what = f"{run}/sweep.json ranks what was complete" if ranked else "nothing was complete yet"
             print(f"stopped by {stop}: {what}", file=sys.stderr, flush=True)
             raise
+
+
+def _refuse_several(world_size: int) -> None:
+    if world_size > 1:
+        raise TrainError(f"a sweep is one process, not {world_size}: leave NPROC unset")
 
 
 class Sweep:
@@ -109,11 +113,13 @@ class Sweep:
     def run(self) -> None:
         """Train, rank, and write what the winner leaves."""
         outcome = self._train()
-        if not outcome.results:
-            if outcome.stop is not None:
-                raise outcome.stop
-            raise TrainError("every head diverged: lower --lrs, or run `python -m train head`, which names the tiles")
         ranked = rank_configurations(outcome.results, outcome.failed)
+        if not ranked and outcome.stop is not None:
+            raise outcome.stop
+        if not ranked:
+            raise TrainError(
+                "a head of every configuration diverged: lower --lrs, or run `python -m train head`, which names tiles"
+            )
         honest = cross_fit(ranked, self._folds.support)
         self._write(ranked, honest, outcome)
         print(f"\n{format_ranking(ranked)}", flush=True)
@@ -191,7 +197,10 @@ class Sweep:
         """What to make of the winner, and the command that trains it alone."""
         lines = []
         if outcome.failed:
-            lines.append(f"warning: {len(outcome.failed)} heads diverged: lower --lrs; sweep.json names them")
+            lines.append(
+                f"warning: {len(outcome.failed)} heads diverged, so that {len(self._configs) - len(ranked)} "
+                "configurations are not ranked: lower --lrs; sweep.json names them"
+            )
         if outcome.stop is not None:
             lines.append(
                 f"stopped by {outcome.stop}: ranked are {len(outcome.results)} heads of "

@@ -247,7 +247,7 @@ def test_heads_that_diverge_are_left_out_and_named(cache: Path, tmp_path: Path) 
     assert [entry["lr"] for entry in whole["ranking"]] == [1e-3, 1e-3]
     assert len(whole["diverged"]) == 2
     assert all("--lr 1e+30" in command for command in whole["diverged"])
-    assert "warning: 2 heads diverged" in result.out
+    assert "warning: 2 heads diverged, so that 2 configurations are not ranked" in result.out
     alone = run_train(tmp_path, "sweep", "--cache", cache, *OPTIONS, *options, "--lrs", "1e30")
     assert alone.status == 1
-    assert "every head diverged: lower --lrs" in alone.errors[0]
+    assert "a head of every configuration diverged: lower --lrs" in alone.errors[0]

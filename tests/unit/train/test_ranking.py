@@ -13,7 +13,6 @@ from train.config import TrainConfig
 from train.ranking import (
     KEYS,
     HeadResult,
-    Ranked,
     assign_folds,
     choose_epochs,
     cross_fit,
@@ -118,13 +117,11 @@ def make_result(lr: float, seed: int, value: float) -> HeadResult:
     return HeadResult(replace(BASE, lr=lr, seed=seed), 1, figures, np.zeros(1), np.zeros((1, 2, 1), int), None)
 
 
-def test_a_configuration_with_a_diverged_seed_comes_last_and_says_so() -> None:
-    results = [make_result(0.1, 0, 0.9), make_result(0.2, 0, 0.4), make_result(0.2, 1, 0.5)]
+def test_a_configuration_of_which_a_head_diverged_is_not_ranked() -> None:
+    results = [make_result(0.1, 0, 0.9), make_result(0.2, 0, 0.4), make_result(0.3, 0, 0.6), make_result(0.2, 1, 0.5)]
     ranked = rank_configurations(results, [replace(BASE, lr=0.1, seed=1)])
-    assert [entry.config.lr for entry in ranked] == [0.2, 0.1]
-    text = format_ranking(ranked).splitlines()
-    assert "0.4500 ± 0.0707" in text[1]
-    assert text[2].endswith("1 diverged")
-    assert "±" not in text[2]
-    assert isinstance(ranked[1], Ranked)
-    assert ranked[1].spread("f1_weighted") is None
+    assert [entry.config.lr for entry in ranked] == [0.3, 0.2]
+    assert ranked[0].spread("f1_weighted") is None
+    _, first, second = format_ranking(ranked).splitlines()
+    assert "±" not in first
+    assert "0.4500 ± 0.0707" in second
