@@ -58,7 +58,7 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
         notes += split.notes
     sides = {"train": train.rows.tiles.tolist(), "val": val.rows.tiles.tolist()}
     left_out = train.rows.empty if config.data.empty != "keep" else np.zeros(len(train.rows), bool)
-    train = train.select(~left_out)
+    train = train.select(~left_out) if left_out.any() else train  # without a copy, where there is none
     counted = ~val.rows.empty if config.data.empty == "drop" else np.ones(len(val.rows), bool)
     if not len(train.rows) or not counted.any():
         raise TrainError("no tile with a known class is left to train or to validate on: check labels and --exclude")
