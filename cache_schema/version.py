@@ -32,7 +32,7 @@ from .table import COLUMN_DTYPES, TileTable
 
 DIGEST_CONTRADICTED = "its values contradict its digest"
 _SCAN_THREADS = 4
-_SCAN_BYTES = 2**22
+_SCAN_BYTES = 2**20
 """Vectors that one thread of a scan reads at once: several small blocks in one request to Zarr, or one large one."""
 
 if TYPE_CHECKING:

@@ -81,8 +81,9 @@ class ShuffleBuffer:
     """
 
     def __init__(self, capacity: int, width: int, rng: np.random.Generator) -> None:
-        self._rows = torch.empty(capacity, dtype=torch.int64)
-        self._vectors = torch.empty(capacity, width, dtype=torch.float16)
+        # NumPy copies whole rows; PyTorch's index_copy_ goes by element, and took longer than a step of training.
+        self._rows = np.empty(capacity, np.int64)
+        self._vectors = np.empty((capacity, width), np.float16)
         self._rng = rng
         self._filled = 0
 
@@ -93,21 +94,21 @@ class ShuffleBuffer:
     def add(self, rows: Tensor, vectors: Tensor) -> None:
         """Take (k,) row numbers and their (k, F) vectors; there must be room."""
         end = self._filled + len(rows)
-        self._rows[self._filled : end] = rows
-        self._vectors[self._filled : end] = vectors
+        self._rows[self._filled : end] = rows.numpy()
+        self._vectors[self._filled : end] = vectors.numpy()
         self._filled = end
 
     def draw(self, size: int) -> tuple[Tensor, Tensor]:
         """Remove `size` random rows; there must be as many. What is left moves together."""
-        drawn = torch.from_numpy(self._rng.choice(self._filled, size, replace=False))
-        rows, vectors = self._rows[drawn], self._vectors.index_select(0, drawn)
+        drawn = self._rng.choice(self._filled, size, replace=False)
+        rows, vectors = self._rows[drawn], self._vectors[drawn]
         self._filled -= size
-        left = torch.ones(size, dtype=torch.bool)
+        left = np.ones(size, bool)
         left[drawn[drawn >= self._filled] - self._filled] = False
-        moved, holes = left.nonzero().flatten() + self._filled, drawn[drawn < self._filled]
+        moved, holes = np.flatnonzero(left) + self._filled, drawn[drawn < self._filled]
         self._rows[holes] = self._rows[moved]
-        self._vectors.index_copy_(0, holes, self._vectors.index_select(0, moved))
-        return rows, vectors
+        self._vectors[holes] = self._vectors[moved]
+        return torch.from_numpy(rows), torch.from_numpy(vectors)
 
 
 class BlockTiles:

@@ -68,10 +68,10 @@ def find_free_memory() -> int:
 
 @dataclass(frozen=True)
 class StreamingMemory:
-    """What streaming makes of a budget. A quarter of it stays for what is under way: a batch, the labels.
+    """What streaming makes of a budget. Half of it stays for what else there is of the rows: labels, names, batches.
 
     Attributes:
-        buffer_rows: rows to draw batches from, half of the budget.
+        buffer_rows: rows to draw batches from, a quarter of the budget.
         ahead: blocks that are being read or wait, a quarter of the budget at most.
     """
 
@@ -89,10 +89,10 @@ class StreamingMemory:
         block = 2 * layout.block_rows * row  # as it arrived, and decoded
         # A batch must be there whole while a block that does not fit yet waits.
         least_rows = batch_size + 1 + layout.block_rows
-        least = max(2 * row * least_rows, 4 * block)
+        least = 4 * max(row * least_rows, block)
         if budget < least:
             raise TrainError(
                 f"--memory-budget {format_bytes(budget)} is too small to stream blocks of {layout.block_rows:,} rows "
                 f"and batches of {batch_size:,}: give at least {format_bytes(least)}"
             )
-        return cls(buffer_rows=budget // 2 // row, ahead=min(_MAX_AHEAD, budget // 4 // block))
+        return cls(buffer_rows=budget // 4 // row, ahead=min(_MAX_AHEAD, budget // 4 // block))

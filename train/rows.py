@@ -208,7 +208,7 @@ def label_rows(
         index=index,
         tiles=table.tile[index],
         scenes=find_scenes(table.tile[index], config.scene_regex),
-        labels=decoded.labels[index][:, kept],
+        labels=decoded.labels[index[:, None], kept],
         reading=reading,
         class_ids=tuple(kept),
         class_names=tuple(taxonomy.names[i] for i in kept),

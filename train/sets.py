@@ -80,7 +80,7 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
         notes += split.notes
     sides = {"train": train.rows.tiles.tolist(), "val": val.rows.tiles.tolist()}
     left_out = mark_left_out(train.rows, config.data.empty)
-    train = train.select(~left_out)
+    train = train.select(~left_out) if left_out.any() else train  # without a copy, where there is none
     counted = mark_counted(val.rows, config.data.empty)
     if not len(train.rows) or not counted.any():
         raise TrainError("no tile with a known class is left to train or to validate on: check labels and --exclude")

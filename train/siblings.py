@@ -24,7 +24,18 @@ from .rundir import RunDirectory
 from .sets import Sets
 
 VAL_LOGITS = "val_logits.safetensors"
-_NO_MATTER = {"run", "resume", "device", "workers", "save_every", "deterministic", "class_weights", "repeat_factor"}
+_NO_MATTER = {
+    "run",
+    "memory_budget",
+    "folds",
+    "resume",
+    "device",
+    "workers",
+    "save_every",
+    "deterministic",
+    "class_weights",
+    "repeat_factor",
+}
 _FIGURES = (("f1_weighted", "weighted F1"), ("f1_macro", "macro F1"), ("map_macro", "mAP"))
 
 

@@ -36,6 +36,7 @@ from train.config import DataConfig
 from train.rows import read_labelled_cache
 from train.sampling import compute_repeat_factors, draw_epoch
 from train.streaming import StreamedTiles
+from train.vectors import Residence
 
 TIMEOUT_S = 120
 IN_TURN = Path(__file__).with_name("in_turn.py")
@@ -235,7 +236,8 @@ def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank: int) -> None:
     """The rank's share of each batch, pixels and labels of the very rows."""
-    cache = read_labelled_cache(str(made / "cache"), DataConfig(empty="keep"))
+    residence = Residence(("cls",), torch.device("cpu"), size=0, budget=0, batch_size=16, held=True)
+    cache = read_labelled_cache(str(made / "cache"), DataConfig(empty="keep"), residence)
     rows = replace(cache.rows, repeat_factors=compute_repeat_factors(cache.rows.labels, 0.7))
     ranks = Ranks(rank, 2, 2, torch.device("cpu"), dist.HashStore())
     feed = TileFeed(open_source(str(made / "tiles")), workers=0)

@@ -26,7 +26,7 @@ from train.sets import read_sets
 ROWS = 2_600
 """Eleven blocks."""
 STREAMED = ("--memory-budget", "70K")
-"""Less than the 83 kB of all vectors, enough for a buffer of 1,120 of the 2,080 training rows."""
+"""Less than the 83 kB of all vectors, enough for a buffer of 560 of the 2,080 training rows."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_run_says_where_its_vectors_are_and_how_fast_it_was(runs: Path) -> Non
     held, streamed = ((runs / f"{name}.out").read_text() for name in ("held", "streamed"))
     assert "vectors are held in memory: 81.3K, the budget is " in held
     assert "vectors stay in the cache: 81.3K, the budget is 70K; blocks are read in every epoch" in streamed
-    assert "shuffled 1,120 rows at a time" in streamed
+    assert "shuffled 560 rows at a time" in streamed
     for out in (held, streamed):
         assert [line.split(":")[0] for line in out.splitlines() if line.startswith("epoch ")] == [
             f"epoch {epoch}/3" for epoch in range(1, 4)

@@ -837,7 +837,7 @@ def test_training_without_a_cache_names_extraction(tmp_path: Path, python_env: d
         ("head", ("--features", "mean"), "--features mean: choose of cls, patch_mean"),
         ("head", ("--val-fraction", "1.5"), "--val-fraction 1.5"),
         ("head", ("--lr", "-1"), "--lr -1.0: above 0"),
-        ("head", ("--lr", "1e38", "--epochs", "2"), "lower --lr"),
+        ("head", ("--lr", "1e30", "--epochs", "2"), "lower --lr"),
         ("head", ("--run-dir", "gs://bucket"), "RUN=gs://bucket names no run"),
         ("head", ("--run-dir", "runs"), "runs is a directory, not a link"),
         ("head", ("--resume", "--run-dir", "runs/nowhere"), "no run at runs/nowhere"),

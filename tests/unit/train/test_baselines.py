@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.labelled import name_tiles, open_sets, plant_labels, plant_vectors, write_cache, write_taxonomy
 from tests.planted import fresh_seed
-from train import baselines, lookup, neighbours
+from train import baselines, neighbours
 from train.baselines import Baselines, compare
 from train.config import DataConfig, TrainConfig
 from train.lookup import read_vectors
+from train.memory import StreamingMemory
 from train.neighbours import find_neighbours
 from train.sets import Sets
+from train.vectors import BlockVectors
 
 CPU, CLASSES, WIDTH = torch.device("cpu"), 4, 8
-BOTH = ("cls", "patch_mean")
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     root = tmp_path_factory.mktemp("baselines")
     rng = np.random.default_rng(fresh_seed())
     tiles = name_tiles([12] * 8)
@@ -29,17 +32,23 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
     labels[:, 3] = True  # and one that is everywhere
     cache = write_cache(root / "cache", tiles, plant_vectors(rng, labels, WIDTH), labels)
     data = DataConfig(label_ids="class", taxonomy=write_taxonomy(root / "classes.csv", CLASSES), empty="keep")
-    return open_sets(TrainConfig(cache=cache, run=str(root / "run"), data=data))
+    return TrainConfig(cache=cache, run=str(root / "run"), data=data)
+
+
+@pytest.fixture(scope="module")
+def sets(config: TrainConfig) -> Sets:
+    return open_sets(config)
 
 
 @pytest.mark.parametrize("queries, keys", [(2048, 8192), (5, 7), (3, 2)])
 def test_neighbours_are_those_of_one_product(
-    sets: Sets, monkeypatch: pytest.MonkeyPatch, queries: int, keys: int
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, queries: int, keys: int
 ) -> None:
+    sets = open_sets(replace(config, features="cls+patch_mean"))
     monkeypatch.setattr(neighbours, "_QUERIES", queries)
     monkeypatch.setattr(neighbours, "_KEYS", keys)
-    found = find_neighbours(sets.val, sets.train, BOTH, k=4, threshold=0.5, device=CPU)
-    vectors = [read_vectors(cache, BOTH, torch.arange(len(cache.rows))).double() for cache in (sets.val, sets.train)]
+    found = find_neighbours(sets.val, sets.train, k=4, threshold=0.5, device=CPU)
+    vectors = [read_vectors(cache, torch.arange(len(cache.rows))).double() for cache in (sets.val, sets.train)]
     val, train = (array / array.norm(dim=1, keepdim=True) for array in vectors)
     assert val.shape == (len(sets.val.rows), 2 * WIDTH)
     cosine = val @ train.T
@@ -54,7 +63,7 @@ def test_what_was_drawn_is_said(sets: Sets, monkeypatch: pytest.MonkeyPatch) -> 
     n = len(sets.train.rows)
     monkeypatch.setattr(neighbours, "MOST_PRODUCTS", 20 * len(sets.val.rows) * WIDTH)
     monkeypatch.setattr(baselines, "MOST_PROBE_CELLS", 30 * WIDTH * CLASSES)
-    made = compare(sets, ("cls",), CPU, 0)
+    made = compare(sets, CPU, 0)
     assert {name: baseline.basis for name, baseline in made.val.items()} == {
         "label frequency": f"{n} training tiles",
         "10 nearest neighbours": f"20 training tiles, drawn from {n}",
@@ -63,15 +72,18 @@ def test_what_was_drawn_is_said(sets: Sets, monkeypatch: pytest.MonkeyPatch) -> 
     assert made.audit is not None
     assert (made.audit.train, made.audit.of_train) == (20, n)
     assert f"among 20 training tiles (drawn from {n})" in made.notes[0]
-    monkeypatch.setattr(lookup, "MOST_BYTES", 100)
-    left_out = compare(sets, ("cls",), CPU, 0)
+
+
+def test_vectors_that_are_not_held_are_not_looked_at(sets: Sets) -> None:
+    in_cache = BlockVectors(sets.val.version, ("cls",), StreamingMemory(ahead=1, buffer_rows=8))
+    left_out = compare(replace(sets, val=replace(sets.val, vectors=in_cache)), CPU, 0)
     assert not left_out.val
     assert left_out.audit is None
     assert left_out.notes[0].startswith("baselines and leak audit: left out")
 
 
 def test_classes_that_are_nowhere_or_everywhere_get_their_frequency(sets: Sets) -> None:
-    made = Baselines(sets.train, ("cls",), CPU, 0)
+    made = Baselines(sets.train, CPU, 0)
     probs = made._probe.predict(sets.val)
     assert (probs[:, 2] == 0).all()
     assert (probs[:, 3] == 1).all()
@@ -79,7 +91,7 @@ def test_classes_that_are_nowhere_or_everywhere_get_their_frequency(sets: Sets) 
 
 
 def test_a_test_set_is_decided_by_thresholds_of_the_validation_set(sets: Sets) -> None:
-    made = Baselines(sets.train, ("cls",), CPU, 0)
+    made = Baselines(sets.train, CPU, 0)
     val = made.score(sets.val, sets.counted, made.find_neighbours(sets.val))
     everywhere = np.ones(len(sets.train.rows), bool)
     scored = made.score(sets.train, everywhere, made.find_neighbours(sets.train), val)
