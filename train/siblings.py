@@ -25,16 +25,8 @@ from .sets import Sets
 
 VAL_LOGITS = "val_logits.safetensors"
 _NO_MATTER = {
-    "run",
-    "memory_budget",
-    "folds",
-    "resume",
-    "device",
-    "workers",
-    "save_every",
-    "deterministic",
-    "class_weights",
-    "repeat_factor",
+    *("run", "resume", "device", "workers", "memory_budget", "folds", "save_every", "deterministic"),
+    *("class_weights", "repeat_factor"),
 }
 _FIGURES = (("f1_weighted", "weighted F1"), ("f1_macro", "macro F1"), ("map_macro", "mAP"))
 

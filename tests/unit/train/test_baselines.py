@@ -7,6 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from tests.labelled import name_tiles, open_sets, plant_labels, plant_vectors, write_cache, write_taxonomy
 from tests.planted import fresh_seed
@@ -30,7 +33,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     labels = plant_labels(rng, np.repeat(np.arange(8), 12), CLASSES)
     labels[:, 2] = False  # a class that is nowhere
     labels[:, 3] = True  # and one that is everywhere
-    cache = write_cache(root / "cache", tiles, plant_vectors(rng, labels, WIDTH), labels)
+    vectors = plant_vectors(rng, labels, WIDTH) * np.geomspace(0.02, 5, WIDTH) + 1
+    cache = write_cache(root / "cache", tiles, vectors, labels)
     data = DataConfig(label_ids="class", taxonomy=write_taxonomy(root / "classes.csv", CLASSES), empty="keep")
     return TrainConfig(cache=cache, run=str(root / "run"), data=data)
 
@@ -75,19 +79,23 @@ def test_what_was_drawn_is_said(sets: Sets, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_vectors_that_are_not_held_are_not_looked_at(sets: Sets) -> None:
-    in_cache = BlockVectors(sets.val.version, ("cls",), StreamingMemory(ahead=1, buffer_rows=8))
+    in_cache = BlockVectors(sets.val.version, ("cls",), StreamingMemory(buffer_rows=8, ahead=1))
     left_out = compare(replace(sets, val=replace(sets.val, vectors=in_cache)), CPU, 0)
     assert not left_out.val
     assert left_out.audit is None
     assert left_out.notes[0].startswith("baselines and leak audit: left out")
 
 
-def test_classes_that_are_nowhere_or_everywhere_get_their_frequency(sets: Sets) -> None:
-    made = Baselines(sets.train, CPU, 0)
-    probs = made._probe.predict(sets.val)
+def test_the_probe_is_scikit_learns_on_standardised_features(sets: Sets) -> None:
+    """A class that is nowhere, or everywhere, is given its frequency."""
+    probs = Baselines(sets.train, CPU, 0)._probe.predict(sets.val)
+    train, val = (read_vectors(cache, torch.arange(len(cache.rows))).numpy() for cache in (sets.train, sets.val))
+    for c in (0, 1):
+        reference = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-8, max_iter=1000))
+        expected = reference.fit(train, sets.train.rows.labels[:, c]).predict_proba(val)[:, 1]
+        np.testing.assert_allclose(probs[:, c], expected, atol=0.01)
     assert (probs[:, 2] == 0).all()
     assert (probs[:, 3] == 1).all()
-    assert ((probs[:, :2] > 0) & (probs[:, :2] < 1)).all()
 
 
 def test_a_test_set_is_decided_by_thresholds_of_the_validation_set(sets: Sets) -> None:
