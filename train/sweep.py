@@ -60,7 +60,6 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
     used = dict.fromkeys(name for config in grid.expand(base) for name in config.features.split("+"))
     base = replace(base, features="+".join(used))
     numbers = [replace(base, seed=base.seed + i).seed for i in range(seeds)]
-    base = replace(base, features=next(iter(choices)))
     with stop_on_signals(), join_ranks(base.device) as ranks:
         ranks.run_on_main(lambda: _refuse_several(ranks.world_size))
         run = None

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
+from cache_schema import open_cache
 from extract.distributed import join_ranks
 from tests.planted import fresh_seed
 from tests.vectors import write_cache
 from train.config import DataConfig, TrainConfig
+from train.folds import predict_out_of_fold
 from train.rows import read_labelled_cache
-from train.triage import find_doubts, predict_out_of_fold
+from train.triage import find_doubts
+from train.vectors import Residence
 
 
 def test_doubt_is_what_is_not_believed_times_how_well_the_class_is_known() -> None:
@@ -58,8 +62,10 @@ def test_no_tile_is_judged_by_a_head_that_saw_its_scene(tmp_path: Path) -> None:
     labels = rng.random((200, 8)) < 0.4
     write_cache(tmp_path / "cache", rng.standard_normal((200, 64)).astype(np.float16), labels)
     config = TrainConfig(cache=str(tmp_path / "cache"), run="r", epochs=12, lr=0.01, data=DataConfig(empty="keep"))
-    cache = read_labelled_cache(config.cache, config.data)
+    residence = Residence.choose(config, [open_cache(config.cache)], torch.device("cpu"))
+    cache = read_labelled_cache(config.cache, config.data, residence)
     with join_ranks("cpu") as ranks:
-        logits = predict_out_of_fold(cache, config, ranks).numpy()
+        found = predict_out_of_fold(config, cache, ranks, folds=5, say=print)
+    assert found is not None
     shown = cache.rows.labels.any(axis=0)
-    assert roc_auc_score(cache.rows.labels[:, shown], logits[:, shown], average="macro") < 0.6
+    assert roc_auc_score(cache.rows.labels[:, shown], found.logits[:, shown], average="macro") < 0.6
