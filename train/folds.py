@@ -101,7 +101,7 @@ def _take_fold(cache: LabelledCache, held_out: BoolArray, config: TrainConfig, n
         f"; warning: all tiles that show {names} are held out at once: it cannot be learnt there" if names else ""
     )
     counted = mark_counted(val.rows, config.data.empty)
-    return Sets(cache, train, val, counted, None, (note,), {}, np.zeros(0, bool))
+    return Sets(None, train, val, counted, None, (note,), {}, np.zeros(0, bool))
 
 
 def _train_fold(config: TrainConfig, sets: Sets, ranks: Ranks) -> npt.NDArray[np.float32] | None:

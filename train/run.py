@@ -82,7 +82,7 @@ def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, set
         _compare_cached_and_streamed(trainer, make_tiles, sets, ranks)
     trainer.fit(lambda line: _say(ranks, line))
     folds = None
-    if config.folds:
+    if sets.whole is not None:
         from .folds import cross_validate  # which trains its heads by what is in this room
 
         folds = cross_validate(config, sets.whole, start.run, ranks, lambda line: _say(ranks, line))

@@ -29,11 +29,12 @@ class Sets:
 
     `counted` (n_val,) and `counted_test` (n_test,) mark the rows of the main figures.
 
-    `whole` is every usable row of the training cache, empty ones too, before the split. `split` is what split.json
-    holds: every usable tile of either side, empty ones too.
+    `whole` is every usable row of the training cache, empty ones too, before the split; None unless there are to be
+    folds, since names and labels of many tiles take room. `split` is what split.json holds: every usable tile of either
+    side, empty ones too.
     """
 
-    whole: LabelledCache
+    whole: LabelledCache | None
     train: LabelledCache
     val: LabelledCache
     counted: BoolArray
@@ -106,7 +107,7 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
         train = repeat_rare_tiles(train, config)
         notes.append(describe_repeats(labels, names, config.repeat_factor))
     counted_test = mark_counted(test.rows, config.data.empty) if test else np.zeros(0, bool)
-    return Sets(whole, train, val, counted, test, tuple(notes), sides, counted_test)
+    return Sets(whole if config.folds else None, train, val, counted, test, tuple(notes), sides, counted_test)
 
 
 def repeat_rare_tiles(train: LabelledCache, config: TrainConfig) -> LabelledCache:

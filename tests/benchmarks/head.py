@@ -18,6 +18,7 @@ from tests.planted import plant_tiles
 
 from . import original, trainers
 from .fixtures import BUCKET, PROJECT_ROOT, WORKERS, Fixtures
+from .head_sweep import measure_sweep
 from .measure import ROUNDS, Bound, Figure, divide_rounds, run_rounds
 from .processes import pin_to, run_apart
 
@@ -166,6 +167,7 @@ MEASURES: Mapping[str, Callable[[Fixtures], list[Figure]]] = {
     "streaming": measure_streaming,
     "whole": measure_whole,
     "ranks": measure_ranks,
+    "sweep": measure_sweep,
 }
 
 _numbers = count(1)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from extract.distributed import Ranks, join_ranks
 from tests.vectors import plant_cache
 from train.batches import Tiles
-from train.cached import CachedTiles
+from train.cached import open_cached_tiles
 from train.config import DataConfig, HeadName, TrainConfig
 from train.grid import Grid
 from train.loop import Trainer, ValidationSet, choose_batch_size
@@ -47,8 +47,8 @@ def _compare(base: TrainConfig, head: HeadName, sets: Sets, ranks: Ranks) -> Fig
     """In each round the sweep of all, and a share of the single runs, which stands for all of them."""
     lrs, decays, losses = GRID
     configs = Grid(lrs=lrs, weight_decays=decays, losses=losses, features="cls", heads=head).expand(base)
-    train = CachedTiles(sets.train, ("cls",), ranks)
-    val = ValidationSet(CachedTiles(sets.val, ("cls",), ranks), sets.val.rows, sets.counted)
+    train = open_cached_tiles(sets.train, ranks)
+    val = ValidationSet(open_cached_tiles(sets.val, ranks), sets.val.rows, sets.counted)
     together, alone = [], []
     with tqdm(total=len(configs) + ROUNDS, desc=f"sweep, {head}", unit="run") as bar:
         for i in range(ROUNDS):
