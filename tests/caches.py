@@ -1,8 +1,10 @@
 """Small caches with made-up values, and their chunks as bytes, on disk or in a bucket."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pytest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
@@ -140,3 +142,10 @@ def get_all(url: str) -> dict[str, bytes]:
         return [key async for key in CacheRoot(url).store.list()]
 
     return {key: get_bytes(url, key) or b"" for key in sync(keys())}
+
+
+def in_both_places(name: str, cases: Iterable[str], *, in_bucket: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrise `cache_url` and `name`: every case in a directory, and some in a bucket, where the same code reads
+    through the other store and takes many times as long."""
+    pairs = [("directory", case) for case in cases] + [("bucket", case) for case in in_bucket]
+    return pytest.mark.parametrize(f"cache_url, {name}", pairs, indirect=["cache_url"])

@@ -41,11 +41,11 @@ def run_kills(folder: Path, env: dict[str, str], kills: int, seed: int, cache: s
 
 def test_a_directory(tmp_path: Path, python_env: dict[str, str]) -> None:
     """One process without torchrun; `make soak` kills ranks and torchrun too."""
-    run_kills(tmp_path, python_env, 8, 1)
+    run_kills(tmp_path, python_env, 5, 1)
 
 
 def test_a_bucket(tmp_path: Path, bucket: storage.Bucket, python_env: dict[str, str]) -> None:
-    run_kills(tmp_path, python_env, 8, 1, f"gs://{bucket.name}/cache")
+    run_kills(tmp_path, python_env, 4, 1, f"gs://{bucket.name}/cache")
 
 
 def test_torchrun_restarts_a_killed_rank_and_goes_on(tmp_path: Path, python_env: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cache_schema import BlockValues, CacheRoot, Status, Version, open_cache
 from cache_schema.verify import Findings, repair_version, verify_version
-from tests.caches import delete, fill_cache, get_all, get_bytes, make_values, put_bytes
+from tests.caches import delete, fill_cache, get_all, get_bytes, in_both_places, make_values, put_bytes
 
 ROWS = 700  # blocks of 256, 256 and 188 rows
 BLOCK = "block 1 (rows 256-511): "
@@ -54,7 +54,7 @@ CHUNK_DAMAGES: Mapping[str, tuple[Callable[[bytes], bytes | None], str]] = {
 }
 
 
-@pytest.mark.parametrize("array", CHUNKS)
+@in_both_places("array", CHUNKS, in_bucket=["status", "commit"])
 def test_a_damaged_chunk_is_named_and_its_block_taken_back(cache_url: str, array: str) -> None:
     version = CacheRoot(cache_url).open_version(fill_cache(cache_url, ROWS), read_only=False)
     key, commit_key = (chunk_key(version, name, 1) for name in (array, "commit"))
@@ -81,7 +81,7 @@ def test_a_damaged_chunk_is_named_and_its_block_taken_back(cache_url: str, array
     assert verify_version(version).lines == ()
 
 
-@pytest.mark.parametrize("array", ["cls", "patch_mean", "label_ids", "commit"])
+@in_both_places("array", ["cls", "patch_mean", "label_ids", "commit"], in_bucket=["cls"])
 def test_swapped_chunks_are_seen_by_the_digest_alone(cache_url: str, array: str) -> None:
     version = CacheRoot(cache_url).open_version(fill_cache(cache_url, ROWS))
     keys = [chunk_key(version, array, block) for block in (0, 1)]
@@ -183,7 +183,7 @@ def test_a_sealed_version_without_a_commit_contradicts_itself(cache_url: str) ->
     assert not sealed
 
 
-@pytest.mark.parametrize("column", ["tile", "size", "crc32c", "generation", "label_size", "label_crc32c"])
+@in_both_places("column", ["tile", "size", "crc32c", "generation", "label_size", "label_crc32c"], in_bucket=["tile"])
 def test_a_damaged_table_is_left_to_the_next_extraction(cache_url: str, column: str) -> None:
     version = CacheRoot(cache_url).open_version(fill_cache(cache_url, ROWS))
     key = f"{version.id}.zarr/{column}/c/0"

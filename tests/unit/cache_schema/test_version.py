@@ -15,6 +15,7 @@ from tests.caches import (
     delete,
     fill_cache,
     get_bytes,
+    in_both_places,
     make_provenance,
     make_recorded,
     make_table,
@@ -260,7 +261,7 @@ def test_resuming_follows_the_listings_generation_until_sealed(cache_url: str) -
     assert first.check_seal()
 
 
-@pytest.mark.parametrize("column", ["tile", "size", "crc32c", "generation", "label_size", "label_crc32c"])
+@in_both_places("column", ["tile", "size", "crc32c", "generation", "label_size", "label_crc32c"], in_bucket=["size"])
 def test_a_damaged_table_is_told_and_mended(cache_url: str, column: str) -> None:
     version = CacheRoot(cache_url).open_version(fill_cache(cache_url, ROWS))
     key = f"{version.id}.zarr/{column}/c/0"
@@ -328,7 +329,7 @@ def do_damage(url: str, key: str, damage: str) -> None:
         put_bytes(url, key, changed)
 
 
-@pytest.mark.parametrize("array", [*ARRAYS, "commit"])
+@in_both_places("array", [*ARRAYS, "commit"], in_bucket=["cls", "commit"])
 def test_a_damaged_chunk_costs_its_block_and_no_other(cache_url: str, array: str) -> None:
     version = CacheRoot(cache_url).open_version(fill_cache(cache_url, ROWS), read_only=False)
     first, second = (make_values(version.layout, block) for block in range(2))
@@ -351,7 +352,7 @@ def test_a_damaged_chunk_costs_its_block_and_no_other(cache_url: str, array: str
         assert version.read_rows().missing == 0
 
 
-@pytest.mark.parametrize("array", [*ARRAYS, "commit"])
+@in_both_places("array", [*ARRAYS, "commit"], in_bucket=["label_ids"])
 def test_swapped_chunks_cost_both_blocks(cache_url: str, array: str) -> None:
     version = CacheRoot(cache_url).open_version(fill_cache(cache_url, 700))
     keys = [chunk_key(version.id, array, block) for block in (0, 1)]

@@ -87,11 +87,11 @@ def test_binary_junk() -> None:
     assert parsed.counts[:LAST].sum() == 0
 
 
-def test_a_million_lines_are_capped_not_wrapped() -> None:
-    parsed = parse_labels(b"18 0 0 0 0\n" * 1_000_000 + b"73 0 0 0 0\n")
+def test_many_lines_are_capped_not_wrapped() -> None:
+    parsed = parse_labels(b"18 0 0 0 0\n" * 66_000 + b"73 0 0 0 0\n")
     assert parsed.counts[18] == 65_535
     assert parsed.counts[73] == 1
-    assert parsed.lines == 1_000_001
+    assert parsed.lines == 66_001
 
 
 def test_file_over_the_limit_is_one_malformed_line() -> None:
