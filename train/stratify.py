@@ -13,8 +13,9 @@ from cache_schema.layout import BoolArray
 
 _ROUNDS = 3
 """Times each scene may change sides; the shares hardly move after that."""
-_ABSENT = 1.0
-"""What a class missing from a side costs, beside squared differences of shares: nothing can be learnt, or measured."""
+_ABSENT = 4.0
+"""What a class costs that a side does not show, times that side's share, beside squared differences of shares: there it
+can be neither learnt nor measured, and learning counts for more."""
 
 
 def share_out(
@@ -47,9 +48,9 @@ def _assign(
 ) -> npt.NDArray[np.intp]:
     """(S,) side of each scene, from (S, Q) counts, the last of which is its tiles."""
     totals = counts.sum(axis=0)
-    # Tiles weigh as much as all classes together, and a side without any is out of the question.
+    # Tiles weigh as much as all classes together.
     weights = np.append(np.ones(len(totals) - 1), max(1, len(totals) - 1))
-    absent = np.append(np.full(len(totals) - 1, _ABSENT), np.inf)
+    absent = np.repeat(_ABSENT * shares[:, None], len(totals), axis=1)
     held = np.zeros((len(shares), len(totals)), np.int64)
     sides = np.full(len(counts), -1)
 
@@ -59,7 +60,7 @@ def _assign(
         has, gained = held[:, shown], counts[scene, shown] / totals[shown]
         lacking = shares[:, None] - has / totals[shown]
         cost = (gained * (gained - 2 * lacking)) @ weights[shown]
-        return int(np.argmin(cost - np.where(has == 0, absent[shown], 0).sum(axis=1)))
+        return int(np.argmin(cost - np.where(has == 0, absent[:, shown], 0).sum(axis=1)))
 
     for _ in range(1 + _ROUNDS):
         before = sides.copy()
@@ -70,4 +71,5 @@ def _assign(
             held[sides[scene]] += counts[scene]
         if np.array_equal(sides, before):
             break
+        absent[:, -1] = np.inf  # from here on no side is without a tile
     return sides

@@ -61,13 +61,24 @@ def test_shares_of_every_class_are_close_and_closer_than_by_chance(
 def test_a_class_in_two_scenes_is_on_both_sides(rng: np.random.Generator) -> None:
     """However small a side: what cannot be measured, or learnt, is worse than a share that is off."""
     scenes, labels = plant(rng, 30)
-    labels[:, -3:] = False
+    labels[:, 10:] = False  # other rare classes would pull at the same scenes
     for c, (first, second) in zip((-3, -2, -1), rng.permutation(30)[:6].reshape(3, 2), strict=True):
         for scene in (first, second):
             labels[rng.choice(np.flatnonzero(scenes == f"s{scene}")), c] = True
     sides = share_out(scenes, labels, np.array([0.2, 0.8]), 1)
     for side in (0, 1):
         assert labels[sides == side][:, -3:].any(axis=0).all()
+
+
+def test_classes_of_a_single_scene_are_on_the_larger_side(rng: np.random.Generator) -> None:
+    """What is learnt and not measured is worth more than what is measured and not learnt."""
+    scenes, labels = plant(rng, 12)
+    labels[:, 8:] = False  # other rare classes would pull at the same scenes
+    for c, scene in zip((-2, -1), rng.permutation(12)[:2], strict=True):
+        labels[np.flatnonzero(scenes == f"s{scene}")[:3], c] = True
+    sides = share_out(scenes, labels, np.array([0.2, 0.8]), 1)
+    assert not labels[sides == 0][:, -2:].any()
+    assert (sides == 0).any()
 
 
 def test_the_same_whatever_the_order_of_rows_and_another_for_another_seed(rng: np.random.Generator) -> None:
