@@ -102,7 +102,7 @@ _TRAINING: Options = [
         help="End after so many epochs without a better --best-by; the learning rate falls as if all --epochs came.",
     ),
     click.option("--clip-norm", type=float, help="Largest norm of a step's gradient, over all ranks and weights."),
-    click.option("--deterministic", is_flag=True, help="Bit-equal runs on one machine; slower on CUDA."),
+    click.option("--deterministic", is_flag=True, help="Bit-equal runs on one machine, whatever that costs."),
     click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
     click.option("--resume", is_flag=True, help="Continue the newest run of --run-dir with its own settings."),
     *_SHARED,
