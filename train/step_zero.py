@@ -90,12 +90,17 @@ class StepZero:
         values = version.read_block(self._rows.start // version.layout.block_rows)
         first = version.layout.block_slice(self._rows.start // version.layout.block_rows).start
         for tiles in self._feed.read(request_batches(table, self._rows, batch)):
-            embedded = values.status[tiles.rows - first] == Status.EMBEDDED
+            # A tile that is not what it was may be one that this run does not use: those it uses were checked before.
+            embedded = (values.status[tiles.rows - first] == Status.EMBEDDED) & (tiles.status == Status.EMBEDDED)
             vectors = {name: pooled.cpu().numpy() for name, pooled in embedder.embed(tiles).items()}
             streamed.append(_join(vectors, version.layout.pooling))
             keep += embedded.tolist()
         rows = np.arange(self._rows.start, self._rows.stop) - first
         stored = _join({name: array[rows] for name, array in values.pooled.items()}, version.layout.pooling)
+        if not any(keep):
+            raise StepZeroError(
+                f"none of {len(keep):,} tiles to compare with the cache can be read as it was: run `make extract` again"
+            )
         return stored[keep], np.concatenate(streamed)[keep]
 
 
