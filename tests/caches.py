@@ -1,6 +1,6 @@
 """Small caches with made-up values, and their chunks as bytes, on disk or in a bucket."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,50 @@ def fill_cache(url: str, rows: int, *, seal: bool = True, **provenance: Any) -> 
     return version.id
 
 
-def plant_vectors(
+def write_rows(
+    url: str,
+    tiles: np.ndarray,
+    pooled: Mapping[str, np.ndarray],
+    label_ids: np.ndarray,
+    *,
+    status: np.ndarray | None = None,
+) -> str:
+    """A sealed cache of made-up rows, written block by block as extraction would.
+
+    Args:
+        url: of the cache.
+        tiles: (n,) names, ascending.
+        pooled: (n, D) by name; rows that are not embedded become NaN.
+        label_ids: (n, 128).
+        status: (n,) uint8, by default all embedded.
+
+    Returns:
+        the URL.
+    """
+    n, number = len(tiles), np.arange(len(tiles))
+    table = TileTable(
+        tile=np.array(tiles, np.dtypes.StringDType()),
+        size=1000 + number,
+        crc32c=number.astype(np.uint32),
+        generation=number + 1,
+        label_size=np.full(n, 40),
+        label_crc32c=number.astype(np.uint32),
+    )
+    status = np.full(n, S.EMBEDDED, np.uint8) if status is None else status
+    embedded = (status == S.EMBEDDED)[:, None]
+    stored = {name: np.where(embedded, vectors, np.nan).astype(np.float16) for name, vectors in pooled.items()}
+    root = CacheRoot(url)
+    width = next(iter(stored.values())).shape[1]
+    version = root.create_version(table, make_provenance(width=width, pooling=tuple(stored)), make_recorded())
+    for block, rows in enumerate(version.layout.block_slices()):
+        values = {name: vectors[rows] for name, vectors in stored.items()}
+        version.write_block(block, BlockValues(values, label_ids[rows].astype(np.uint16), status[rows]))
+    version.seal()
+    root.set_current(version.id)
+    return url
+
+
+def plant_cache(
     url: str, rows: int, *, width: int = 16, classes: int = 8, seed: int = 0, pooling: tuple[str, ...] = ("cls",)
 ) -> str:
     """A sealed cache of random vectors that tell their labels: a class is there where a direction of its own, and some

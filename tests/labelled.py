@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema import LABEL_ID_COLUMNS, BlockValues, CacheRoot, Status, TileTable
+from cache_schema import LABEL_ID_COLUMNS
 from cache_schema.layout import BoolArray
-from tests.caches import make_provenance, make_recorded
+from tests.caches import write_rows
 from train.config import TrainConfig
 from train.sets import Sets, read_sets
 
@@ -31,28 +31,9 @@ def write_cache(
         labels: (n, C) bool of the classes 0 to C - 1.
         status: (n,) uint8, by default all embedded.
     """
-    n = len(tiles)
-    table = TileTable(
-        tile=np.array(tiles, np.dtypes.StringDType()),
-        size=1000 + np.arange(n),
-        crc32c=np.arange(n, dtype=np.uint32),
-        generation=np.ones(n, np.int64),
-        label_size=np.full(n, 40),
-        label_crc32c=np.arange(n, dtype=np.uint32),
-    )
-    root = CacheRoot(str(path))
-    version = root.create_version(table, make_provenance(width=vectors.shape[1]), make_recorded())
-    status = np.full(n, Status.EMBEDDED, np.uint8) if status is None else status
-    cls = np.where((status == Status.EMBEDDED)[:, None], vectors, np.nan).astype(np.float16)
-    label_ids = np.zeros((n, LABEL_ID_COLUMNS), np.uint16)
+    label_ids = np.zeros((len(tiles), LABEL_ID_COLUMNS), np.uint16)
     label_ids[:, : labels.shape[1]] = labels
-    for block in range(version.layout.blocks):
-        rows = version.layout.block_slice(block)
-        pooled = {"cls": cls[rows], "patch_mean": -cls[rows]}
-        version.write_block(block, BlockValues(pooled, label_ids[rows], status[rows]))
-    version.seal()
-    root.set_current(version.id)
-    return str(path)
+    return write_rows(str(path), tiles, {"cls": vectors, "patch_mean": -vectors}, label_ids, status=status)
 
 
 def write_taxonomy(path: Path, classes: int) -> str:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schema import LABEL_ID_COLUMNS, BlockValues, CacheRoot, Layout, Status, TileTable
-from tests.caches import make_provenance, make_recorded
+from cache_schema import LABEL_ID_COLUMNS, BlockValues, Layout
+from tests.caches import write_rows
+from train.checkpoint import CheckpointMeta
+from train.config import TrainConfig
+from train.rows import LabelledRows
 from train.vectors import HeldVectors
 
-CLASSES = 60
 TYPE_IDS = (73, 86, 18, 19, 15, 11, 12, 13)
 """Raw label ids, xView type ids, of the classes from the commonest to the rarest."""
 
@@ -45,54 +47,27 @@ def hold(vectors: np.ndarray) -> HeldVectors:
 
 def write_cache(cache: Path, vectors: np.ndarray, labels: np.ndarray, *, per_scene: int = 20) -> Path:
     """A sealed cache of n tiles `images/0000_00.png`, … in scenes of `per_scene`, whose label files say `labels`."""
-    n, width = vectors.shape
-    number = np.arange(n)
-    table = TileTable(
-        tile=np.array([f"images/{i // per_scene:04}_{i % per_scene:02}.png" for i in number], np.dtypes.StringDType()),
-        size=1000 + number,
-        crc32c=number.astype(np.uint32),
-        generation=number,
-        label_size=40 + number,
-        label_crc32c=number.astype(np.uint32),
-    )
-    label_ids = np.zeros((n, LABEL_ID_COLUMNS), np.uint16)
+    tiles = np.array([f"images/{i // per_scene:04}_{i % per_scene:02}.png" for i in range(len(vectors))])
+    label_ids = np.zeros((len(vectors), LABEL_ID_COLUMNS), np.uint16)
     label_ids[:, list(TYPE_IDS)] = labels
-    root = CacheRoot(str(cache))
-    version = root.create_version(table, make_provenance(width=width), make_recorded())
-    for block in range(version.layout.blocks):
-        own = version.layout.block_slice(block)
-        status = np.full(own.stop - own.start, Status.EMBEDDED, np.uint8)
-        pooled = dict.fromkeys(version.layout.pooling, vectors[own])
-        version.write_block(block, BlockValues(pooled, label_ids[own], status))
-    version.seal()
-    root.set_current(version.id)
+    write_rows(str(cache), tiles, {"cls": vectors, "patch_mean": vectors}, label_ids)
     return cache
 
 
-def plant_cache(url: str, *, rows: int, width: int, seed: int, tiles_a_scene: int = 12) -> str:
-    """A sealed cache: `cls`, a noisier `patch_mean`, and labels, as class ids, that follow `cls` by a linear rule."""
-    rng = np.random.default_rng(seed)
-    number = np.arange(rows)
-    names = sorted(f"images/{row // tiles_a_scene:05}_{row % tiles_a_scene}.png" for row in range(rows))
-    table = TileTable(
-        tile=np.array(names, np.dtypes.StringDType()),
-        size=1000 + number,
-        crc32c=number.astype(np.uint32),
-        generation=number,
-        label_size=40 + number,
-        label_crc32c=number.astype(np.uint32),
+def make_meta(rows: LabelledRows, config: TrainConfig) -> CheckpointMeta:
+    """What a checkpoint of a head on these rows belongs to, where there is no cache to ask."""
+    return CheckpointMeta(
+        epoch=0,
+        unfreeze=0,
+        features=("cls",),
+        hidden=config.hidden,
+        dropout=config.dropout,
+        class_ids=rows.class_ids,
+        class_names=rows.class_names,
+        reading=rows.reading,
+        thresholds=(),
+        backbone="demo",
+        image_size=64,
+        precision="float32",
+        weights_sha256="",
     )
-    root = CacheRoot(url)
-    version = root.create_version(table, make_provenance(width=width), make_recorded())
-    rule, bias = rng.standard_normal((width, CLASSES)) / np.sqrt(width), np.linspace(0, -3, CLASSES)
-    for block, part in enumerate(version.layout.block_slices()):
-        count = part.stop - part.start
-        vectors = rng.standard_normal((count, width)).astype(np.float32)
-        noisier = vectors + rng.standard_normal(vectors.shape).astype(np.float32)
-        label_ids = np.zeros((count, LABEL_ID_COLUMNS), np.uint16)
-        label_ids[:, :CLASSES] = 3 * vectors @ rule + bias + rng.logistic(size=(count, CLASSES)) > 0
-        pooled = {"cls": vectors.astype(np.float16), "patch_mean": noisier.astype(np.float16)}
-        version.write_block(block, BlockValues(pooled, label_ids, np.full(count, Status.EMBEDDED, np.uint8)))
-    version.seal()
-    root.set_current(version.id)
-    return url

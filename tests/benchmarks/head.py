@@ -13,7 +13,7 @@ from statistics import median
 
 from extract.backbone import find_checkpoint
 from extract.demo.server import serve_bucket
-from tests.caches import plant_vectors
+from tests.caches import plant_cache
 from tests.planted import plant_tiles
 
 from . import original, trainers
@@ -181,13 +181,13 @@ def _make_directory(fixtures: Fixtures) -> Path:
 @cache
 def _plant(fixtures: Fixtures) -> Path:
     path = str(fixtures.directory / "vectors")
-    return Path(run_apart(plant_vectors, path, ROWS, width=WIDTH, classes=CLASSES))
+    return Path(run_apart(plant_cache, path, ROWS, width=WIDTH, classes=CLASSES))
 
 
 @cache
 def _plant_large(fixtures: Fixtures) -> Path:
     path, pooling = str(fixtures.directory / "large"), ("cls", "patch_mean")
-    return Path(run_apart(plant_vectors, path, LARGE_ROWS, width=WIDTH, classes=CLASSES, pooling=pooling))
+    return Path(run_apart(plant_cache, path, LARGE_ROWS, width=WIDTH, classes=CLASSES, pooling=pooling))
 
 
 def _plant_bucket(fixtures: Fixtures) -> Path:

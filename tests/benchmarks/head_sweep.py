@@ -6,7 +6,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from extract.distributed import Ranks, join_ranks
-from tests.vectors import plant_cache
+from tests.caches import plant_cache
 from train.batches import Tiles
 from train.cached import open_cached_tiles
 from train.config import DataConfig, HeadName, TrainConfig
@@ -21,7 +21,7 @@ from train.sets import Sets, read_sets
 from .fixtures import Fixtures
 from .measure import Bound, Figure, divide_rounds
 
-ROWS, WIDTH, EPOCHS = 15_360, 1024, 2
+ROWS, WIDTH, CLASSES, EPOCHS = 15_360, 1024, 60, 2
 ROUNDS = 2
 GRID = "3e-4,1e-3,3e-3,1e-2", "0.01,0.03,0.1,0.3", "bce,focal:0.65:2,focal:0.5:1,asymmetric"
 BOUNDS: dict[HeadName, float] = {"mlp": 1.2, "linear": 3.0}
@@ -29,7 +29,7 @@ BOUNDS: dict[HeadName, float] = {"mlp": 1.2, "linear": 3.0}
 
 def measure_sweep(fixtures: Fixtures) -> list[Figure]:
     """64 configurations of either head: reading batches, training, and scoring every epoch; set-up is left out."""
-    cache = plant_cache(str(fixtures.directory / "sweep-cache"), rows=ROWS, width=WIDTH, seed=0, tiles_a_scene=60)
+    cache = plant_cache(str(fixtures.directory / "sweep-cache"), ROWS, width=WIDTH, classes=CLASSES)
     base = TrainConfig(
         cache=cache,
         run=str(fixtures.directory / "run"),

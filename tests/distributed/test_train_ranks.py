@@ -27,7 +27,7 @@ from extract.backbone import find_checkpoint
 from extract.distributed import Ranks
 from extract.feed import TileFeed
 from extract.source import open_source
-from tests.caches import plant_vectors
+from tests.caches import plant_cache
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
@@ -131,7 +131,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract_cache(root / "tiles", root / "cache", make_checkpoint(root / "checkpoint", seed=seed))
     tiles = sorted(f"images/{path.name}" for path in (root / "tiles" / "images").iterdir())
     shown = [tile for tile in tiles if (root / "tiles" / "labels" / f"{Path(tile).stem}.txt").read_text()]
-    plant_vectors(str(root / "vectors"), 2_100, seed=seed)  # nine blocks, 66K
+    plant_cache(str(root / "vectors"), 2_100, seed=seed)  # nine blocks, 66K
     (root / "split.json").write_text(
         json.dumps({"train": shown[:49], "val": [t for t in tiles if t not in shown[:49]]})
     )

@@ -12,7 +12,7 @@ import pytest
 
 from cache_schema import BlockValues, CacheRoot, Status, Version
 from extract.distributed import join_ranks
-from tests.caches import plant_vectors
+from tests.caches import plant_cache
 from tests.planted import Finished, fresh_seed
 from tests.planted import train as run_train
 from train.cached import open_cached_tiles
@@ -31,7 +31,7 @@ STREAMED = ("--memory-budget", "70K")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(plant_vectors(str(tmp_path_factory.mktemp("vectors") / "cache"), ROWS, seed=fresh_seed()))
+    return Path(plant_cache(str(tmp_path_factory.mktemp("vectors") / "cache"), ROWS, seed=fresh_seed()))
 
 
 @pytest.fixture

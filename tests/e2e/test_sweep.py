@@ -16,9 +16,9 @@ import torch
 from safetensors.numpy import load_file
 
 import train.passes
+from tests.caches import plant_cache
 from tests.planted import Finished, fresh_seed
 from tests.planted import train as run_train
-from tests.vectors import plant_cache
 from train.checkpoint import load_checkpoint
 from train.grid import describe_command
 from train.passes import SweepPass
@@ -34,7 +34,9 @@ GRID = ("--lrs", "3e-3", "--weight-decays", "0.1", "--losses", "bce,focal,asymme
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vectors")
-    return Path(plant_cache(str(root / "cache"), rows=900, width=12, seed=fresh_seed()))
+    return Path(
+        plant_cache(str(root / "cache"), 900, width=12, classes=60, seed=fresh_seed(), pooling=("cls", "patch_mean"))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import torch
 
 from extract.distributed import Ranks, join_ranks
 from tests.planted import fresh_seed
-from tests.vectors import hold, plant_vectors
+from tests.vectors import hold, make_meta, plant_vectors
 from train.cached import open_cached_tiles
-from train.checkpoint import CheckpointMeta, load_checkpoint
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.determinism import deterministic_algorithms
 from train.loop import Trainer, ValidationSet, scale_learning_rate
@@ -58,21 +58,7 @@ def make_trainer(root: Path, ranks: Ranks, seed: int, *, init: int | None = None
     settings: dict[str, Any] = {"epochs": 5, "batch_size": BATCH, "lr": 0.02, "hidden": 12, "dropout": 0.0, "seed": 5}
     config = TrainConfig(cache="c", run=str(root / "head"), **(settings | options))
     train, val = make_cache(seed, 150, threshold=config.repeat_factor), make_cache(seed + 1, 60)
-    meta = CheckpointMeta(
-        epoch=0,
-        unfreeze=0,
-        features=("cls",),
-        hidden=12,
-        dropout=config.dropout,
-        class_ids=val.rows.class_ids,
-        class_names=val.rows.class_names,
-        reading="type",
-        thresholds=(),
-        backbone="demo",
-        image_size=64,
-        precision="float32",
-        weights_sha256="",
-    )
+    meta = make_meta(val.rows, config)
     classifier = Classifier(make_head(seed if init is None else init, config.dropout), None, ("cls",))
     tiles, val_tiles = (open_cached_tiles(cache, ranks) for cache in (train, val))
     validation = ValidationSet(val_tiles, val.rows, np.ones(60, bool))

@@ -16,8 +16,9 @@ from extract.backbone import Backbone, find_checkpoint
 from extract.distributed import Ranks, join_ranks
 from tests.checkpoints import make_checkpoint
 from tests.planted import fresh_seed
+from tests.vectors import make_meta
 from train.batches import Batch, epoch_order
-from train.checkpoint import CheckpointMeta, load_checkpoint
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.errors import CheckpointError, TrainError
 from train.loop import (
@@ -135,21 +136,7 @@ def make_trainer(
     run = RunDirectory.create(str(tmp_path / "head"))
     settings: dict[str, Any] = {"epochs": 4, "batch_size": 8, "lr": 0.02, "hidden": 8, "dropout": 0.0, "seed": 5}
     config = TrainConfig(cache="c", run=str(tmp_path / "head"), **(settings | options))
-    meta = CheckpointMeta(
-        epoch=0,
-        unfreeze=0,
-        features=("cls",),
-        hidden=8,
-        dropout=config.dropout,
-        class_ids=val.rows.class_ids,
-        class_names=val.rows.class_names,
-        reading="type",
-        thresholds=(),
-        backbone="demo",
-        image_size=64,
-        precision="float32",
-        weights_sha256="",
-    )
+    meta = make_meta(val.rows, config)
     torch.manual_seed(seed if init is None else init)
     classifier = Classifier(Head(WIDTH, CLASSES, hidden=8, dropout=config.dropout), None, ("cls",))
     counted = np.ones(len(val), bool)

@@ -13,8 +13,9 @@ from sklearn.metrics import f1_score
 
 from extract.distributed import join_ranks
 from tests.planted import fresh_seed
+from tests.vectors import make_meta
 from train.batches import Batch, epoch_order
-from train.checkpoint import CheckpointMeta, load_best
+from train.checkpoint import load_best
 from train.config import TrainConfig
 from train.decisions import cross_fit
 from train.loop import Trainer, ValidationSet, load_tensors
@@ -89,21 +90,7 @@ def test_the_trainer_reaches_the_bayes_value(tmp_path: Path) -> None:
     bayes = f1_score(labels, decide_by_bayes(test.inputs.numpy()), average="weighted", zero_division=0)
     assert 0.6 < bayes < 0.9
     config = TrainConfig(cache="c", run=str(tmp_path / "head"), epochs=4, batch_size=256, hidden=256, lr=3e-3)
-    meta = CheckpointMeta(
-        epoch=0,
-        unfreeze=0,
-        features=("cls",),
-        hidden=config.hidden,
-        dropout=config.dropout,
-        class_ids=val.rows.class_ids,
-        class_names=val.rows.class_names,
-        reading="class",
-        thresholds=(),
-        backbone="demo",
-        image_size=64,
-        precision="float32",
-        weights_sha256="",
-    )
+    meta = make_meta(val.rows, config)
     run = RunDirectory.create(config.run)
     torch.manual_seed(0)
     classifier = Classifier(Head(WIDTH, CLASSES, hidden=config.hidden, dropout=config.dropout), None, ("cls",))
