@@ -14,7 +14,7 @@ import numpy as np
 from .collect import MIB, find_references, list_versions, remove_versions
 from .compare import compare_versions
 from .errors import TileprobeError
-from .layout import Status, UInt8Array
+from .layout import Status, UInt8Array, count_blocks
 from .owner import own_version
 from .root import CacheRoot, open_cache
 from .taxonomy import format_histogram
@@ -82,7 +82,7 @@ def verify(cache: str, version_id: str | None, repair: bool, sample: int | None,
         click.echo(f"{cache}: version {version.id} is sound: {rows:,} rows ({counts}) in {blocks:,} blocks, sealed")
     elif findings.damaged and not repair:
         click.echo(
-            f"{cache}: {len(findings.damaged):,} blocks are damaged: `verify --repair` lets `make extract` redo them"
+            f"{cache}: damaged: {count_blocks(len(findings.damaged))}: `verify --repair` lets `make extract` redo them"
         )
     elif not repair:
         click.echo(f"{cache}: no block is damaged: `make extract` mends or finishes the rest")

@@ -54,6 +54,11 @@ _REASONS = {
 }
 
 
+def count_blocks(number: int) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{number:,} block{'' if number == 1 else 's'}"
+
+
 def choose_block_rows(rows: int) -> int:
     """Rows of a block: small ones keep a preempted run's loss small, large ones keep the object count small."""
     return 4096 if rows > 1_000_000 else 256

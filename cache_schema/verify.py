@@ -11,7 +11,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from .errors import IntegrityError
-from .layout import TABLE_CHUNK_ROWS
+from .layout import TABLE_CHUNK_ROWS, count_blocks
 from .store import storage_errors
 from .table import COLUMN_DTYPES
 from .version import DIGEST_CONTRADICTED, Version
@@ -92,7 +92,7 @@ def repair_version(version: Version, findings: Findings) -> list[str]:
     if findings.damaged or findings.seal_contradicted:
         version.reopen_blocks(findings.damaged)
         rows = count_rows(version, findings.damaged)
-        lines.append(f"took back the seal and the commits of {len(findings.damaged):,} blocks ({rows:,} rows)")
+        lines.append(f"took back the seal and the commits of {count_blocks(len(findings.damaged))} ({rows:,} rows)")
     else:
         lines.append("no block is damaged: nothing was taken back")
     if findings.table_damaged:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from cache_schema import BlockValues, CacheRoot, Status, Version
-from cache_schema.layout import UInt8Array
+from cache_schema.layout import UInt8Array, count_blocks
 
 from .backbone import Backbone
 from .batch import TileRequest, make_requests
@@ -210,10 +210,10 @@ def _reopen_damaged(version: Version, status: UInt8Array, tried: Mapping[int, in
     hopeless = [block for block in blocks if tried[block] >= _ATTEMPTS]
     if hopeless:
         raise RunError(
-            f"{len(hopeless):,} blocks of {version.root.url} are damaged again just after they were written: check its "
+            f"{version.root.url}: damaged again just after being written: {count_blocks(len(hopeless))}: check its "
             "disk or bucket, and that no other extraction writes there; then run the same command again"
         )
-    print(f"{len(blocks):,} blocks of {version.root.url} are damaged or missing: computed again", flush=True)
+    print(f"{version.root.url}: damaged or missing, computed again: {count_blocks(len(blocks))}", flush=True)
     committed = version.committed()
     version.reopen_blocks([block for block in blocks if committed[block]])
     return tuple(blocks)

@@ -15,6 +15,8 @@ _MALFORMED = ": malformed line"
 _MAX_EXAMPLES = 5
 _NOTEWORTHY = 0.02
 """A share of the time below which waiting for something is not worth a word."""
+_TELLING_S = 5.0
+"""A shorter run has waited for the start of its workers, and little else."""
 _MOST_WORKERS = 32
 
 
@@ -95,6 +97,8 @@ def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool 
         cores: CPU cores a rank.
         on_cpu: the backbone runs on those cores, too.
     """
+    if max(t.wall_s for t in timings) < _TELLING_S:
+        return "too short a run to tell what would help"
     shares = share_waits(timings)
     slowest = max(("fetch", "decode", "write"), key=lambda name: shares[name])
     if shares[slowest] < _NOTEWORTHY:

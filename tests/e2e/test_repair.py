@@ -88,9 +88,7 @@ def test_a_disk_that_keeps_damaging_blocks_ends_the_run(tmp_path: Path, monkeypa
         (tmp_path / "cache" / f"{self.id}.zarr/status/c/{block}").unlink()
 
     monkeypatch.setattr(Version, "write_block", write_and_lose)
-    with pytest.raises(
-        RunError, match="1 blocks of .*cache are damaged again just after they were written: check its disk"
-    ):
+    with pytest.raises(RunError, match="cache: damaged again just after being written: 1 block: check its disk"):
         extract_cache(tiles, tmp_path / "cache", backbone)
 
 

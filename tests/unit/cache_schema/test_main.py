@@ -114,7 +114,7 @@ def test_verify_names_every_damaged_block(tmp_path: Path, run: Run) -> None:
         "block 1 (rows 256-511): array cls: its chunk has 4,099 bytes instead of 4,100",
         "block 2 (rows 512-699): array status: its chunk is missing",
     ]
-    advice = f"{url}: 2 blocks are damaged: `verify --repair` lets `make extract` redo them"
+    advice = f"{url}: damaged: 2 blocks: `verify --repair` lets `make extract` redo them"
     assert done.stdout.splitlines() == [*lines, advice]
     assert done.stderr == ""
 

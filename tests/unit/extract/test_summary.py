@@ -42,6 +42,7 @@ def test_speed_names_every_rank_and_the_slowest_counts() -> None:
 
 
 @pytest.mark.parametrize("measured, workers, cores, advice", [
+    (timing(4.9, 3, 1, 1), 1, 2, "too short a run to tell what would help"),
     (timing(100, 1, 1, 1), 1, 2, "the device was busy 99 % of the time: a faster one is all that would help"),
     (timing(100, 71, 9, 1), 2, 16, "waiting on fetch 64 %: raise --workers to 7"),
     (timing(100, 50, 1, 9), 4, 16, "waiting on decode 45 %: raise --workers to 8"),
