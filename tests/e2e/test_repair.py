@@ -72,7 +72,7 @@ def test_an_extraction_that_finds_damage_computes_it_again(tmp_path: Path, capsy
         capsys.readouterr()
         extract_cache(tiles, cache, backbone)
         said = capsys.readouterr().out
-        assert "2 blocks of" in said
+        assert "computed again: 2 blocks" in said
         assert "284 tiles in" in said
         assert get_all(cache) == undisturbed
 
