@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cache_schema import ProvenanceError, Version, open_cache
@@ -30,8 +31,8 @@ class Sets:
     `counted` (n_val,) and `counted_test` (n_test,) mark the rows of the main figures.
 
     `whole` is every usable row of the training cache, empty ones too, before the split; None unless there are to be
-    folds, since names and labels of many tiles take room. `split` is what split.json holds: every usable tile of either
-    side, empty ones too.
+    folds, since names and labels of many tiles take room. `sides` are the names of every usable tile of either side,
+    empty ones too.
     """
 
     whole: LabelledCache | None
@@ -40,8 +41,13 @@ class Sets:
     counted: BoolArray
     test: LabelledCache | None
     notes: tuple[str, ...]
-    split: dict[str, list[str]]
+    sides: dict[str, npt.NDArray[np.str_]]
     counted_test: BoolArray
+
+    @property
+    def split(self) -> dict[str, list[str]]:
+        """What split.json holds; made anew each time, since as Python strings the names take several times the room."""
+        return {side: tiles.tolist() for side, tiles in self.sides.items()}
 
 
 def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
@@ -79,7 +85,7 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
         split = split_rows(rows.tiles, rows.scenes, rows.labels, config.data, config.seed)
         train, val = whole.select(~split.val), whole.select(split.val)
         notes += split.notes
-    sides = {"train": train.rows.tiles.tolist(), "val": val.rows.tiles.tolist()}
+    sides = {"train": train.rows.tiles, "val": val.rows.tiles}
     left_out = mark_left_out(train.rows, config.data.empty)
     train = train.select(~left_out) if left_out.any() else train  # without a copy, where there is none
     counted = mark_counted(val.rows, config.data.empty)
