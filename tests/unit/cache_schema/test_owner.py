@@ -268,15 +268,16 @@ def test_gc_leaves_a_version_that_is_owned(cache_url: str) -> None:
     fill_cache(cache_url, 20, depth=6)
     root, pace = CacheRoot(cache_url), replace(PACE, stale_s=0.2)
     with sleeper() as process:
+        owner = owner_of(process)
         for version in (doomed, unfinished):
-            put_bytes(cache_url, version + SUFFIX, owner_of(process).to_bytes())
+            put_bytes(cache_url, version + SUFFIX, owner.to_bytes())
         kept = {found.id: found.kept for found in list_versions(root, {}, unsealed=True, pace=pace)}
-        assert kept[doomed] == kept[unfinished] == f"being written by {owner_of(process)}"
+        assert kept[doomed] == kept[unfinished] == f"being written by {owner}"
         put_bytes(cache_url, doomed + SUFFIX, elsewhere().to_bytes())
         found = [version for version in list_versions(root, {}, unsealed=True, pace=pace) if not version.kept]
         assert [version.id for version in found] == [doomed]
 
-        put_bytes(cache_url, doomed + SUFFIX, owner_of(process).to_bytes())  # since they were listed
+        put_bytes(cache_url, doomed + SUFFIX, owner.to_bytes())  # since they were listed
         with pytest.raises(OwnedError):
             remove_versions(root, found)
         assert doomed in root.versions()
