@@ -42,7 +42,9 @@ TIMEOUT_S = 120
 IN_TURN = Path(__file__).with_name("in_turn.py")
 HEAD = ("--epochs", 2, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu")
 DROPPING = ("--epochs", 16, "--batch-size", 8, "--device", "cpu")
-VECTORS = ("--epochs", 2, "--batch-size", 64, "--lr", 0.01, "--dropout", 0, "--no-amp", "--device", "cpu")
+VECTORS = ("--epochs", 2, "--batch-size", 64, "--dropout", 0, "--no-amp", "--device", "cpu")
+CONVEX = ("--head", "linear", "--loss", "bce", "--weight-decay", 0, "--epochs", 12, "--lr", 0.05)
+"""One minimum, which training reaches whatever the order of the rows: click takes the last value of an option."""
 STREAMED = ("--memory-budget", "64K")
 STILL = ("--lr", 1e-12)
 """Steps too small to change a weight."""
@@ -151,7 +153,7 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     head = ("head", *data(made), *HEAD, "--folds", 2)
     finetune = ("finetune", *data(made), *FINETUNE, "--head-run", one / "runs" / "head")
     vectors = ("head", "--cache", made / "vectors", *VECTORS, "--run-dir")
-    held = ((*vectors, "runs/vectors"), (*vectors, "runs/still", *STILL))
+    held = ((*vectors, "runs/vectors", *CONVEX), (*vectors, "runs/still", *STILL))
     controlled = ("head", *data(made), *CONTROLLED)
     for command in (head, (*finetune, "--workers", 0), controlled, *held):
         result = run_train(one, *command)
@@ -212,13 +214,12 @@ def test_two_ranks_stream_every_row_once(both: tuple[Path, Path]) -> None:
 
 
 def test_two_ranks_that_stream_train_what_one_does_in_memory(both: tuple[Path, Path]) -> None:
-    """In another order: the loss agrees within a tenth of what training took off it, mAP within 0.03."""
-    held, streamed = (read_history(root / "runs" / "vectors")[-1] for root in both)
-    untrained = read_history(both[0] / "runs" / "still")[-1]
-    assert untrained["loss"] > 2 * held["loss"]
-    assert abs(streamed["loss"] - held["loss"]) <= 0.1 * (untrained["loss"] - held["loss"])
-    assert streamed["map_macro"] == pytest.approx(held["map_macro"], abs=0.03)
-    assert streamed["loss"] != held["loss"]
+    """In another order, to the one minimum: validation loss within 2 % (0.4 % seen over seeds), mAP within 0.01."""
+    held, streamed = (read_history(root / "runs" / "vectors") for root in both)
+    assert held[0]["loss"] > 1.5 * held[-1]["loss"]
+    assert streamed[-1]["loss"] == pytest.approx(held[-1]["loss"], rel=0.02)
+    assert streamed[-1]["map_macro"] == pytest.approx(held[-1]["map_macro"], abs=0.01)
+    assert streamed[0]["train_loss"] != held[0]["train_loss"]
 
 
 def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: tuple[Path, Path]) -> None:
