@@ -23,6 +23,7 @@ from .checkpoint import CheckpointMeta, LoadedCheckpoint, save_checkpoint, sync
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
 from .evaluation import predict_logits, score_epoch
+from .memory import report_device_peak
 from .model import Classifier
 from .rarest import average_rarest, find_rarest
 from .rows import LabelledRows
@@ -288,7 +289,8 @@ class Trainer:
         self._run.append_history(
             {"epoch": self._epoch, "lr": self._optimizer.param_groups[0]["lr"], **trained, **figures}
         )
-        self._run.append_timing({"epoch": self._epoch, **timing.__dict__, "tiles": self._epoch_tiles[self._epoch - 1]})
+        figures_of_cost = {**timing.__dict__, **report_device_peak(self._ranks.device)}
+        self._run.append_timing({"epoch": self._epoch, **figures_of_cost, "tiles": self._epoch_tiles[self._epoch - 1]})
         loss = trained["train_loss"]
         value = metrics[self.config.best_by]
         if value is None:
