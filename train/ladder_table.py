@@ -17,6 +17,7 @@ import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .baselines import FloatArray
 from .errors import TrainError
@@ -30,6 +31,8 @@ from .siblings import load_val_logits
 
 FIGURES = (("f1_weighted", "weighted F1"), ("map_macro", "mAP"))
 _QUALITY = "map_macro"
+FEW_SCENES = 20
+"""Up to which percentile intervals are too narrow, see `intervals`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +43,14 @@ class Result:
         record: how it was run.
         metrics: its metrics.json.
         probs: (n, C) float32 of the n validation tiles that count.
+        training_s: seconds of its epochs, validation included; 0 for one that has none.
         device_bytes: most memory of tensors on a GPU; None on a CPU.
     """
 
     record: Record
     metrics: dict[str, Any]
     probs: FloatArray
+    training_s: float
     device_bytes: int | None
 
     @property
@@ -94,6 +99,7 @@ class Summary:
                     "name": result.record.rung.name,
                     **{key: result.metrics[key] for key in keys},
                     "wall_s": result.record.wall_s,
+                    "training_s": result.training_s,
                     "host_peak_bytes": result.record.peak_bytes,
                     "device_peak_bytes": result.device_bytes,
                     "over_reference": gain.to_json() if gain else None,
@@ -122,10 +128,15 @@ def summarise(ladder: RunDirectory, records: Sequence[Record]) -> Summary:
         if result is not reference
     }
     sentence = conclude(results, reference, gains)
+    scenes = len(np.unique(rows.scenes))
     lines = [
-        f"{len(rows):,} validation tiles of {len(np.unique(rows.scenes))} scenes; each rung's best epoch was chosen on "
-        "them",
-        "figures [95 % intervals, bootstrap over scenes]; time is each rung's own, its start included, extraction not",
+        f"{len(rows):,} validation tiles of {scenes} scenes; each rung's best epoch was chosen on them",
+        "figures [95 % intervals, bootstrap over scenes]; time is each rung's own, from start to report",
+        *(
+            [f"with {scenes} scenes intervals are too narrow: doubt a gain that they only just show"]
+            if scenes <= FEW_SCENES
+            else []
+        ),
         "",
         *tabulate(results, reference, gains),
         "",
@@ -143,8 +154,10 @@ def _read_result(run: RunDirectory, record: Record, sets: Sets) -> Result:
             "ladder without --resume"
         )
     probs = logits[torch.from_numpy(sets.counted)].sigmoid().numpy()
-    peaks = [line["device_peak_bytes"] for line in run.read_timings() if "device_peak_bytes" in line]
-    return Result(record, run.read_json("metrics.json"), probs, max(peaks, default=None))
+    timings = run.read_timings()
+    peaks = [line["device_peak_bytes"] for line in timings if "device_peak_bytes" in line]
+    training_s = sum(line["train_s"] + line["val_s"] for line in timings if "train_s" in line)
+    return Result(record, run.read_json("metrics.json"), probs, training_s, max(peaks, default=None))
 
 
 def measure_gain(result: Result, reference: Result, rows: LabelledRows, seed: int) -> Gain:
@@ -158,8 +171,8 @@ def measure_gain(result: Result, reference: Result, rows: LabelledRows, seed: in
 def conclude(results: Sequence[Result], reference: Result, gains: dict[str, Gain]) -> str:
     """One sentence: what the best dearer rung gains in mAP over the reference, and at what price.
 
-    Where the interval holds 0 no gain is claimed. Where a cheaper rung's gain is clear, it is named as well. Without
-    a dearer rung the best of the cheaper ones is put beside the reference.
+    Where the interval holds 0 no gain is claimed. Where another rung's gain is clear for less time, it is named as
+    well. Without a dearer rung the best of the others is put beside the reference.
     """
     after = results[[*results].index(reference) + 1 :]
     rivals = after or [result for result in results if result is not reference]
@@ -169,10 +182,10 @@ def conclude(results: Sequence[Result], reference: Result, gains: dict[str, Gain
     sentence = _describe_gain(best, reference, gains)
     clear = [result for result in after if gains[result.record.rung.name].is_clear]
     cheapest = min(clear, key=lambda result: result.record.wall_s, default=best)
+    if len(rivals) > 1:
+        sentence += f"; the best of {len(rivals)} on these very tiles, which flatters it"
     if cheapest is not best:
         sentence += f"; {_describe_gain(cheapest, reference, gains)}"
-    if len(rivals) > 1:
-        sentence += f" ({best.title} has the highest mAP of {len(rivals)} rungs on these very tiles, which flatters it)"
     return sentence
 
 
@@ -193,7 +206,14 @@ def _describe_gain(result: Result, reference: Result, gains: dict[str, Gain]) ->
 def tabulate(results: Sequence[Result], reference: Result, gains: dict[str, Gain]) -> list[str]:
     """Aligned lines, a rung each."""
     where = "GPU memory" if any(result.device_bytes is not None for result in results) else "memory"
-    header = ["", *(title for _, title in FIGURES), f"mAP over {reference.title}, paired", "time", f"peak {where}"]
+    header = [
+        "",
+        *(title for _, title in FIGURES),
+        f"mAP over {reference.title}, paired",
+        "time",
+        "in epochs",
+        f"peak {where}",
+    ]
     lines = [header]
     for result in results:
         gain = gains.get(result.record.rung.name)
@@ -204,6 +224,7 @@ def tabulate(results: Sequence[Result], reference: Result, gains: dict[str, Gain
                 *(_format_figure(result.metrics[key], result.metrics["intervals"][key]) for key, _ in FIGURES),
                 _format_figure(gain.difference[_QUALITY], gain.to_json()["intervals"][_QUALITY], "+") if gain else "-",
                 f"{result.record.wall_s:,.0f} s{resumed}",
+                f"{result.training_s:,.1f} s" if result.training_s else "-",
                 format_bytes(result.memory),
             ]
         )
@@ -222,20 +243,21 @@ def _format_times(ratio: float) -> str:
 
 def draw_ladder(path: Path, results: Sequence[Result]) -> None:
     """Save mAP with its interval against time on the left, against memory on the right, as PNG."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    quality = [result.metrics[_QUALITY] for result in results]
-    for axis, title, costs in (
-        (axes[0], "seconds", [result.record.wall_s for result in results]),
-        (axes[1], "peak memory, GiB", [result.memory / 2**30 for result in results]),
-    ):
-        axis.plot(costs, quality, color="#9aa4b0", linewidth=1, zorder=1)
-        for result, cost, value in zip(results, costs, quality, strict=True):
-            low, high = result.metrics["intervals"][_QUALITY] or (value, value)
-            axis.vlines(cost, low, high, color="#1f5fa8", linewidth=1.5)
-            axis.plot(cost, value, "o", color="#1f5fa8")
-            axis.annotate(result.title, (cost, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        axis.set_xscale("log")
-        axis.set_xlabel(title)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(results)))
+    for result, colour in zip(results, colours, strict=True):
+        value, interval = result.metrics[_QUALITY], result.metrics["intervals"][_QUALITY] or [np.nan, np.nan]
+        for axis, cost in zip(axes, (result.record.wall_s, result.memory / 2**30), strict=True):
+            axis.vlines(cost, *interval, color=colour, linewidth=1.5)
+            axis.plot(cost, value, "o", color=colour, label=result.title)
+    axes[0].set_xscale("log")
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].xaxis.set_major_formatter("{x:g}")
+    axes[0].xaxis.set_minor_formatter(NullFormatter())
+    axes[0].set_xlabel("seconds, from start to report")
+    axes[1].set_xlim(left=0)
+    axes[1].set_xlabel("peak memory, GiB")
     axes[0].set_ylabel("validation mAP, 95 % interval over scenes")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
