@@ -102,6 +102,7 @@ class Ladder:
         self._lock: IO[str] | None = None
         self._child: int | None = None
         self._signal: int | None = None
+        self._told = False
 
     @classmethod
     def begin(cls, link: str, config: LadderConfig, nproc: int) -> Self:
@@ -236,8 +237,7 @@ class Ladder:
         record.state = "running"
         record.legs.append(leg)
         self._write()
-        if self._signal is not None:  # it came while there was no child to tell yet
-            os.kill(process.pid, signal.SIGTERM)
+        self._tell_child()  # of a signal that came while there was none to tell
         _, code, usage = os.wait4(process.pid, 0)
         self._child = None
         leg.status = process.returncode = os.waitstatus_to_exitcode(code)
@@ -255,10 +255,7 @@ class Ladder:
             command = ["neighbours", *options, *config.head]
         else:
             command = ["head", "--head", "linear" if rung.name == LINEAR else "mlp", *options, *config.head]
-        # A layer's rung has its head's split; neighbours are sought anew in seconds, and have nothing to resume.
-        split = self._find_split()
-        if split and not rung.unfreeze and "--val-cache" not in config.shared:
-            command += ["--split-file", split]
+        # Neighbours are sought anew in seconds, and have nothing to resume.
         if rung.name != NEIGHBOURS and (place / "config.json").is_file():
             command.append("--resume")
         return [*self._make_launch(rung), "-m", "train", *command]
@@ -267,11 +264,6 @@ class Ladder:
         if self._nproc == 1 or rung.name == NEIGHBOURS:
             return [sys.executable]
         return [sys.executable, "-m", "extract.launch", f"--nproc-per-node={self._nproc}", "--standalone"]
-
-    def _find_split(self) -> str | None:
-        """The split of the first rung that has one: all others take it."""
-        files = (self._run.path / record.rung.name / "split.json" for record in self._records)
-        return next((os.path.relpath(path) for path in files if path.is_file()), None)
 
     def _count_lost_legs(self) -> None:
         """A leg whose end the ladder did not live to see lasted until the last line of its log."""
@@ -298,8 +290,7 @@ class Ladder:
         def tell(number: int, frame: FrameType | None) -> None:
             signal.signal(number, signal.SIG_DFL)
             self._signal = number
-            if self._child is not None:
-                os.kill(self._child, signal.SIGTERM)
+            self._tell_child()
 
         before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -307,6 +298,12 @@ class Ladder:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _tell_child(self) -> None:
+        """Pass a signal on, once: a second one would end the trainer before it could save."""
+        if self._signal is not None and self._child is not None and not self._told:
+            self._told = True
+            os.kill(self._child, signal.SIGTERM)
 
 
 def _explain(status: int | None, log: Path, start: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Tiles, a checkpoint of 4 layers, a cache; processes started meanwhile import this very project."""
     root = tmp_path_factory.mktemp("ladder")
     seed = fresh_seed()
-    plant_tiles(root / "tiles", seed=seed)
+    plant_tiles(root / "tiles", scenes=10, per_scene=6, seed=seed)
     extract_cache(root / "tiles", root / "cache", make_checkpoint(root / "checkpoint", seed=seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
@@ -55,8 +56,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Story:
-    """A ladder that was killed in its last rung, refused while that went on, failed on a changed tile, and resumed on
-    two ranks; `killed` and `failed` are its ladder.json then."""
+    """A ladder that was killed in its last rung, refused while that went on, failed on two ranks for a changed tile,
+    and resumed; `killed` and `failed` are its ladder.json then."""
 
     work: Path
     killed: dict[str, Any]
@@ -100,11 +101,11 @@ def story(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     before, times = tile.read_bytes(), tile.stat()
     tile.write_bytes(before + b"more")
     wait_for(lambda: not is_locked(ladder / "lock"))
-    failed_run = run_train(work, "ladder", "--resume")
+    failed_run = run_train(work, "ladder", "--resume", "--nproc", 2)
     failed = read(ladder / "ladder.json")
     tile.write_bytes(before)
     os.utime(tile, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return Story(work, killed, refused, failed_run, failed, run_train(work, "ladder", "--resume", "--nproc", 2))
+    return Story(work, killed, refused, failed_run, failed, run_train(work, "ladder", "--resume"))
 
 
 def is_locked(path: Path) -> bool:
@@ -204,6 +205,32 @@ def test_every_start_s_time_counts_and_memory_is_the_process_s_own(story: Story)
     assert whole["table"][0]["training_s"] == 0
     assert 0 < whole["table"][1]["training_s"] < whole["table"][1]["wall_s"]
     assert "(3 starts)" in story.finished.out
+
+
+def test_runs_of_other_tiles_are_not_compared(story: Story, tmp_path: Path) -> None:
+    work = shutil.copytree(story.work, tmp_path / "work", symlinks=True)
+    path = work / "runs" / "ladder" / "unfreeze-1" / "split.json"
+    split = read(path)
+    path.write_text(json.dumps({"train": split["val"], "val": split["train"]}))
+    result = run_train(work, "ladder", "--resume")
+    assert result.status == 1
+    assert result.errors == [
+        "error: runs/ladder-001/unfreeze-1-001 is not of the tiles that the cache holds now: it changed while the "
+        "ladder was climbed: start a new ladder without --resume"
+    ]
+
+
+def test_without_the_mlp_no_layer_is_trained(made: Path, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--rungs", "mlp,1,9", "--head-options", "--memory-budget 1K")
+    result = run_train(tmp_path, "ladder", "--cache", made / "cache", *options)
+    assert result.status == 1
+    assert "UNFREEZE=9 is left out: the backbone has 4 layers" in result.out
+    (error,) = result.errors
+    assert error.startswith("error: 2 of 2 rungs failed (MLP head: --memory-budget 1K is too small to stream blocks")
+    assert "; UNFREEZE=1: not run, since there is no MLP head to start from)" in error
+    ladder = tmp_path / "runs" / "ladder"
+    assert "table" not in read(ladder / "ladder.json")
+    assert not (ladder / "unfreeze-1.log").exists()
 
 
 def test_a_signal_reaches_the_rung_and_leaves_the_ladder_to_be_resumed(made: Path, tmp_path: Path) -> None:
