@@ -18,8 +18,9 @@ from .batches import Tiles
 from .config import TrainConfig
 from .grid import describe_loss
 from .intervals import score_resamples
-from .loop import ValidationSet, scale_learning_rate, seed_dropout
+from .loop import ValidationSet, seed_dropout
 from .model import Head, join_features
+from .optimizer import scale_learning_rate
 from .ranking import KEYS, CountArray, FloatArray, HeadResult, assign_folds, choose_epochs, score_counts
 from .stacked import Stack, StackedHeads, draw_dropout
 

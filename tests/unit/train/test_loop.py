@@ -27,10 +27,9 @@ from train.loop import (
     ValidationSet,
     choose_batch_size,
     load_tensors,
-    make_optimizer,
-    scale_learning_rate,
 )
 from train.model import Classifier, Head
+from train.optimizer import make_optimizer, scale_learning_rate
 from train.resume import load_last
 from train.rows import LabelledRows
 from train.rundir import RunDirectory
@@ -76,13 +75,29 @@ def test_layers_and_head_have_rates_of_their_own(tmp_path: Path) -> None:
     assert [group["peak_lr"] for group in make_optimizer(classifier, config).param_groups] == [3e-4]
     backbone.unfreeze_last(2)
     optimizer = make_optimizer(classifier, config)
-    head, layers = optimizer.param_groups
-    assert (head["peak_lr"], layers["peak_lr"]) == (3e-4, 2e-5)
-    assert head["weight_decay"] == layers["weight_decay"] == 0.03
+    head, *layers = optimizer.param_groups
+    assert (head["peak_lr"], *(layer["peak_lr"] for layer in layers)) == (3e-4, 2e-5, 2e-5)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.03}
     assert [id(p) for p in head["params"]] == [id(p) for p in classifier.head.parameters()]
     expected = {id(p) for p in backbone.parameters() if p.requires_grad}
     assert len(expected) > 30
-    assert {id(p) for p in layers["params"]} == expected
+    assert {id(p) for layer in layers for p in layer["params"]} == expected
+
+
+def test_each_layer_below_the_last_learns_more_slowly(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "checkpoint")
+    backbone = Backbone.load(find_checkpoint(str(path)), precision="float32", device=torch.device("cpu"))
+    backbone.unfreeze_last(3)
+    classifier = Classifier(Head(64, CLASSES, hidden=8, dropout=0.0), backbone, ("cls",))
+    config = TrainConfig(cache="c", run="r", unfreeze=3, lr=3e-4, backbone_lr=2e-5, layer_decay=0.5)
+    rate_of = {
+        id(parameter): group["peak_lr"]
+        for group in make_optimizer(classifier, config).param_groups
+        for parameter in group["params"]
+    }
+    for module, rate in zip((*backbone.layers[1:], backbone.vit.norm), (5e-6, 1e-5, 2e-5, 2e-5), strict=True):
+        assert {rate_of.pop(id(parameter)) for parameter in module.parameters()} == {rate}
+    assert set(rate_of.values()) == {3e-4}
 
 
 def test_tensors_of_another_model_are_refused() -> None:
@@ -117,7 +132,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for rows in epoch_order(len(self), seed, epoch).split(batch_size):
             yield Batch(self.inputs[rows], self.labels[rows], rows, len(rows))
 
@@ -134,7 +149,15 @@ def make_trainer(
 ) -> tuple[Trainer, Rows, Rows]:
     train, val = Rows(47, seed), Rows(23, seed)
     run = RunDirectory.create(str(tmp_path / "head"))
-    settings: dict[str, Any] = {"epochs": 4, "batch_size": 8, "lr": 0.02, "hidden": 8, "dropout": 0.0, "seed": 5}
+    settings: dict[str, Any] = {
+        "epochs": 4,
+        "batch_size": 8,
+        "lr": 0.02,
+        "hidden": 8,
+        "dropout": 0.0,
+        "seed": 5,
+        "amp": False,
+    }
     config = TrainConfig(cache="c", run=str(tmp_path / "head"), **(settings | options))
     meta = make_meta(val.rows, config)
     torch.manual_seed(seed if init is None else init)
@@ -256,7 +279,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(tmp_path: Pat
         bad = [int(order[8 * 2 + 1]), int(order[8 * 2 + 6])]  # in the third batch
         kept: dict[str, bytes] = {}
 
-        def spoil_the_third(*, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        def spoil_the_third(*, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
             if epoch == 2:
                 kept.update({str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()})
                 train.inputs[bad] = value
