@@ -19,6 +19,8 @@ from .model import Classifier, TrainedPart
 from .optimizer import make_optimizer
 from .weights import weigh_positives
 
+_OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+
 
 class StepResult(NamedTuple):
     """What one rank saw of a step; all of it stays on the device.
@@ -83,7 +85,7 @@ class TrainStep:
             with nullcontext() if part is parts[-1] else self._without_sync():
                 try:
                     losses.append(self._accumulate(part))
-                except (torch.OutOfMemoryError, RuntimeError) as error:
+                except (RuntimeError, MemoryError) as error:
                     refusal = self._explain(error, part)
                     if refusal is None:
                         raise
@@ -114,7 +116,7 @@ class TrainStep:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return nn.utils.clip_grad_norm_(parameters, self._config.clip_norm) > self._config.clip_norm
 
-    def _explain(self, error: RuntimeError, part: Batch) -> TrainError | None:
+    def _explain(self, error: Exception, part: Batch) -> TrainError | None:
         """What to do about too little memory, found by trying ever smaller parts; None for any other error."""
         if not is_out_of_memory(error):
             return None
@@ -125,7 +127,7 @@ class TrainStep:
                 with self._without_sync():
                     self._accumulate(Batch(part.inputs[:fits], part.labels[:fits], part.rows[:fits], part.global_size))
                 break
-            except (torch.OutOfMemoryError, RuntimeError) as again:
+            except (RuntimeError, MemoryError) as again:
                 if not is_out_of_memory(again):
                     raise
             finally:
@@ -148,12 +150,12 @@ def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
     return (Batch(inputs, labels, rows, batch.global_size) for inputs, labels, rows in split)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether that is what an allocation failed for; the CPU's allocator has no exception of its own."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is what an allocation failed for; on the CPU neither PyTorch nor oneDNN has an exception for it."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return True
-    return "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def use_amp(config: TrainConfig, ranks: Ranks) -> bool:
