@@ -1,6 +1,7 @@
 """The classifier: one shape for cached vectors and for streamed tiles."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,9 @@ class Classifier(nn.Module):
     def _classify(self, encoded: Tensor) -> Tensor:
         if self.backbone is not None:
             encoded = join_features(self.backbone.run_suffix(encoded), self.features)
-        logits: Tensor = self.head(encoded.float())
+        # Figures are of float32 logits on every device: rounded by autocast, many would tie.
+        with nullcontext() if self.training else torch.autocast(encoded.device.type, enabled=False):
+            logits: Tensor = self.head(encoded.float())
         return logits
 
     def list_trained(self) -> list[nn.Module]:
