@@ -104,6 +104,7 @@ _TRAINING: Options = [
     click.option("--clip-norm", type=float, help="Largest norm of a step's gradient, over all ranks and weights."),
     click.option("--deterministic", is_flag=True, help="Bit-equal runs on one machine, whatever that costs."),
     click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
+    click.option("--save-steps", type=int, default=500, help="Steps between checkpoints within an epoch; 0: none."),
     click.option("--resume", is_flag=True, help="Continue the newest run of --run-dir with its own settings."),
     *_SHARED,
 ]
@@ -188,7 +189,6 @@ def head(**options: Any) -> None:
     "--scratch", type=click.Path(file_okay=False), default="cache/prefix", help="Folder of this machine for that."
 )
 @click.option("--yes", "large_prefix", is_flag=True, help="Keep it even where it takes more than 50 GiB.")
-@click.option("--save-steps", type=int, default=500, help="Steps between checkpoints within an epoch; 0: none.")
 @click.option("--head-run", help="Run whose head to start from.  [default: runs/head, if it is of this cache]")
 @click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
 def finetune(**options: Any) -> None:

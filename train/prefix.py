@@ -117,8 +117,9 @@ class PrefixCache:
 
     def read(self, rows: Index) -> Tensor:
         """Tokens (len(rows), T, D) of rows that are done."""
-        bits = self._tokens[rows]
-        return torch.from_numpy(bits).view(self.dtype).view(len(rows), *self._shape)
+        tokens = torch.empty(len(rows), *self._shape, dtype=self.dtype)
+        np.take(self._tokens, rows, axis=0, out=tokens.view(torch.uint8).numpy().reshape(len(rows), self.row_bytes))
+        return tokens
 
     @cached_property
     def _tokens(self) -> "np.memmap[Any, np.dtype[np.uint8]]":

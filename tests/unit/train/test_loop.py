@@ -117,6 +117,7 @@ class Rows:
     def __init__(self, rows: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(rows, WIDTH, generator=generator)
+        self.drawn: list[int] = []
         self.labels = self.inputs @ torch.randn(WIDTH, CLASSES, generator=generator) > 0.7
         self.rows = LabelledRows(
             index=100 + np.arange(rows),
@@ -133,7 +134,8 @@ class Rows:
         return len(self.inputs)
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        for rows in epoch_order(len(self), seed, epoch).split(batch_size):
+        for rows in epoch_order(len(self), seed, epoch).split(batch_size)[first_step:]:
+            self.drawn.append(len(rows))
             yield Batch(self.inputs[rows], self.labels[rows], rows, len(rows))
 
     @property
@@ -259,6 +261,43 @@ def test_a_resumed_run_writes_the_same_history(tmp_path: Path, stop: int, save_e
         a, b = load_checkpoint(first / name), load_checkpoint(second / name)
         assert a.meta == b.meta
         assert all(torch.equal(tensor, b.tensors[key]) for key, tensor in a.tensors.items())
+
+
+@pytest.mark.parametrize("stop_after, save_steps, epoch, steps", [(3, 2, 0, 2), (11, 2, 1, 4), (13, 5, 2, 0)])
+def test_a_run_stopped_within_an_epoch_goes_on_from_there(
+    tmp_path: Path, stop_after: int, save_steps: int, epoch: int, steps: int
+) -> None:
+    """Epochs of 6 steps, with dropout and clipping; what was trained before the checkpoint is not trained again."""
+    seed, options = fresh_seed(), {"dropout": 0.3, "save_steps": save_steps, "clip_norm": 0.1}
+    with join_ranks("cpu") as ranks:
+        whole, _, _ = make_trainer(tmp_path / "whole", ranks, seed, **options)
+        whole.fit(print)
+        stopped, _, _ = make_trainer(tmp_path / "stopped", ranks, seed, **options)
+        step, taken = stopped._step.run, iter(range(stop_after))
+
+        def run(*args: Any) -> Any:
+            if next(taken, None) is None:
+                raise StopHereError
+            return step(*args)
+
+        stopped._step.run = run  # type: ignore[method-assign]
+        with pytest.raises(StopHereError):
+            stopped.fit(print)
+        torch.rand(17)
+        directory = RunDirectory(tmp_path / "stopped" / "head-001")
+        checkpoint, _ = load_last(directory.path)
+        assert (checkpoint.meta.epoch, checkpoint.meta.begun.steps) == (epoch, steps)
+        directory.cut_history(epoch)
+        again, train, _ = make_trainer(tmp_path / "again", ranks, seed, init=seed + 1, **options)
+        again._run = directory
+        again.restore(checkpoint)
+        again.fit(print)
+    assert len(train.drawn) == 4 * 6 - 6 * epoch - steps
+    first, second = tmp_path / "whole" / "head-001", directory.path
+    assert (first / "history.jsonl").read_bytes() == (second / "history.jsonl").read_bytes()
+    a, b = load_checkpoint(first / "last"), load_checkpoint(second / "last")
+    assert a.meta == b.meta
+    assert all(torch.equal(tensor, b.tensors[key]) for key, tensor in a.tensors.items())
 
 
 def test_a_checkpoint_without_optimiser_state_cannot_be_resumed(tmp_path: Path) -> None:
