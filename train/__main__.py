@@ -111,6 +111,7 @@ _TRAINING: Options = [
     click.option("--clip-norm", type=float, help="Largest norm of a step's gradient, over all ranks and weights."),
     click.option("--deterministic", is_flag=True, help="Bit-equal runs on one machine, whatever that costs."),
     click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
+    click.option("--save-steps", type=int, default=500, help="Steps between checkpoints within an epoch; 0: none."),
     click.option("--resume", is_flag=True, help="Continue the newest run of --run-dir with its own settings."),
     *_SHARED,
 ]
@@ -187,6 +188,20 @@ def head(**options: Any) -> None:
 @_training_options("finetune", _TRAINING)
 @click.option("--unfreeze", type=int, default=3, help="Last transformer layers to train; 0 is the cached path.")
 @click.option("--backbone-lr", type=float, default=1e-5, help="Peak learning rate of the unfrozen layers.")
+@click.option(
+    "--layer-decay", type=float, default=1.0, help="Each layer's learning rate over that of the layer above it."
+)
+@click.option("--accumulate", type=int, default=1, help="Compute a rank's share of a batch in so many parts.")
+@click.option(
+    "--grad-checkpoint", is_flag=True, help="Compute trained layers twice rather than keep what they gave in memory."
+)
+@click.option(
+    "--cache-prefix", is_flag=True, help="Keep on disk what enters the trained layers, and run the frozen ones once."
+)
+@click.option(
+    "--scratch", type=click.Path(file_okay=False), default="cache/prefix", help="Folder of this machine for that."
+)
+@click.option("--yes", "large_prefix", is_flag=True, help="Keep it even where it takes more than 50 GiB.")
 @click.option("--head-run", help="Run whose head to start from.  [default: runs/head, if it is of this cache]")
 @click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
 def finetune(**options: Any) -> None:
