@@ -14,6 +14,7 @@ from extract.distributed import exit_with
 from extract.scenes import DEFAULT_SCENE_REGEX
 from extract.stop import Stopped
 
+from .augment import VIEWS, Views
 from .config import HEADS, DataConfig, TrainConfig
 from .loss import LOSSES
 from .memory import parse_bytes
@@ -174,6 +175,25 @@ def head(**options: Any) -> None:
 @_training_options("finetune", _TRAINING)
 @click.option("--unfreeze", type=int, default=3, help="Last transformer layers to train; 0 is the cached path.")
 @click.option("--backbone-lr", type=float, default=1e-5, help="Peak learning rate of the unfrozen layers.")
+@click.option(
+    "--views",
+    type=click.Choice(VIEWS),
+    default="one",
+    help="Show each training tile as it is, or in one of its eight flips and rotations, drawn anew each epoch.",
+)
+@click.option(
+    "--jitter",
+    type=float,
+    default=0.0,
+    help="Change brightness and contrast of training tiles by up to this share, such as 0.2, and colours by half.",
+)
+@click.option(
+    "--crop-scale",
+    type=float,
+    default=1.0,
+    help="Enlarge a random square of at least this share of a training tile's area, 0.5 to 1. Its labels stay those of "
+    "the whole tile, so a crop that loses an object is mislabelled: stay near 1.",
+)
 @click.option("--head-run", help="Run whose head to start from.  [default: runs/head, if it is of this cache]")
 @click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
 def finetune(**options: Any) -> None:
@@ -212,6 +232,12 @@ _TARGET: Options = [
     click.option("--run-dir", "run", default="runs/head", help="The run to use."),
     click.option("--tiles", help="gs://bucket/prefix or a directory."),
     click.option("--cache", help="A cache, instead of tiles."),
+    click.option(
+        "--tta",
+        type=click.Choice(VIEWS),
+        default="one",
+        help="Judge a streamed tile as it is, or by the mean logits of its eight flips and rotations: 8 x the work.",
+    ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]"),
 ]
@@ -225,21 +251,23 @@ def _target_options(function: Command) -> Command:
 
 @main.command()
 @_target_options
-def evaluate(run: str, tiles: str | None, cache: str | None, device: str, workers: int | None) -> None:
+def evaluate(run: str, tiles: str | None, cache: str | None, tta: Views, device: str, workers: int | None) -> None:
     """Score a run on labelled tiles or a cache: the figures of training and the per-class table."""
     from .infer import Target, run_evaluation
 
-    run_evaluation(run, Target(tiles, cache), device=device, workers=workers)
+    run_evaluation(run, Target(tiles, cache), tta=tta, device=device, workers=workers)
 
 
 @main.command()
 @_target_options
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("predictions.csv"))
-def predict(run: str, tiles: str | None, cache: str | None, out: Path, device: str, workers: int | None) -> None:
+def predict(
+    run: str, tiles: str | None, cache: str | None, out: Path, tta: Views, device: str, workers: int | None
+) -> None:
     """Write a CSV with every tile's probabilities and decisions, and the thresholds used beside it."""
     from .infer import Target, run_prediction
 
-    run_prediction(run, Target(tiles, cache), out, device=device, workers=workers)
+    run_prediction(run, Target(tiles, cache), out, tta=tta, device=device, workers=workers)
 
 
 @main.command()

@@ -10,6 +10,7 @@ from extract.feed import TileFeed
 from extract.plan import find_cached_checkpoint
 from extract.source import open_source
 
+from .augment import NO_AUGMENTATION, Augmentation
 from .checkpoint import CheckpointMeta
 from .errors import CheckpointError, TrainError
 from .rows import LabelledCache
@@ -67,13 +68,22 @@ def check_head(meta: CheckpointMeta, cache: LabelledCache) -> None:
 class TileStream:
     """A backbone and the feeds of its tiles; every set of a run streams through it."""
 
-    def __init__(self, version: Version, checkpoint: Checkpoint, ranks: Ranks, *, workers: int | None) -> None:
+    def __init__(
+        self,
+        version: Version,
+        checkpoint: Checkpoint,
+        ranks: Ranks,
+        *,
+        workers: int | None,
+        augmentation: Augmentation = NO_AUGMENTATION,
+    ) -> None:
         precision: Any = version.provenance.precision
         self.backbone = Backbone.load(checkpoint, precision=precision, device=ranks.device)
         self._version = version
         self._checkpoint = checkpoint
         self._ranks = ranks
         self._workers = ranks.choose_workers(workers)
+        self._augmentation = augmentation
         self._feeds: dict[str, TileFeed] = {}
 
     def unfreeze(self, layers: int, *, amp: bool, say: Callable[[str], None]) -> None:
@@ -100,6 +110,7 @@ class TileStream:
             self._ranks,
             dtype=self.backbone.dtype,
             eval_batch=self._version.recorded.batch_size,
+            augmentation=self._augmentation,
         )
 
     def _open_feed(self, tiles: str) -> TileFeed:

@@ -215,7 +215,10 @@ def prepare_training(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: 
     backbone = None
     if config.unfreeze:
         checkpoint = ranks.run_on_main(lambda: find_cached_checkpoint(version))
-        stream = TileStream(version, checkpoint, ranks, workers=config.workers)
+        augmentation = config.make_augmentation()
+        for line in augmentation.describe():
+            _say(ranks, line)
+        stream = TileStream(version, checkpoint, ranks, workers=config.workers, augmentation=augmentation)
         stream.unfreeze(config.unfreeze, amp=use_amp(config, ranks), say=lambda line: _say(ranks, line))
         backbone, make_tiles = stream.backbone, stream.build
     meta = make_meta(config, sets.train)
