@@ -140,7 +140,7 @@ def average_views(model: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     """
     total = model(pixels).float()
     for index in range(1, SYMMETRIES):
-        total = total + model(apply_symmetry(pixels, index)).float()
+        total = total + model(apply_symmetry(pixels, index))  # in float32, whatever the model gives
     return total / SYMMETRIES
 
 

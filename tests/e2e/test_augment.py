@@ -83,6 +83,28 @@ def test_augmented_fine_tuning_learns_and_says_what_it_does(trained: Path) -> No
     assert float(difference) <= 1e-3
 
 
+def test_augmentation_changes_training_tiles_each_epoch_and_no_others(trained: Path, tmp_path: Path) -> None:
+    """With steps too small to change a weight the losses are of the tiles alone."""
+    still = ("--lr", 1e-12, "--backbone-lr", 1e-12, "--dropout", 0, "--epochs", 2, "--unfreeze", 1)
+    head = ("--head-run", trained / "runs" / "head", "--cache", "cache")
+    losses = []
+    for number, options in enumerate(([], ["--views", "d4"], ["--jitter", 0.3], ["--crop-scale", 0.6])):
+        run = ("--run-dir", tmp_path / str(number))
+        result = run_train(trained, "finetune", *head, *still, *options, *run, *CPU)
+        assert result.status == 0, result.err
+        losses.append(
+            [json.loads(line) for line in (tmp_path / str(number) / "history.jsonl").read_text().splitlines()]
+        )
+    plain, *augmented = losses
+    assert plain[1]["train_loss"] == pytest.approx(plain[0]["train_loss"], rel=1e-6)
+    for history in augmented:
+        first, second = (line["train_loss"] for line in history)
+        assert abs(first - plain[0]["train_loss"]) > 1e-5 * first
+        assert abs(first - second) > 1e-5 * first
+        for line, other in zip(history, plain, strict=True):
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
 def test_averaged_predictions_are_the_mean_of_eight_runs_on_turned_tiles(trained: Path, tmp_path: Path) -> None:
     """Files turned by Pillow and predicted one by one; logits, since probabilities are averaged otherwise. A float32
     probability near 1 has its logit to some 1e-5; padding and order of a batch are the same in all."""

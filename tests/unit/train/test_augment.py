@@ -15,6 +15,9 @@ from tests.checkpoints import MEAN, STD
 from tests.planted import fresh_seed
 from tests.tiles import draw_pixels
 from train.augment import (
+    _CROP_DRAWS,
+    _JITTER_DRAWS,
+    _SYMMETRY_DRAWS,
     MIN_CROP_SCALE,
     NO_AUGMENTATION,
     SYMMETRIES,
@@ -261,6 +264,7 @@ def test_a_tile_is_augmented_the_same_in_any_batch(rng: np.random.Generator) -> 
 
 def test_each_part_has_draws_of_its_own(rng: np.random.Generator) -> None:
     """What colours and crop a tile gets does not change with the others, and the symmetry comes last."""
+    assert sorted([*_SYMMETRY_DRAWS, *_JITTER_DRAWS, *_CROP_DRAWS]) == list(range(9))
     pixels, rows = normalise(draw_batch(rng, 16)), torch.arange(16)
     parts = [Augmentation(jitter=0.3), Augmentation(crop_scale=0.6), Augmentation(views="d4")]
     expected = pixels
