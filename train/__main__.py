@@ -16,6 +16,7 @@ from extract.distributed import exit_with
 from extract.scenes import DEFAULT_SCENE_REGEX
 from extract.stop import Stopped
 
+from .augment import VIEWS, Views
 from .config import HEADS, DataConfig, TrainConfig
 from .errors import TrainError
 from .loss import LOSSES
@@ -202,6 +203,25 @@ def head(**options: Any) -> None:
     "--scratch", type=click.Path(file_okay=False), default="cache/prefix", help="Folder of this machine for that."
 )
 @click.option("--yes", "large_prefix", is_flag=True, help="Keep it even where it takes more than 50 GiB.")
+@click.option(
+    "--views",
+    type=click.Choice(VIEWS),
+    default="one",
+    help="Show each training tile as it is, or in one of its eight flips and rotations, drawn anew each epoch.",
+)
+@click.option(
+    "--jitter",
+    type=float,
+    default=0.0,
+    help="Change brightness and contrast of training tiles by up to this share, such as 0.2, and colours by half.",
+)
+@click.option(
+    "--crop-scale",
+    type=float,
+    default=1.0,
+    help="Enlarge a random square of at least this share of a training tile's area, 0.5 to 1. Its labels stay those of "
+    "the whole tile, so a crop that loses an object is mislabelled: stay near 1.",
+)
 @click.option("--head-run", help="Run whose head to start from.  [default: runs/head, if it is of this cache]")
 @click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
 def finetune(**options: Any) -> None:
@@ -277,6 +297,12 @@ _TARGET: Options = [
     click.option("--run-dir", "run", default="runs/head", help="The run to use."),
     click.option("--tiles", help="gs://bucket/prefix or a directory."),
     click.option("--cache", help="A cache, instead of tiles."),
+    click.option(
+        "--tta",
+        type=click.Choice(VIEWS),
+        default="one",
+        help="Judge a streamed tile as it is, or by the mean logits of its eight flips and rotations: 8 x the work.",
+    ),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
     click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]"),
 ]
@@ -284,21 +310,23 @@ _TARGET: Options = [
 
 @main.command()
 @_add_options(_TARGET)
-def evaluate(run: str, tiles: str | None, cache: str | None, device: str, workers: int | None) -> None:
+def evaluate(run: str, tiles: str | None, cache: str | None, tta: Views, device: str, workers: int | None) -> None:
     """Score a run on labelled tiles or a cache: the figures of training and the per-class table."""
     from .infer import Target, run_evaluation
 
-    run_evaluation(run, Target(tiles, cache), device=device, workers=workers)
+    run_evaluation(run, Target(tiles, cache), tta=tta, device=device, workers=workers)
 
 
 @main.command()
 @_add_options(_TARGET)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("predictions.csv"))
-def predict(run: str, tiles: str | None, cache: str | None, out: Path, device: str, workers: int | None) -> None:
+def predict(
+    run: str, tiles: str | None, cache: str | None, out: Path, tta: Views, device: str, workers: int | None
+) -> None:
     """Write a CSV with every tile's probabilities and decisions, and the thresholds used beside it."""
     from .infer import Target, run_prediction
 
-    run_prediction(run, Target(tiles, cache), out, device=device, workers=workers)
+    run_prediction(run, Target(tiles, cache), out, tta=tta, device=device, workers=workers)
 
 
 @main.command()

@@ -8,6 +8,7 @@ from cache_schema import LabelIds
 from extract.backbone import POOLING
 from extract.scenes import DEFAULT_SCENE_REGEX
 
+from .augment import MIN_CROP_SCALE, NO_AUGMENTATION, Augmentation, Views
 from .errors import TrainError
 from .loss import LossConfig, LossName
 from .weights import ClassWeights
@@ -86,6 +87,7 @@ class TrainConfig:
         layer_decay: of a layer's learning rate from that of the layer above it.
         folds: of the cross-validation beside a head's run; 0 is none.
         amp: autocast to bf16, by default where the device multiplies it.
+        views, jitter, crop_scale: what is done to streamed training tiles, see `Augmentation`.
         memory_budget: bytes a rank may hold cached vectors in, or else the buffers to stream them; None: half of what
             is free.
     """
@@ -136,6 +138,9 @@ class TrainConfig:
     gamma_pos: float = 0.0
     gamma_neg: float = 4.0
     margin: float = 0.05
+    views: Views = "one"
+    jitter: float = 0.0
+    crop_scale: float = 1.0
 
     def __post_init__(self) -> None:
         unknown = set(self.features.split("+")) - set(POOLING)
@@ -146,6 +151,16 @@ class TrainConfig:
         for name, (value, fits, range_) in self._ranges().items():
             if not fits:
                 raise TrainError(f"--{name} {value}: {range_}")
+        if not self.unfreeze and self.make_augmentation() != NO_AUGMENTATION:
+            raise TrainError(
+                "--views, --jitter and --crop-scale change pixels, and cached vectors have none: "
+                "set UNFREEZE=1 or more, or leave them out"
+            )
+        if self.cache_prefix and (self.jitter or self.crop_scale < 1):
+            raise TrainError(
+                "--cache-prefix keeps what becomes of a tile's pixels, and --jitter and --crop-scale change them in "
+                "every epoch: leave out either; --views d4 goes with it"
+            )
         for name in ("val_cache", "test_cache"):
             if getattr(self, name) == self.cache:
                 raise TrainError(
@@ -168,6 +183,13 @@ class TrainConfig:
             "gamma-pos": (self.gamma_pos, 0 <= self.gamma_pos < math.inf, "0 or more"),
             "gamma-neg": (self.gamma_neg, 0 <= self.gamma_neg < math.inf, "0 or more"),
             "margin": (self.margin, 0 <= self.margin < 1, "0 to below 1"),
+            "jitter": (self.jitter, 0 <= self.jitter < 1, "0 to below 1"),
+            "crop-scale": (
+                self.crop_scale,
+                MIN_CROP_SCALE <= self.crop_scale <= 1,
+                f"a share of the tile's area, {MIN_CROP_SCALE:g} to 1: a smaller crop would lose most objects it is "
+                "labelled with",
+            ),
             "hidden": (self.hidden, self.hidden >= 1, "at least 1"),
             "dropout": (self.dropout, 0 <= self.dropout < 1, "0 to below 1"),
             "seed": (self.seed, 0 <= self.seed < 2**31, "0 to 2147483647"),
@@ -186,6 +208,10 @@ class TrainConfig:
     def make_loss(self) -> LossConfig:
         """The loss with its parameters, to be called with logits and labels."""
         return LossConfig(self.loss, self.alpha, self.gamma, self.gamma_pos, self.gamma_neg, self.margin)
+
+    def make_augmentation(self) -> Augmentation:
+        """What is done to the tiles of a training batch."""
+        return Augmentation(self.views, self.jitter, self.crop_scale)
 
     def like_original(self) -> Self:
         """The original script's split and classes, for comparison with its figures only."""

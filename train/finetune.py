@@ -1,11 +1,11 @@
 """What fine-tuning needs beyond the cached path: the cache's own backbone, its tiles, and a head to start from."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from cache_schema import Version
 from extract.backbone import Backbone, Checkpoint
@@ -14,9 +14,10 @@ from extract.feed import TileFeed
 from extract.plan import find_cached_checkpoint
 from extract.source import open_source
 
+from .augment import NO_AUGMENTATION, Augmentation
 from .checkpoint import CheckpointMeta
 from .errors import CheckpointError, TrainError
-from .prefix import PrefixCache, PrefixTiles, run_prefix
+from .prefix import PrefixCache, PrefixTiles, compute_slots, plan_slots
 from .rows import LabelledCache
 from .step_zero import StepZero
 from .streaming import Index, StreamedTiles, check_tiles_unchanged
@@ -69,29 +70,39 @@ def check_head(meta: CheckpointMeta, cache: LabelledCache) -> None:
         )
 
 
-def plan_prefixes(caches: Sequence[LabelledCache], scratch: str, unfreeze: int) -> list[tuple[PrefixCache, Index]]:
-    """What to keep of the sets that every epoch looks at: of each version, the rows in use."""
-    checkpoint = find_cached_checkpoint(caches[0].version)
-    versions = {cache.version.id: cache.version for cache in caches}
-    return [
-        (
-            PrefixCache(scratch, version, checkpoint, unfreeze),
-            np.concatenate([cache.rows.index for cache in caches if cache.version.id == name]),
-        )
-        for name, version in versions.items()
+def plan_prefixes(
+    train: LabelledCache, val: LabelledCache, scratch: str, unfreeze: int, views: int
+) -> list[tuple[PrefixCache, Index]]:
+    """What to keep of the sets that every epoch looks at: of each version, the slots in use."""
+    checkpoint = find_cached_checkpoint(train.version)
+    versions = {cache.version.id: cache.version for cache in (train, val)}
+    prefixes = [PrefixCache(scratch, version, checkpoint, unfreeze, views) for version in versions.values()]
+    rows = [
+        [[cache.rows.index] if cache.version.id == prefix.version else [] for cache in (train, val)]
+        for prefix in prefixes
     ]
+    return [(prefix, plan_slots(prefix, *mine)) for prefix, mine in zip(prefixes, rows, strict=True)]
 
 
 class TileStream:
     """A backbone and the feeds of its tiles; every set of a run streams through it."""
 
-    def __init__(self, version: Version, checkpoint: Checkpoint, ranks: Ranks, *, workers: int | None) -> None:
+    def __init__(
+        self,
+        version: Version,
+        checkpoint: Checkpoint,
+        ranks: Ranks,
+        *,
+        workers: int | None,
+        augmentation: Augmentation = NO_AUGMENTATION,
+    ) -> None:
         precision: Any = version.provenance.precision
         self.backbone = Backbone.load(checkpoint, precision=precision, device=ranks.device)
         self._version = version
         self._checkpoint = checkpoint
         self._ranks = ranks
         self._workers = ranks.choose_workers(workers)
+        self._augmentation = augmentation
         self._feeds: dict[str, TileFeed] = {}
         self._prefixes: dict[str, PrefixCache] = {}
 
@@ -111,33 +122,30 @@ class TileStream:
         say(f"training {len(trained)} tensors ({count:,} parameters): the last {layers} layers and the final norm")
 
     def keep_prefix(
-        self, caches: Sequence[LabelledCache], scratch: str, *, batch: int, say: Callable[[str], None]
+        self, train: LabelledCache, val: LabelledCache, scratch: str, *, batch: int, say: Callable[[str], None]
     ) -> None:
         """Run the frozen layers over these sets once, and have `build` read the result from now on.
 
         Raises:
             TrainError: the disk is full, or a tile is not what it was.
         """
-        for prefix, rows in plan_prefixes(caches, scratch, self.backbone.trained_layers):
-            cache = next(cache for cache in caches if cache.version.id == prefix.version)
-            tiles = self._stream(cache)
-
-            def compute(batches: Sequence[Index], tiles: StreamedTiles = tiles) -> Iterator[Tensor]:
-                return (run_prefix(self.backbone, pixels, batch) for pixels in tiles.read_rows(batches))
-
+        views = self._augmentation.count_views()
+        for prefix, slots in plan_prefixes(train, val, scratch, self.backbone.trained_layers, views):
+            tiles = self._stream(train if train.version.id == prefix.version else val)
+            compute = partial(compute_slots, self.backbone, tiles, views=views, batch=batch)
             started = time.perf_counter()
-            count = prefix.fill(rows, compute, batch=batch, ranks=self._ranks)
+            count = prefix.fill(slots, compute, batch=batch, ranks=self._ranks)
             seconds = time.perf_counter() - started
             say(
-                f"prefix cache {prefix.folder}: {len(np.unique(rows)):,} tiles"
-                + (f", {count:,} of them computed by this rank in {seconds:,.0f} s" if count else ", all there before")
+                f"prefix cache {prefix.folder}: {len(np.unique(slots // views)):,} tiles"
+                + (f", {count:,} of their views computed by this rank in {seconds:,.0f} s" if count else ", all there")
             )
             self._prefixes[prefix.version] = prefix
 
     def build(self, cache: LabelledCache) -> StreamedTiles | PrefixTiles:
         """The cache's rows: as tokens where all are kept, else as pixel values, read from where tiles came from."""
         prefix = self._prefixes.get(cache.version.id)
-        if prefix is None or len(prefix.find_missing(cache.rows.index)):
+        if prefix is None or len(prefix.find_missing(cache.rows.index * prefix.views)):
             return self._stream(cache)
         return PrefixTiles(cache, prefix, self._ranks, eval_batch=self._version.recorded.batch_size)
 
@@ -149,6 +157,7 @@ class TileStream:
             self._ranks,
             dtype=self.backbone.dtype,
             eval_batch=self._version.recorded.batch_size,
+            augmentation=self._augmentation,
         )
 
     def _open_feed(self, tiles: str) -> TileFeed:

@@ -23,6 +23,7 @@ from extract.listing import list_tiles
 from extract.source import open_source
 from extract.transform import TileTransform
 
+from .augment import SYMMETRIES, Views, average_views
 from .checkpoint import CheckpointMeta, load_best
 from .config import TrainConfig
 from .decisions import Decisions
@@ -115,46 +116,58 @@ class LoadedRun:
         return classifier.eval()
 
 
-def run_evaluation(run: str, target: Target, *, device: str, workers: int | None) -> None:
+def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers: int | None) -> None:
     """Print the metrics of a run on labelled tiles: the same figures and per-class table as in training.
 
     Args:
         run: its directory or link.
         target: what to score it on; labels are read by the run's own rules.
+        tta: `d4` averages each tile's logits over its eight symmetries.
         device, workers: as in training.
     """
     with join_ranks(device) as ranks:
         loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
-        inference = infer(loaded, target, ranks, workers=workers, labels=True)
-        report = ranks.run_on_main(lambda: _score(loaded, inference))
+        inference = infer(loaded, target, ranks, workers=workers, labels=True, tta=tta)
+        report = ranks.run_on_main(lambda: _score(loaded, inference, tta))
         if ranks.is_main:
             print(report)
 
 
-def run_prediction(run: str, target: Target, out: Path, *, device: str, workers: int | None) -> None:
+def run_prediction(run: str, target: Target, out: Path, *, tta: Views, device: str, workers: int | None) -> None:
     """Write a CSV of probabilities and decisions for every tile, and the thresholds used beside it."""
     with join_ranks(device) as ranks:
         loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
-        inference = infer(loaded, target, ranks, workers=workers, labels=False)
-        report = ranks.run_on_main(lambda: _write_predictions(loaded, inference, out))
+        inference = infer(loaded, target, ranks, workers=workers, labels=False, tta=tta)
+        report = ranks.run_on_main(lambda: _write_predictions(loaded, inference, out, tta))
         if ranks.is_main:
             print(report)
 
 
-def infer(loaded: LoadedRun, target: Target, ranks: Ranks, *, workers: int | None, labels: bool) -> Inference | None:
+def infer(
+    loaded: LoadedRun, target: Target, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views = "one"
+) -> Inference | None:
     """Logits of every tile of the target, on rank 0; None on the others.
 
     A head on a cache of its own embeddings reads vectors; everything else streams tiles.
+
+    Raises:
+        TrainError: several views are asked for of vectors, which are of one.
+        ProvenanceError: the vectors are of another backbone, size or precision than the run's.
     """
     if target.cache:
         version = ranks.run_everywhere(lambda: open_cache(str(target.cache)))
         if not loaded.meta.unfreeze:
+            if tta != "one":
+                raise TrainError(
+                    f"--tta {tta} turns tiles, and {loaded.directory} reads a cache's vectors: use --tiles, or leave "
+                    "--tta out"
+                )
             return ranks.run_everywhere(lambda: _infer_cached(loaded, version, ranks))
         tiles, table = version.recorded.tiles, version.read_table()
     else:
         tiles = open_source(str(target.tiles)).url
         table = ranks.run_on_main(lambda: list_tiles(open_source(tiles), unlabelled=not labels).table)
-    return _infer_streamed(loaded, table, tiles, ranks, workers=workers, labels=labels)
+    return _infer_streamed(loaded, table, tiles, ranks, workers=workers, labels=labels, tta=tta)
 
 
 def _infer_cached(loaded: LoadedRun, version: Version, ranks: Ranks) -> Inference | None:
@@ -179,7 +192,7 @@ def _infer_cached(loaded: LoadedRun, version: Version, ranks: Ranks) -> Inferenc
 
 
 def _infer_streamed(
-    loaded: LoadedRun, table: TileTable, tiles: str, ranks: Ranks, *, workers: int | None, labels: bool
+    loaded: LoadedRun, table: TileTable, tiles: str, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views
 ) -> Inference | None:
     """Tiles end to end, each rank its share."""
     checkpoint = ranks.run_on_main(loaded.find_checkpoint)
@@ -200,7 +213,8 @@ def _infer_streamed(
     with tqdm(total=len(share), unit="tile", desc="predict", disable=not ranks.is_main) as bar:
         for batch in feed.read(requests):
             with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
-                found = classifier(transform(batch.images, device=ranks.device, dtype=backbone.dtype))
+                pixels = transform(batch.images, device=ranks.device, dtype=backbone.dtype)
+                found = average_views(classifier, pixels) if tta == "d4" else classifier(pixels)
             logits[batch.rows] = found.float().cpu().numpy()
             logits[batch.rows[batch.status != Status.EMBEDDED]] = np.nan
             label_ids[batch.rows], status[batch.rows] = batch.label_ids, batch.status
@@ -222,7 +236,7 @@ def _gather(mine: Inference, ranks: Ranks) -> Inference | None:
     return mine
 
 
-def _score(loaded: LoadedRun, inference: Inference | None) -> str:
+def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> str:
     assert inference is not None
     data = loaded.config.data
     rows = label_rows(inference.table, inference.label_ids, inference.status, data, reading=loaded.meta.reading)
@@ -236,7 +250,11 @@ def _score(loaded: LoadedRun, inference: Inference | None) -> str:
         loss=loaded.config.make_loss(),
         decisions=loaded.decisions,
     )
-    notes = [*rows.notes, *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted])]
+    notes = [
+        *rows.notes,
+        *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted]),
+        *_describe_views(tta),
+    ]
     return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)])
 
 
@@ -251,8 +269,21 @@ def _warn_of_training_tiles(loaded: LoadedRun, tiles: str, names: npt.NDArray[np
     return [f"warning: {seen:,} of the {len(names):,} tiles scored here trained this run: its figures flatter it"]
 
 
-def _write_predictions(loaded: LoadedRun, inference: Inference | None, out: Path) -> str:
-    """One row per tile: name, status, decided classes, then the calibrated probability of every class."""
+def _describe_views(tta: Views) -> list[str]:
+    """A line for the user when several views of each tile were averaged."""
+    if tta == "one":
+        return []
+    return [
+        f"--tta {tta}: mean logits of {SYMMETRIES} flips and rotations of each tile; temperature and thresholds were "
+        "fitted on one"
+    ]
+
+
+def _write_predictions(loaded: LoadedRun, inference: Inference | None, out: Path, tta: Views) -> str:
+    """One row per tile: name, status, decided classes, then the calibrated probability of every class.
+
+    With several views averaged, a column `tta` before the classes says so.
+    """
     assert inference is not None
     names, decisions = loaded.meta.class_names, loaded.decisions
     probs, preds, thresholds = (
@@ -260,17 +291,18 @@ def _write_predictions(loaded: LoadedRun, inference: Inference | None, out: Path
         decisions.decide(inference.logits),
         decisions.thresholds,
     )
+    used = {} if tta == "one" else {"tta": tta}
     sidecar = out.with_name(f"{out.stem}-thresholds.csv")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["tile", "status", "preds", *names])
+            writer.writerow(["tile", "status", "preds", *used, *names])
             for i, tile in enumerate(inference.table.tile.tolist()):
                 decided = ";".join(names[c] for c in np.flatnonzero(preds[i]))
                 # Every digit of a float32, so that comparing the two files gives the decisions.
                 cells = ["" if math.isnan(p) else f"{p:.9g}" for p in probs[i].tolist()]
-                writer.writerow([tile, Status(inference.status[i]).name.lower(), decided, *cells])
+                writer.writerow([tile, Status(inference.status[i]).name.lower(), decided, *used.values(), *cells])
         with sidecar.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["class_id", "class", "threshold"])
@@ -278,6 +310,7 @@ def _write_predictions(loaded: LoadedRun, inference: Inference | None, out: Path
     except OSError as error:
         raise TrainError(f"cannot write {out}: {error.strerror}: choose another --out") from error
     skipped = int((inference.status != Status.EMBEDDED).sum())
-    return f"{len(preds):,} tiles -> {out} (probabilities and decisions; thresholds in {sidecar})" + (
-        f"; {skipped:,} of them could not be read, see column status" if skipped else ""
-    )
+    lines = [f"{len(preds):,} tiles -> {out} (probabilities and decisions; thresholds in {sidecar})"]
+    if skipped:
+        lines[0] += f"; {skipped:,} of them could not be read, see column status"
+    return "\n".join([*lines, *_describe_views(tta)])

@@ -171,7 +171,8 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
         check_finetuning([cache for cache in (sets.train, sets.val, sets.test) if cache is not None], config.unfreeze)
     room: tuple[str, ...] = ()
     if config.cache_prefix and config.unfreeze:
-        prefixes = plan_prefixes((sets.train, sets.val), config.scratch, config.unfreeze)
+        views = config.make_augmentation().count_views()
+        prefixes = plan_prefixes(sets.train, sets.val, config.scratch, config.unfreeze, views)
         room = (check_room(prefixes, agreed=config.large_prefix),)
     if config.resume:
         run = RunDirectory.resume(config.run)
@@ -233,7 +234,10 @@ def prepare_training(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: 
     backbone = None
     if config.unfreeze:
         checkpoint = ranks.run_on_main(lambda: find_cached_checkpoint(version))
-        stream = TileStream(version, checkpoint, ranks, workers=config.workers)
+        augmentation = config.make_augmentation()
+        for line in augmentation.describe():
+            _say(ranks, line)
+        stream = TileStream(version, checkpoint, ranks, workers=config.workers, augmentation=augmentation)
         stream.unfreeze(
             config.unfreeze,
             checkpointing=config.grad_checkpoint,
@@ -244,7 +248,8 @@ def prepare_training(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: 
             # In the shape that a step computes: another would round differently.
             share = -(-config.batch_size // ranks.world_size)
             stream.keep_prefix(
-                (sets.train, sets.val),
+                sets.train,
+                sets.val,
                 config.scratch,
                 batch=-(-share // config.accumulate),
                 say=lambda line: _say(ranks, line),

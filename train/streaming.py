@@ -16,6 +16,7 @@ from extract.listing import list_tiles
 from extract.source import Source
 from extract.transform import TileTransform
 
+from .augment import NO_AUGMENTATION, Augmentation
 from .batches import Batch, take_share
 from .errors import TrainError
 from .rows import LabelledCache
@@ -33,6 +34,7 @@ class StreamedTiles:
         checkpoint: of the backbone; gives size, mean and std.
         dtype: of the pixel values.
         eval_batch: tiles per forward pass in evaluation, the cache's own batch size.
+        augmentation: of the tiles of an epoch; those that are evaluated are left as they are.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class StreamedTiles:
         *,
         dtype: torch.dtype,
         eval_batch: int,
+        augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         self.rows = cache.rows
         self._table = cache.table
@@ -53,6 +56,7 @@ class StreamedTiles:
         self._ranks = ranks
         self._dtype = dtype
         self._eval_batch = eval_batch
+        self._augmentation = augmentation
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +70,7 @@ class StreamedTiles:
         pixels = self._read([share for share in shares if len(share)])
         for start, share in zip(starts, shares, strict=True):
             size = min(batch_size, len(order) - start)
-            inputs = next(pixels) if len(share) else self._no_pixels()
+            inputs = self._augment(next(pixels), share, seed, epoch) if len(share) else self._no_pixels()
             yield Batch(inputs, self._labels[share].to(self._ranks.device), share, size)
 
     @property
@@ -87,6 +91,10 @@ class StreamedTiles:
         for batch in self._feed.read(requests):
             refuse_changed(batch, self._table)
             yield self._transform(batch.images, device=self._ranks.device, dtype=self._dtype)
+
+    def _augment(self, pixels: Tensor, rows: Tensor, seed: int, epoch: int) -> Tensor:
+        mean, std = self._transform.mean, self._transform.std
+        return self._augmentation.apply(pixels, rows, seed=seed, epoch=epoch, mean=mean, std=std)
 
     def _no_pixels(self) -> Tensor:
         size = self._transform.image_size

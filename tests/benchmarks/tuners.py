@@ -16,7 +16,7 @@ from extract.source import open_source
 from train.batches import Batch, Tiles
 from train.config import DataConfig, TrainConfig
 from train.model import Classifier, Head
-from train.prefix import PrefixCache, PrefixTiles, run_prefix
+from train.prefix import PrefixCache, PrefixTiles, compute_slots
 from train.rows import read_labelled_cache
 from train.step import TrainStep
 from train.streaming import StreamedTiles
@@ -82,7 +82,7 @@ def compare_epochs(cache: str, checkpoint: Path, batch: int, workers: int) -> di
         prefix = PrefixCache(f"{cache}-prefix", rows.version, found, UNFREEZE)
         prefix.fill(
             rows.rows.index,
-            lambda batches: (run_prefix(backbone, pixels, batch) for pixels in streamed.read_rows(batches)),
+            lambda batches: compute_slots(backbone, streamed, batches, views=1, batch=batch),
             batch=batch,
             ranks=ranks,
         )

@@ -28,9 +28,10 @@ from extract.distributed import Ranks
 from extract.feed import TileFeed
 from extract.source import open_source
 from tests.caches import plant_cache
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
+from train.augment import Augmentation
 from train.batches import epoch_order
 from train.config import DataConfig
 from train.rows import read_labelled_cache
@@ -52,6 +53,8 @@ CONTROLLED = (
     *("--epochs", 30, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu", "--run-dir", "runs/controlled"),
     *("--class-weights", "balanced", "--repeat-factor", 0.5, "--clip-norm", 0.005, "--patience", 1),
 )
+PREDICT = ("--tta", "d4", "--device", "cpu", "--workers", 0)
+AUGMENTED = ("--views", "d4", "--jitter", 0.3, "--crop-scale", 0.7)
 FINETUNE = ("--epochs", 2, "--unfreeze", 2, "--batch-size", 4, "--dropout", 0, "--no-amp", "--device", "cpu")
 
 
@@ -151,18 +154,18 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     cache and in parts. Heads on made-up vectors are trained in memory on one rank, streamed on two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     head = ("head", *data(made), *HEAD, "--folds", 2)
-    finetune = ("finetune", *data(made), *FINETUNE, "--head-run", one / "runs" / "head")
+    finetune = ("finetune", *data(made), *FINETUNE, "--views", "d4", "--head-run", one / "runs" / "head")
     vectors = ("head", "--cache", made / "vectors", *VECTORS, "--run-dir")
     held = ((*vectors, "runs/vectors", *CONVEX), (*vectors, "runs/still", *STILL))
     controlled = ("head", *data(made), *CONTROLLED)
     for command in (head, (*finetune, "--workers", 0), controlled, *held):
         result = run_train(one, *command)
         assert result.status == 0, result.err
-    predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", "--workers", 0)
+    predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", *PREDICT)
     whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
     streamed = ((*command, *STREAMED) for command in held)
     in_parts = (*finetune, "--cache-prefix", "--accumulate", 2, "--grad-checkpoint")
-    out = run_in_turn(two, make_env(), head, in_parts, (*predict, "--device", "cpu"), whole, controlled, *streamed)
+    out = run_in_turn(two, make_env(), head, in_parts, predict, whole, controlled, *streamed)
     assert out.count("vectors stay in the cache") == 2
     return one, two
 
@@ -259,6 +262,28 @@ def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank
         assert torch.equal(batch.inputs, pixels[batch.rows])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tiles_are_augmented_by_their_row_to_train_on_and_never_to_be_scored(made: Path, rank: int) -> None:
+    residence = Residence(("cls",), torch.device("cpu"), size=0, budget=0, batch_size=16, held=True)
+    cache = read_labelled_cache(str(made / "cache"), DataConfig(empty="keep"), residence)
+    feed, checkpoint = TileFeed(open_source(str(made / "tiles")), workers=0), find_checkpoint(str(made / "checkpoint"))
+    ranks = Ranks(rank, 2, 2, torch.device("cpu"), dist.HashStore())
+    options: dict[str, Any] = {"dtype": torch.float32, "eval_batch": 16}
+    plain = StreamedTiles(cache, feed, checkpoint, ranks, **options)
+    augmentation = Augmentation("d4", 0.3, 0.7)
+    tiles = StreamedTiles(cache, feed, checkpoint, ranks, **options, augmentation=augmentation)
+    epochs = ({"batch_size": 13, "seed": 3, "epoch": epoch} for epoch in (0, 1))
+    for epoch in epochs:
+        for batch, other in zip(tiles.iterate_epoch(**epoch), plain.iterate_epoch(**epoch), strict=True):
+            assert torch.equal(batch.rows, other.rows)
+            assert torch.equal(batch.labels, other.labels)
+            draws = {"seed": 3, "epoch": epoch["epoch"], "mean": MEAN, "std": STD}
+            assert torch.equal(batch.inputs, augmentation.apply(other.inputs, other.rows, **draws))
+            assert (batch.inputs != other.inputs).flatten(1).any(dim=1).all()
+    for scored, other_scored in zip(tiles.iterate_share(), plain.iterate_share(), strict=True):
+        assert torch.equal(scored, other_scored)
+
+
 @pytest.mark.parametrize("run", ["head", "finetune"])
 def test_metrics_are_those_of_one_rank(both: tuple[Path, Path], run: str) -> None:
     """The model is the same to rounding, so every count is; loss and thresholds to the tolerance of the loss."""
@@ -285,7 +310,7 @@ def test_two_ranks_cross_validate_as_one_does(both: tuple[Path, Path]) -> None:
 def test_two_ranks_fine_tune_what_one_does(both: tuple[Path, Path]) -> None:
     """Adam divides by the gradient's own size, so a rounding difference in a tiny gradient moves a weight by up to a
     step: losses agree within 1e-4 relative, weights within 4 % of what training moved them. The last batch has one
-    row, so one rank has none."""
+    row, so one rank has none. Tiles are augmented, each in the same way on whichever rank it is."""
     one, two = (root / "runs" / "finetune" for root in both)
     assert len(read(one / "split.json")["train"]) % 4 == 1
     for a, b in zip(read_history(one), read_history(two), strict=True):
@@ -301,7 +326,7 @@ def test_two_ranks_fine_tune_what_one_does(both: tuple[Path, Path]) -> None:
 
 def test_two_ranks_predict_what_one_does(both: tuple[Path, Path], made: Path) -> None:
     one, two = both
-    target = ("--run-dir", "runs/finetune", "--tiles", made / "tiles", "--device", "cpu", "--workers", 0)
+    target = ("--run-dir", "runs/finetune", "--tiles", made / "tiles", *PREDICT)
     alone = run_train(one, "predict", *target)
     assert alone.status == 0, alone.err
     first, second = ([line.split(",") for line in (r / "predictions.csv").read_text().splitlines()] for r in (one, two))
@@ -335,12 +360,12 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
 def test_killed_runs_resume_to_the_same_history(
     both: tuple[Path, Path], made: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
-    """With dropout. A head on two ranks, resumed on two: byte for byte what it would have been. Fine-tuning on one,
-    resumed on one: likewise; a copy of it, resumed on two, goes on to the end."""
+    """With dropout and augmentation. A head on two ranks, resumed on two: byte for byte what it would have been.
+    Fine-tuning on one, resumed on one: likewise; a copy of it, resumed on two, goes on to the end."""
     head, finetune = tmp_path / "runs" / "head", tmp_path / "runs" / "finetune"
     start_and_kill(torchrun(2, "head", *data(made), *DROPPING), tmp_path, env, head, epochs=2, of=16)
     options = ("--epochs", 8, "--unfreeze", 2, "--batch-size", 16, "--save-steps", 1, "--device", "cpu", "--workers", 0)
-    arguments = ("finetune", *data(made), *options, "--head-run", both[0] / "runs" / "head")
+    arguments = ("finetune", *data(made), *options, *AUGMENTED, "--head-run", both[0] / "runs" / "head")
     alone = [sys.executable, "-m", "train", *map(str, arguments)]
     # The first epoch may be killed before its checkpoint is there; of the second on, there is one.
     start_and_kill(alone, tmp_path, env, finetune, epochs=2, of=8)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from train.augment import NO_AUGMENTATION
 from train.config import DataConfig, TrainConfig
 from train.errors import TrainError
 
@@ -22,6 +23,9 @@ def test_settings_survive_a_round_trip_through_json() -> None:
         data=DataConfig(exclude=(5, 48), empty="keep", label_ids="class", taxonomy="classes.csv"),
         features="cls+patch_mean",
         amp=False,
+        views="d4",
+        jitter=0.2,
+        crop_scale=0.8,
     )
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
@@ -34,11 +38,13 @@ def test_defaults_are_those_of_the_design() -> None:
     assert config.data == DataConfig(empty="drop", exclude=(), label_ids="auto", val_fraction=0.2)
     assert (config.class_weights, config.repeat_factor, config.deterministic) == ("none", 0, False)
     assert config.patience is config.clip_norm is None
+    assert config.make_augmentation() == NO_AUGMENTATION
 
 
 def test_settings_of_a_run_from_before_an_option_existed_load() -> None:
     stored = make_config().to_json()
-    for name in ("class_weights", "repeat_factor", "patience", "clip_norm", "deterministic"):
+    new = ("class_weights", "repeat_factor", "patience", "clip_norm", "deterministic", "views", "jitter", "crop_scale")
+    for name in new:
         del stored[name]
     assert TrainConfig.from_json(stored) == make_config()
 
@@ -79,6 +85,15 @@ def test_like_original_is_its_split_and_its_classes() -> None:
         ({"repeat_factor": 1.5}, "--repeat-factor 1.5: a share of tiles, 0 to 1"),
         ({"repeat_factor": -0.1}, "--repeat-factor -0.1"),
         ({"repeat_factor": float("nan")}, "--repeat-factor nan"),
+        ({"unfreeze": 1, "jitter": 1.0}, "--jitter 1.0: 0 to below 1"),
+        ({"unfreeze": 1, "jitter": -0.1}, "--jitter -0.1"),
+        ({"unfreeze": 1, "jitter": float("nan")}, "--jitter nan"),
+        ({"unfreeze": 1, "crop_scale": 0.4}, "--crop-scale 0.4: a share of the tile's area, 0.5 to 1: .* most objects"),
+        ({"unfreeze": 1, "crop_scale": 1.1}, "--crop-scale 1.1"),
+        ({"unfreeze": 1, "crop_scale": float("nan")}, "--crop-scale nan"),
+        ({"views": "d4"}, "cached vectors have none: set UNFREEZE=1 or more, or leave them out"),
+        ({"jitter": 0.1}, "--views, --jitter and --crop-scale change pixels"),
+        ({"crop_scale": 0.9}, "--views, --jitter and --crop-scale change pixels"),
         ({"dropout": 1.0}, "--dropout"),
         ({"seed": -1}, "--seed"),
         ({"seed": 2**31}, "--seed"),

@@ -91,7 +91,7 @@ def test_rows_come_back_bit_for_bit(
     assert again.fill(more, computed, batch=4, ranks=ranks) == 1
     assert computed.asked[9:] == [100]
     held = (prefix.folder / "tokens").stat()
-    assert held.st_size == ROWS * prefix.row_bytes
+    assert held.st_size == ROWS * prefix.slot_bytes
     assert held.st_blocks * 512 < held.st_size / 4
 
 
@@ -186,7 +186,7 @@ prefix = PrefixCache(scratch, open_cache(cache), found, 1)
 with join_ranks("cpu") as ranks:
     prefix.fill(np.arange(40), Computed(found, prefix.dtype), batch=2, ranks=ranks)
     with open(prefix.folder / "tokens", "rb+") as file:
-        limit = 50 * prefix.row_bytes
+        limit = 50 * prefix.slot_bytes
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
         prefix.fill(np.arange(100), Computed(found, prefix.dtype), batch=2, ranks=ranks)
