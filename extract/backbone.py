@@ -35,7 +35,7 @@ class Checkpoint:
 
     Attributes:
         name: as the user gave it.
-        path: directory holding config.json, preprocessor_config.json and *.safetensors.
+        path: directory holding config.json, preprocessor_config.json and model*.safetensors.
         depth, width: transformer layers, embedding length.
         image_size: effective pixels a side, a multiple of the patch size.
         mean, std: the preprocessor's, per channel.
@@ -49,10 +49,15 @@ class Checkpoint:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """model.safetensors, or its shards, in name order."""
+        return _weight_files(self.path)
+
     def hash_weights(self) -> str:
         """sha256 of the weight file's bytes; of several, over their hex digests in name order."""
         digests = []
-        for file in _weight_files(self.path):
+        for file in self.weight_files:
             with file.open("rb") as stream:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -73,7 +78,7 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     if config.get("model_type") != "dinov3_vit":
         raise BackboneError(f"{name} is a {config.get('model_type')!r} checkpoint: BACKBONE must be a DINOv3 ViT")
     if not _weight_files(path):
-        raise BackboneError(f"{path} has no *.safetensors: save the checkpoint with safe serialization")
+        raise BackboneError(f"{path} has no model*.safetensors: save the checkpoint with safe serialization")
     processor = _read_json(path / "preprocessor_config.json")
     try:
         mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
@@ -289,7 +294,8 @@ def _download(hub_id: str) -> Path:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors"))
+    """By the names transformers loads them by: other tensors may lie beside them, such as an export's head."""
+    return sorted(path.glob("model*.safetensors"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

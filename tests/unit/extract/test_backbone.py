@@ -212,7 +212,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of a list": (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "another model": (lambda path: edit_json(path / "config.json", model_type="vit"), "'vit'.*must be a DINOv3 ViT"),
     "no patch size": (lambda path: edit_json(path / "config.json", patch_size=None), "patch_size"),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), r"no \*.safetensors: save the checkpoint"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), r"no model\*.safetensors: save the checkpoint"),
     "no preprocessor": (
         lambda path: (path / "preprocessor_config.json").unlink(),
         "preprocessor_config.json is missing: copy",
@@ -258,6 +258,8 @@ def test_hash_of_weights_is_that_of_the_files_bytes(copy: Path) -> None:
     digest = hashlib.sha256(first.read_bytes()).hexdigest()
     assert find_checkpoint(str(copy)).hash_weights() == digest
     edit_json(copy / "config.json", transformers_version="0")  # not the weights' concern
+    assert find_checkpoint(str(copy)).hash_weights() == digest
+    (copy / "head.safetensors").write_bytes(b"the head that an export lays beside it")
     assert find_checkpoint(str(copy)).hash_weights() == digest
     second = copy / "model-2.safetensors"
     second.write_bytes(first.read_bytes() + b"x")
