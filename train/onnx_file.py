@@ -70,17 +70,19 @@ def write_onnx(classifier: Classifier, path: Path, pixels: Tensor, *, inline_byt
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program = torch.onnx.export(
                 _PixelsToLogits(classifier).eval(),
                 (pixels,),
-                path,
                 input_names=["pixel_values"],
                 output_names=["logits"],
                 dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1)}},
                 dynamo=True,
-                external_data=size > inline_bytes,
                 verbose=False,
             )
+            assert program is not None
+            for node in program.model.graph.all_nodes():
+                node.metadata_props.clear()  # stack traces with paths of this machine, more than half of a small file
+            program.save(path, external_data=size > inline_bytes)
     except torch.onnx.OnnxExporterError as error:
         raise TrainError(
             f"torch {torch.__version__} cannot write this model as ONNX ({_first_line(error)}): "
