@@ -108,12 +108,11 @@ def check_onnx(path: Path, pixels: Tensor, expected: Tensor, *, batches: Sequenc
         TrainError: it is more than `MAX_DIFFERENCE`, or onnxruntime refuses the file.
     """
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, NotImplemented
 
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = [session.run(["logits"], {"pixel_values": pixels[:length].numpy()})[0] for length in batches]
-    except (Fail, InvalidArgument, InvalidGraph, NotImplemented) as error:
+    except Exception as error:  # of a dozen kinds without a base of their own
         raise TrainError(
             f"onnxruntime {onnxruntime.__version__} refuses {path.name} ({_first_line(error)}): "
             "use the versions of constraints.txt, or export with --no-onnx"
