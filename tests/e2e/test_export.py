@@ -40,7 +40,7 @@ TRAINING = ("--epochs", 1, "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiles, a checkpoint stored in float16, their cache, and three runs: a head, a linear head, and one fine-tuned from
+    """Tiles, a checkpoint stored in float16, their cache, and three runs: a head, a linear one, and one fine-tuned from
     the first. The first and the last are exported."""
     root = tmp_path_factory.mktemp("export")
     seed = fresh_seed()
