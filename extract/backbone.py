@@ -99,6 +99,15 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     return Checkpoint(name, path, depth, width, size, mean, std)
 
 
+def follow_links(name: str) -> str:
+    """The name that still means this checkpoint later: of a local directory the one behind links, since one such as
+    `runs/finetune` moves on to the next run. Any other name as it is."""
+    real = os.path.realpath(name)
+    if name == "demo" or not Path(name, "config.json").is_file() or real == os.path.abspath(name):
+        return name
+    return real if os.path.isabs(name) else os.path.relpath(real)
+
+
 class Backbone(nn.Module):
     """A DINOv3 ViT that gives pooled embeddings; frozen, except for the last layers once they are unfrozen.
 

@@ -264,6 +264,24 @@ def test_a_cache_of_the_export_holds_the_fine_tuned_features_and_trains_a_head(w
     assert "30 tiles -> predictions.csv" in done.out
 
 
+def test_a_backbone_named_by_a_runs_link_is_found_when_the_link_has_moved_on(work: Path, tmp_path: Path) -> None:
+    """Fine-tuning an export a second time moves the very link that it was named by."""
+    root = Path(shutil.copytree(work, tmp_path / "work", symlinks=True))
+    cache = root / "again"
+    extract_cache(root / "tiles", cache, Path("runs/finetune/export"))  # as the README says, in the run's directory
+    options = ("finetune", "--cache", cache, "--unfreeze", 1, "--workers", 0, *TRAINING)
+    done = run_train(root, *options, "--backbone", "runs/finetune/export")
+    assert done.status == 0, done.err
+    assert (root / "runs" / "finetune").readlink() == Path("finetune-002")
+    recorded = read(root / "runs" / "finetune" / "config.json")["recorded"]["backbone"]
+    assert recorded == "runs/finetune-001/export"
+    done = run_train(root, *options, "--backbone", "checkpoint")
+    assert "was made with BACKBONE=runs/finetune-001/export, not checkpoint" in done.errors[0]
+    done = run_train(root, "export", "--no-onnx")
+    assert done.status == 0, done.err
+    assert "trained tensors put into runs/finetune-001/export" in done.out
+
+
 def test_a_cache_of_a_heads_export_is_the_cache_it_was_trained_on(work: Path, tmp_path: Path) -> None:
     cache = Path(shutil.copytree(work / "cache", tmp_path / "cache"))
     before = read(cache / "current")

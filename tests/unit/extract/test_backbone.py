@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel
 
-from extract.backbone import Backbone, find_checkpoint
+from extract.backbone import Backbone, find_checkpoint, follow_links
 from extract.errors import BackboneError
 from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import fresh_seed
@@ -271,6 +271,18 @@ def test_one_changed_weight_changes_the_hash(copy: Path) -> None:
     before = find_checkpoint(str(copy)).hash_weights()
     edit_weights(copy, lambda tensors: tensors["norm.bias"][0].add_(1e-3))
     assert find_checkpoint(str(copy)).hash_weights() != before
+
+
+def test_a_link_is_followed_and_any_other_name_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    (copy.parent / "newest").symlink_to(copy)
+    (copy.parent / "demo").symlink_to(copy)
+    (copy.parent / "empty").mkdir()
+    (copy.parent / "to-nothing").symlink_to("empty")
+    assert follow_links("newest") == copy.name
+    assert follow_links(str(copy.parent / "newest")) == str(copy)
+    for name in (copy.name, f"./{copy.name}", str(copy), "demo", "vitl16", "org/model", "to-nothing"):
+        assert follow_links(name) == name
 
 
 # The hub, answered by a real HTTP server
