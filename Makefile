@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo extract train-head sweep finetune evaluate predict export info check test soak bench
+.PHONY: help help-all demo extract train-head sweep finetune ladder evaluate predict export info check test soak bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
@@ -33,7 +33,7 @@ help: ## show this help
 
 help-all: ## (more) show every target and every command's options
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
-	@for command in "extract run" "train head" "train sweep" "train finetune" "train evaluate" "train predict" "train export" "train triage" \
+	@for command in "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train export" "train triage" \
 		"cache_schema info" "cache_schema verify" "cache_schema diff" "cache_schema gc"; do \
 		echo; $(PYTHON) -m $$command --help; done
 
@@ -54,6 +54,11 @@ sweep: $(READY) ## fit heads of 64 settings together, rank them, keep the best [
 finetune: $(READY) ## train the last UNFREEZE=3 layers on streamed tiles, from the cached head
 	@$(SERVED) $(LAUNCH) -m train finetune --run-dir '$(or $(RUN),$(RUNS)/finetune)' --unfreeze $(UNFREEZE) \
 		$(if $(DEMO),$(DEMO_FINETUNE)) $(TRAIN)
+
+ladder: $(READY) ## was it worth it? nearest neighbours, heads, 1, 3, 6, all layers on one split: one table
+	@$(if $(RDZV),$(error a ladder runs on one machine: leave RDZV and NNODES unset))
+	@$(SERVED) $(PYTHON) -m train ladder --run-dir '$(or $(RUN),$(RUNS)/ladder)' $(if $(NPROC),--nproc $(NPROC)) \
+		$(if $(DEMO),--finetune-options '$(DEMO_FINETUNE)') $(TRAIN)
 
 predict: $(READY) ## write predictions.csv for TILES with RUN=runs/head
 	@$(LAUNCH) -m train predict $(TARGET)

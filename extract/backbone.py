@@ -5,6 +5,7 @@ Source: Siméoni et al. 2025, "DINOv3"; the model code is transformers' `DINOv3V
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -14,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+from torch.utils.checkpoint import checkpoint as recompute
 
 from .errors import BackboneError
 from .precision import DTYPES, Precision
@@ -38,6 +40,7 @@ class Checkpoint:
         path: directory holding config.json, preprocessor_config.json and model*.safetensors.
         depth, width: transformer layers, embedding length.
         image_size: effective pixels a side, a multiple of the patch size.
+        tokens: CLS, registers and patches of a tile of that size.
         mean, std: the preprocessor's, per channel.
     """
 
@@ -46,6 +49,7 @@ class Checkpoint:
     depth: int
     width: int
     image_size: int
+    tokens: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -85,6 +89,7 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
         size = _TRAINED_SIZE.get(name) or int(processor["size"]["height"])
         size = size if image_size is None else image_size
         patch, depth, width = config["patch_size"], config["num_hidden_layers"], config["hidden_size"]
+        special = 1 + config["num_register_tokens"]
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(f"{len(mean)} means and {len(std)} deviations for 3 channels")
     except (KeyError, TypeError, ValueError) as error:
@@ -96,7 +101,7 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
         raise BackboneError(
             f"IMAGE_SIZE {size} is not a multiple of the {patch} px patch: try {below} or {below + patch}"
         )
-    return Checkpoint(name, path, depth, width, size, mean, std)
+    return Checkpoint(name, path, depth, width, size, special + (size // patch) ** 2, mean, std)
 
 
 def follow_links(name: str) -> str:
@@ -119,6 +124,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.vit = vit
         self.trained_layers = 0
+        self.checkpointing = False
         vit.requires_grad_(False)
         self.eval()
 
@@ -167,6 +173,11 @@ class Backbone(nn.Module):
         raise BackboneError("cannot find the transformer layers in this release of transformers: see constraints.txt")
 
     @property
+    def first_patch(self) -> int:
+        """Where the patch tokens begin: after CLS and the registers."""
+        return 1 + int(self.vit.config.num_register_tokens)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the frozen part, in which pixel values are expected."""
         dtype: torch.dtype = self.vit.embeddings.patch_embeddings.weight.dtype
@@ -181,7 +192,7 @@ class Backbone(nn.Module):
         """Pooled embeddings of (B, 3, S, S) pixel values: per name in `POOLING` (B, D) float32."""
         with torch.no_grad():
             hidden = self.run_prefix(pixel_values)
-        return self.run_suffix(hidden, pixel_values)
+        return self.run_suffix(hidden)
 
     def run_prefix(self, pixel_values: Tensor) -> Tensor:
         """Tokens (B, T, D) that enter the first trained layer, in the frozen part's dtype."""
@@ -200,28 +211,39 @@ class Backbone(nn.Module):
         rope = self.vit.rope_embeddings(pixel_values)
         return self.layers[0](hidden, position_embeddings=rope)  # type: ignore[no-any-return]
 
-    def run_suffix(self, hidden: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
-        """From the prefix's tokens to pooled embeddings; carries gradients where layers are trained.
-
-        Only the shape, device and dtype of `pixel_values` matter here: they make the position embeddings.
-        """
+    def run_suffix(self, hidden: Tensor) -> dict[str, Tensor]:
+        """From the prefix's tokens (B, T, D) to pooled embeddings; carries gradients where layers are trained."""
         if self.trained_layers:
             hidden = hidden.float()
-            rope = self.vit.rope_embeddings(pixel_values.float())
-            for layer in self.layers[len(self.layers) - self.trained_layers :]:
-                hidden = layer(hidden, position_embeddings=rope)
+            # Position embeddings depend on the size of the tiles alone; they are square, so the tokens tell it.
+            side = math.isqrt(hidden.shape[1] - self.first_patch) * self.vit.config.patch_size
+            rope = self.vit.rope_embeddings(hidden.new_empty(1, 3, side, side))
+            for layer in self.trained:
+                if self.checkpointing and torch.is_grad_enabled():
+                    hidden = recompute(layer, hidden, position_embeddings=rope, use_reentrant=False)
+                else:
+                    hidden = layer(hidden, position_embeddings=rope)
         return self._pool(hidden)
+
+    @property
+    def trained(self) -> nn.ModuleList:
+        """The unfrozen layers, in their order."""
+        return self.layers[len(self.layers) - self.trained_layers :]
 
     def _pool(self, hidden: Tensor) -> dict[str, Tensor]:
         """Final norm and means in float32, whatever came before. Tokens are CLS, the registers, then the patches."""
         norm = self.vit.norm
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = layer_norm(hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-            first_patch: int = 1 + self.vit.config.num_register_tokens
-            return {"cls": tokens[:, 0], "patch_mean": tokens[:, first_patch:].mean(dim=1)}
+            return {"cls": tokens[:, 0], "patch_mean": tokens[:, self.first_patch :].mean(dim=1)}
 
-    def unfreeze_last(self, layers: int) -> list[str]:
+    def unfreeze_last(self, layers: int, *, checkpointing: bool = False) -> list[str]:
         """Make the last `layers` transformer layers and the final norm trainable, as float32 master weights.
+
+        Args:
+            layers: how many.
+            checkpointing: keep each trained layer's input only, and compute the rest again in the backward pass
+                (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
 
         Returns:
             Names of the tensors that will train.
@@ -233,8 +255,8 @@ class Backbone(nn.Module):
             raise BackboneError(
                 f"UNFREEZE={layers}: this backbone has {len(self.layers)} layers: choose 1 to that many"
             )
-        self.trained_layers = layers
-        for module in (*self.layers[-layers:], self.vit.norm):
+        self.trained_layers, self.checkpointing = layers, checkpointing
+        for module in (*self.trained, self.vit.norm):
             module.float().requires_grad_(True)
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         if not names:
@@ -243,9 +265,8 @@ class Backbone(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(False)
-        if self.trained_layers:
-            for layer in self.layers[-self.trained_layers :]:
-                layer.train(mode)
+        for layer in self.trained:
+            layer.train(mode)
         return self
 
 

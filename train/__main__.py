@@ -1,12 +1,14 @@
-"""python -m train head|sweep|finetune|evaluate|predict|export|triage"""
+"""python -m train head|sweep|finetune|ladder|evaluate|predict|export|triage"""
 
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cache_schema import CacheNotFoundError, TileprobeError
 from extract.config import LAST_CACHE
@@ -15,8 +17,10 @@ from extract.scenes import DEFAULT_SCENE_REGEX
 from extract.stop import Stopped
 
 from .config import HEADS, DataConfig, TrainConfig
+from .errors import TrainError
 from .loss import LOSSES
 from .memory import parse_bytes
+from .rungs import RUNGS
 
 DEFAULTS = {
     "head": {"epochs": 50, "batch_size": 1024, "lr": 1e-3, "warmup": 0.05},
@@ -53,13 +57,16 @@ _DATA: Options = [
     click.option("--val-fraction", type=float, default=0.2, help="Share of tiles to validate on, in whole scenes."),
     click.option("--split-file", type=click.Path(dir_okay=False), help="A split.json written before."),
 ]
+_RUN: Options = [
+    click.option("--seed", type=int, default=0, help="Of split, head, order and dropout."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished cache, without its missing rows."),
+]
 _SHARED: Options = [
     click.option("--hidden", type=int, default=512, help="Width of the head's hidden layer."),
     click.option("--dropout", type=float, default=0.1, help="Of the hidden layer."),
-    click.option("--seed", type=int, default=0, help="Of split, head, order and dropout."),
     click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: where the device multiplies it]"),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
-    click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished cache, without its missing rows."),
+    *_RUN,
 ]
 _TRAINING: Options = [
     *_DATA,
@@ -104,6 +111,7 @@ _TRAINING: Options = [
     click.option("--clip-norm", type=float, help="Largest norm of a step's gradient, over all ranks and weights."),
     click.option("--deterministic", is_flag=True, help="Bit-equal runs on one machine, whatever that costs."),
     click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
+    click.option("--save-steps", type=int, default=500, help="Steps between checkpoints within an epoch; 0: none."),
     click.option("--resume", is_flag=True, help="Continue the newest run of --run-dir with its own settings."),
     *_SHARED,
 ]
@@ -129,8 +137,14 @@ def _training_options(command: str, options: Options) -> Callable[[Command], Com
     if "lr" in defaults:
         own.append(click.option("--lr", type=float, default=defaults["lr"], help="Peak learning rate of the head."))
 
+    return _add_options([*own, *options])
+
+
+def _add_options(options: Options) -> Callable[[Command], Command]:
+    """Several options at once, in the order that `--help` shows them."""
+
     def decorate(function: Command) -> Command:
-        for option in reversed([*own, *options]):
+        for option in reversed(options):
             function = option(function)
         return function
 
@@ -174,6 +188,20 @@ def head(**options: Any) -> None:
 @_training_options("finetune", _TRAINING)
 @click.option("--unfreeze", type=int, default=3, help="Last transformer layers to train; 0 is the cached path.")
 @click.option("--backbone-lr", type=float, default=1e-5, help="Peak learning rate of the unfrozen layers.")
+@click.option(
+    "--layer-decay", type=float, default=1.0, help="Each layer's learning rate over that of the layer above it."
+)
+@click.option("--accumulate", type=int, default=1, help="Compute a rank's share of a batch in so many parts.")
+@click.option(
+    "--grad-checkpoint", is_flag=True, help="Compute trained layers twice rather than keep what they gave in memory."
+)
+@click.option(
+    "--cache-prefix", is_flag=True, help="Keep on disk what enters the trained layers, and run the frozen ones once."
+)
+@click.option(
+    "--scratch", type=click.Path(file_okay=False), default="cache/prefix", help="Folder of this machine for that."
+)
+@click.option("--yes", "large_prefix", is_flag=True, help="Keep it even where it takes more than 50 GiB.")
 @click.option("--head-run", help="Run whose head to start from.  [default: runs/head, if it is of this cache]")
 @click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
 def finetune(**options: Any) -> None:
@@ -208,6 +236,43 @@ def sweep(lrs: str, weight_decays: str, losses: str, features: str, heads: str, 
     run_sweep(_make_config(options), grid, seeds)
 
 
+_OF_LADDER = ("unfreeze", "head_run", "head")
+"""Options of a trainer that differ from rung to rung."""
+
+
+@main.command()
+@click.option("--run-dir", "run", default="runs/ladder", help="Link to the newest ladder; the ladder is numbered.")
+@click.option("--rungs", default=RUNGS, help="Separated by commas; numbers are last layers to train.")
+@click.option("--head-options", multiple=True, help="More for `train head` on its rungs, such as '--epochs 20'.")
+@click.option("--finetune-options", multiple=True, help="More for `train finetune` on its rungs.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Ranks of a rung.  [default: GPUs, else 1]")
+@click.option("--resume", is_flag=True, help="Go on with the newest ladder of --run-dir and its settings.")
+@_add_options([*_DATA, *_RUN])
+@click.pass_context
+def ladder(context: click.Context, /, run: str, nproc: int | None, resume: bool, **options: Any) -> None:
+    """Train rung after rung on one split, from nearest neighbours to all layers: was it worth it?"""
+    from .ladder import LadderConfig, run_ladder
+
+    config = None
+    if not resume:
+        cache = options["cache"] or _last_cache()
+        shared = ("--cache", cache, *_repeat_options(context))
+        of_head, of_finetune = (
+            _read_rung_options(context, command, " ".join(options[f"{command.name}_options"]), shared)
+            for command in (head, finetune)
+        )
+        config = LadderConfig(cache, options["rungs"], shared, of_head, of_finetune)
+    run_ladder(run, config, nproc)
+
+
+@main.command(hidden=True, params=head.params)
+def neighbours(**options: Any) -> None:
+    """Score the nearest neighbours as a head with these options would be: the lowest rung of a ladder."""
+    from .nearest import run_neighbours
+
+    run_neighbours(_make_training_config(options))
+
+
 _TARGET: Options = [
     click.option("--run-dir", "run", default="runs/head", help="The run to use."),
     click.option("--tiles", help="gs://bucket/prefix or a directory."),
@@ -217,14 +282,8 @@ _TARGET: Options = [
 ]
 
 
-def _target_options(function: Command) -> Command:
-    for option in reversed(_TARGET):
-        function = option(function)
-    return function
-
-
 @main.command()
-@_target_options
+@_add_options(_TARGET)
 def evaluate(run: str, tiles: str | None, cache: str | None, device: str, workers: int | None) -> None:
     """Score a run on labelled tiles or a cache: the figures of training and the per-class table."""
     from .infer import Target, run_evaluation
@@ -233,7 +292,7 @@ def evaluate(run: str, tiles: str | None, cache: str | None, device: str, worker
 
 
 @main.command()
-@_target_options
+@_add_options(_TARGET)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("predictions.csv"))
 def predict(run: str, tiles: str | None, cache: str | None, out: Path, device: str, workers: int | None) -> None:
     """Write a CSV with every tile's probabilities and decisions, and the thresholds used beside it."""
@@ -283,12 +342,54 @@ def demo(tiles: str, finetune_options: tuple[str, ...]) -> None:
     run_demo(tiles, finetune_options=finetune_options)
 
 
+def _is_given(context: click.Context, param: click.Parameter) -> bool:
+    return bool(param.name) and context.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
+
+
+def _repeat_options(context: click.Context) -> Iterator[str]:
+    """The options of a ladder's command line that every rung takes too, except for its cache and its own place."""
+    names = {param.name for param in head.params} - {"cache", "run", "resume"}
+    for param in context.command.params:
+        if param.name in names and _is_given(context, param):
+            value = context.params[param.name]
+            yield from [param.opts[0]] if value is True else [param.opts[0], str(value)]
+
+
+def _read_rung_options(
+    context: click.Context, command: click.Command, text: str, shared: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The trainer's own options in `text`, tried before an hour is spent on the rungs before.
+
+    Raises:
+        TrainError: the trainer would refuse them, or the ladder sets them itself.
+    """
+    name = f"--{command.name}-options"
+    try:
+        given = shlex.split(text)
+        parsed = command.make_context(str(command.name), [*given])
+        for param in parsed.command.params:
+            if param.name in {*context.params, *_OF_LADDER} and _is_given(parsed, param):
+                raise TrainError(f"{name} {text}: {param.opts[0]} is for the ladder as a whole: leave it out here")
+        options = command.make_context(str(command.name), [*shared, *given]).params
+    except (ValueError, click.ClickException) as error:
+        reason = error.format_message() if isinstance(error, click.ClickException) else error
+        raise TrainError(
+            f"{name} {text}: {str(reason).rstrip('.')}: see `python -m train {command.name} -h`"
+        ) from error
+    _make_training_config(options)
+    return tuple(given)
+
+
 def _train(options: dict[str, Any]) -> None:
     from .run import run_training
 
+    run_training(_make_training_config(options))
+
+
+def _make_training_config(options: dict[str, Any]) -> TrainConfig:
     like_original = options.pop("like_original")
     config = _make_config(options)
-    run_training(config.like_original() if like_original else config)
+    return config.like_original() if like_original else config
 
 
 def _make_config(options: dict[str, Any]) -> TrainConfig:

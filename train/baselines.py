@@ -87,13 +87,12 @@ class Baselines:
             tuned: on another set, for thresholds; without, they are tuned here and scored cross-fitted by scene.
         """
         rows, labels = cache.rows.select(counted), self._train.rows.labels
-        nearest = neighbours.row[torch.from_numpy(counted)].numpy()
         frequency = labels.mean(axis=0, dtype=np.float32)
         guesses = {
             "label frequency": (_count(len(labels), len(labels)), np.broadcast_to(frequency, rows.labels.shape)),
             f"{NEAREST} nearest neighbours": (
                 _count(neighbours.searched, len(labels)),
-                labels[nearest].mean(axis=1, dtype=np.float32),
+                neighbours.vote(labels)[counted],
             ),
             "linear probe": (self._probe.basis, self._probe.predict(cache.select(counted))),
         }

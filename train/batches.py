@@ -44,8 +44,8 @@ class Tiles(Protocol):
 
     def __len__(self) -> int: ...
 
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """This rank's share of every global batch of an epoch."""
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's share of every global batch of an epoch, from `first_step` on."""
 
     def iterate_share(self) -> Iterator[Tensor]:
         """Inputs of the rows in `share`, in its order and unpadded."""

@@ -133,8 +133,8 @@ class BlockTiles:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        """This rank's share of every global batch, see `plan_epoch`."""
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's share of every global batch, see `plan_epoch`; those before `first_step` are read and dropped."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
         plan = plan_epoch(self._counts, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, epoch=epoch)
         rng = np.random.default_rng([seed, epoch, rank])
@@ -142,11 +142,13 @@ class BlockTiles:
         buffer = ShuffleBuffer(capacity, self._vectors.width, rng)
         coming = self._read_ahead(plan.blocks)
         waiting = deque(self._counts[plan.blocks].tolist())
-        for size, global_size in zip(plan.sizes, plan.global_sizes, strict=True):
+        for step, (size, global_size) in enumerate(zip(plan.sizes, plan.global_sizes, strict=True)):
             while waiting and waiting[0] <= buffer.room:
                 buffer.add(*next(coming))
                 waiting.popleft()
             rows, vectors = buffer.draw(size)
+            if step < first_step:
+                continue
             labels = self._labels.index_select(0, rows.to(self._labels.device))
             yield Batch(self._send(vectors), labels, rows, global_size)
 

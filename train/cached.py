@@ -39,10 +39,10 @@ class CachedTiles:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
         order = draw_epoch(self.rows, seed, epoch)
-        batches = order.split(batch_size) if len(order) else ()
+        batches = order.split(batch_size)[first_step:] if len(order) else ()
         shares = [take_share(batch, self._ranks) for batch in batches]
         # One transfer for the whole epoch: with one a batch, the device would wait for the host each time.
         on_device = torch.cat([torch.arange(0), *shares]).to(self._labels.device)

@@ -25,6 +25,21 @@ _WEIGHTS, _META, _OPTIMIZER, _DIGESTS = "model.safetensors", "checkpoint.json", 
 
 
 @dataclass(frozen=True)
+class Begun:
+    """How far an epoch has come that is not over.
+
+    Attributes:
+        steps: taken in it.
+        summed_loss: of their rows and all classes, over all ranks.
+        clipped: those whose gradient was clipped.
+    """
+
+    steps: int = 0
+    summed_loss: float = 0.0
+    clipped: int = 0
+
+
+@dataclass(frozen=True)
 class CheckpointMeta:
     """What the tensors beside it belong to.
 
@@ -40,6 +55,7 @@ class CheckpointMeta:
         best: best value of the selecting metric so far, None before the first evaluation.
         best_epoch: when it was reached.
         temperature: what logits are divided by, fitted on the validation rows; thresholds are for what that gives.
+        begun: of the next epoch.
     """
 
     epoch: int
@@ -58,9 +74,10 @@ class CheckpointMeta:
     best: float | None = None
     best_epoch: int | None = None
     temperature: float = 1.0
+    begun: Begun = Begun()
 
-    def at_epoch(self, epoch: int, best: float | None, best_epoch: int | None) -> Self:
-        return replace(self, epoch=epoch, best=best, best_epoch=best_epoch)
+    def at_epoch(self, epoch: int, best: float | None, best_epoch: int | None, begun: Begun = Begun()) -> Self:
+        return replace(self, epoch=epoch, best=best, best_epoch=best_epoch, begun=begun)
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ def load_checkpoint(directory: Path) -> LoadedCheckpoint:
         raw = json.loads((found / _META).read_text())
         for name in ("features", "class_ids", "class_names", "thresholds"):
             raw[name] = tuple(raw[name])
-        meta = CheckpointMeta(**raw)
+        meta = CheckpointMeta(**{**raw, "begun": Begun(**raw.get("begun", {}))})
         optimizer = _load_optimizer(found / _OPTIMIZER) if (found / _OPTIMIZER).exists() else None
         return LoadedCheckpoint(load_file(found / _WEIGHTS), meta, optimizer)
     except FileNotFoundError as error:

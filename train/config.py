@@ -77,6 +77,13 @@ class TrainConfig:
         clip_norm: largest norm of the gradient of a step; None does not clip.
         deterministic: use deterministic algorithms only.
         save_every: epochs between checkpoints.
+        save_steps: steps between checkpoints within an epoch; 0 makes none.
+        accumulate: parts a rank's share of a batch is computed in.
+        grad_checkpoint: compute trained layers again in the backward pass instead of keeping what they gave.
+        cache_prefix: keep on disk what enters the trained layers, and run the frozen ones once.
+        scratch: folder for that.
+        large_prefix: keep it even where it takes more than 50 GiB.
+        layer_decay: of a layer's learning rate from that of the layer above it.
         folds: of the cross-validation beside a head's run; 0 is none.
         amp: autocast to bf16, by default where the device multiplies it.
         memory_budget: bytes a rank may hold cached vectors in, or else the buffers to stream them; None: half of what
@@ -107,6 +114,13 @@ class TrainConfig:
     clip_norm: float | None = None
     deterministic: bool = False
     save_every: int = 1
+    save_steps: int = 0
+    accumulate: int = 1
+    grad_checkpoint: bool = False
+    layer_decay: float = 1.0
+    cache_prefix: bool = False
+    scratch: str = "cache/prefix"
+    large_prefix: bool = False
     seed: int = 0
     amp: bool | None = None
     memory_budget: int | None = None
@@ -157,6 +171,9 @@ class TrainConfig:
             "hidden": (self.hidden, self.hidden >= 1, "at least 1"),
             "dropout": (self.dropout, 0 <= self.dropout < 1, "0 to below 1"),
             "seed": (self.seed, 0 <= self.seed < 2**31, "0 to 2147483647"),
+            "save-steps": (self.save_steps, self.save_steps >= 0, "0 or more"),
+            "accumulate": (self.accumulate, self.accumulate >= 1, "at least 1"),
+            "layer-decay": (self.layer_decay, 0 < self.layer_decay <= 1, "above 0, at most 1"),
             "workers": (self.workers or 0, (self.workers or 0) >= 0, "0 or more"),
             "memory-budget": (self.memory_budget, (self.memory_budget or 1) > 0, "bytes above 0"),
         }

@@ -1,6 +1,5 @@
 """From a classifier and a set of tiles to logits, and from logits to metrics, thresholds and intervals."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -17,7 +16,7 @@ from .baselines import Baseline
 from .batches import Tiles
 from .calibration import expected_calibration_error
 from .decisions import Decisions, FloatArray, cross_fit
-from .intervals import bootstrap_intervals
+from .intervals import bootstrap_intervals, intervals_to_json
 from .loss import LossConfig
 from .metrics import (
     DOMINANT_CLASSES,
@@ -92,10 +91,9 @@ class Evaluation:
         return replace(self, baselines=baselines)
 
     def to_json(self) -> dict[str, Any]:
-        intervals = {name: None if math.isnan(low) else [low, high] for name, (low, high) in self.intervals.items()}
         return {
             **self.metrics,
-            "intervals": intervals,
+            "intervals": intervals_to_json(self.intervals),
             "variants": self.variants,
             "calibration": self.calibration,
             "baselines": {name: baseline.to_json() for name, baseline in self.baselines.items()},

@@ -1,7 +1,11 @@
 """What fine-tuning needs beyond the cached path: the cache's own backbone, its tiles, and a head to start from."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from cache_schema import Version
 from extract.backbone import Backbone, Checkpoint
@@ -12,9 +16,10 @@ from extract.source import open_source
 
 from .checkpoint import CheckpointMeta
 from .errors import CheckpointError, TrainError
+from .prefix import PrefixCache, PrefixTiles, run_prefix
 from .rows import LabelledCache
 from .step_zero import StepZero
-from .streaming import StreamedTiles, check_tiles_unchanged
+from .streaming import Index, StreamedTiles, check_tiles_unchanged
 
 
 def check_finetuning(caches: Sequence[LabelledCache], unfreeze: int) -> None:
@@ -64,6 +69,19 @@ def check_head(meta: CheckpointMeta, cache: LabelledCache) -> None:
         )
 
 
+def plan_prefixes(caches: Sequence[LabelledCache], scratch: str, unfreeze: int) -> list[tuple[PrefixCache, Index]]:
+    """What to keep of the sets that every epoch looks at: of each version, the rows in use."""
+    checkpoint = find_cached_checkpoint(caches[0].version)
+    versions = {cache.version.id: cache.version for cache in caches}
+    return [
+        (
+            PrefixCache(scratch, version, checkpoint, unfreeze),
+            np.concatenate([cache.rows.index for cache in caches if cache.version.id == name]),
+        )
+        for name, version in versions.items()
+    ]
+
+
 class TileStream:
     """A backbone and the feeds of its tiles; every set of a run streams through it."""
 
@@ -75,8 +93,9 @@ class TileStream:
         self._ranks = ranks
         self._workers = ranks.choose_workers(workers)
         self._feeds: dict[str, TileFeed] = {}
+        self._prefixes: dict[str, PrefixCache] = {}
 
-    def unfreeze(self, layers: int, *, amp: bool, say: Callable[[str], None]) -> None:
+    def unfreeze(self, layers: int, *, checkpointing: bool, amp: bool, say: Callable[[str], None]) -> None:
         """Check step 0, then make the last `layers` trainable.
 
         Raises:
@@ -86,13 +105,43 @@ class TileStream:
         tiles = self._version.recorded.tiles
         step_zero = StepZero(self._version, open_source(tiles), self._open_feed(tiles), self._checkpoint)
         say(self._ranks.run_on_main(lambda: step_zero.check_reproduction(self.backbone)))
-        trained = self.backbone.unfreeze_last(layers)
+        trained = self.backbone.unfreeze_last(layers, checkpointing=checkpointing)
         say(self._ranks.run_on_main(lambda: step_zero.check_training_precision(self.backbone, amp=amp)))
         count = sum(parameter.numel() for parameter in self.backbone.parameters() if parameter.requires_grad)
         say(f"training {len(trained)} tensors ({count:,} parameters): the last {layers} layers and the final norm")
 
-    def build(self, cache: LabelledCache) -> StreamedTiles:
-        """The cache's rows as pixel values, read from where their own cache's tiles came from."""
+    def keep_prefix(
+        self, caches: Sequence[LabelledCache], scratch: str, *, batch: int, say: Callable[[str], None]
+    ) -> None:
+        """Run the frozen layers over these sets once, and have `build` read the result from now on.
+
+        Raises:
+            TrainError: the disk is full, or a tile is not what it was.
+        """
+        for prefix, rows in plan_prefixes(caches, scratch, self.backbone.trained_layers):
+            cache = next(cache for cache in caches if cache.version.id == prefix.version)
+            tiles = self._stream(cache)
+
+            def compute(batches: Sequence[Index], tiles: StreamedTiles = tiles) -> Iterator[Tensor]:
+                return (run_prefix(self.backbone, pixels, batch) for pixels in tiles.read_rows(batches))
+
+            started = time.perf_counter()
+            count = prefix.fill(rows, compute, batch=batch, ranks=self._ranks)
+            seconds = time.perf_counter() - started
+            say(
+                f"prefix cache {prefix.folder}: {len(np.unique(rows)):,} tiles"
+                + (f", {count:,} of them computed by this rank in {seconds:,.0f} s" if count else ", all there before")
+            )
+            self._prefixes[prefix.version] = prefix
+
+    def build(self, cache: LabelledCache) -> StreamedTiles | PrefixTiles:
+        """The cache's rows: as tokens where all are kept, else as pixel values, read from where tiles came from."""
+        prefix = self._prefixes.get(cache.version.id)
+        if prefix is None or len(prefix.find_missing(cache.rows.index)):
+            return self._stream(cache)
+        return PrefixTiles(cache, prefix, self._ranks, eval_batch=self._version.recorded.batch_size)
+
+    def _stream(self, cache: LabelledCache) -> StreamedTiles:
         return StreamedTiles(
             cache,
             self._open_feed(cache.version.recorded.tiles),

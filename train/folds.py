@@ -24,12 +24,13 @@ from extract.distributed import Ranks
 from .config import TrainConfig
 from .errors import SplitError
 from .evaluation import Evaluation, describe_calibration, evaluate_rows, predict_logits, score_epoch
-from .loop import choose_batch_size, use_amp
+from .loop import choose_batch_size
 from .rows import LabelledCache, LabelledRows
 from .run import prepare_training
 from .rundir import RunDirectory
 from .scenes import fold_rows
 from .sets import Sets, mark_counted, mark_left_out, repeat_rare_tiles
+from .step import use_amp
 
 OUT_OF_FOLD = "out_of_fold.safetensors"
 _SHOWN = (("f1_weighted", "F1 weighted"), ("f1_macro", "F1 macro"), ("map_macro", "mAP"))

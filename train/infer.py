@@ -28,10 +28,11 @@ from .config import TrainConfig
 from .decisions import Decisions
 from .errors import CheckpointError, TrainError
 from .evaluation import describe_evaluation, evaluate_rows
-from .loop import load_tensors, use_amp
+from .loop import load_tensors
 from .model import Classifier, Head, join_features
 from .rows import label_rows
 from .rundir import RunDirectory
+from .step import use_amp
 
 _STREAM_BATCH = 32
 _HEAD_ROWS = 8192

@@ -11,7 +11,8 @@ counts, and average precision from its cumulative counts at the thresholds where
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,11 @@ def bootstrap_difference(
     own = score_resamples(probs, labels, scene_of, weights, preds=preds)
     baseline = score_resamples(baseline_probs, labels, scene_of, weights, preds=baseline_preds)
     return _percentiles({key: own[key] - baseline[key] for key in KEYS}, weights, level)
+
+
+def intervals_to_json(intervals: Mapping[str, Interval]) -> dict[str, list[float] | None]:
+    """The same for a file: null where nothing is known."""
+    return {name: None if math.isnan(low) else [low, high] for name, (low, high) in intervals.items()}
 
 
 def score_resamples(

@@ -10,25 +10,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from cache_schema.layout import BoolArray
 from extract.distributed import Ranks
-from extract.precision import multiplies_bf16
 
 from .batches import Batch, Tiles
-from .checkpoint import CheckpointMeta, LoadedCheckpoint, save_checkpoint, sync
+from .checkpoint import Begun, CheckpointMeta, LoadedCheckpoint, save_checkpoint, sync
 from .config import TrainConfig
 from .errors import CheckpointError, TrainError
 from .evaluation import predict_logits, score_epoch
+from .memory import report_device_peak
 from .model import Classifier
+from .optimizer import scale_learning_rate
 from .rarest import average_rarest, find_rarest
 from .rows import LabelledRows
 from .rundir import RunDirectory
 from .sampling import count_epoch
-from .weights import compute_class_weights, weigh_positives
+from .step import TrainStep, use_amp
+from .weights import compute_class_weights
 
 MIN_EPOCH_STEPS = 20
 CHECK_STEPS = 20
@@ -67,14 +67,6 @@ def choose_batch_size(rows: int, asked: int) -> int:
     return size
 
 
-def scale_learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of all steps, then half a cosine down to zero (Loshchilov & Hutter 2017)."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
 class Trainer:
     """Trains one classifier and leaves its files in a run directory."""
 
@@ -97,11 +89,8 @@ class Trainer:
         self._ranks = ranks
         self._amp = use_amp(config, ranks)
         self._loss = config.make_loss()
-        self._optimizer = make_optimizer(classifier, config)
-        self._model: nn.Module = classifier
-        if ranks.world_size > 1:
-            self._model = DistributedDataParallel(classifier, forward_sync_buffers=False)
         self._epoch = 0
+        self._begun = Begun()
         self._best: float | None = None
         self._best_epoch: int | None = None
         # Repeated tiles make epochs longer, and not all of them alike.
@@ -110,23 +99,20 @@ class Trainer:
             (math.ceil(tiles / config.batch_size) for tiles in self._epoch_tiles), initial=0
         )
         self._rarest = find_rarest(train.rows.labels, val.rows.labels[val.counted])
-        self._clipped = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        self._class_weights: torch.Tensor | None = None
+        weights = None
         if config.class_weights != "none":
-            weights = compute_class_weights(train.rows.labels, config.class_weights)
-            self._class_weights = torch.from_numpy(weights).to(ranks.device)
+            computed = compute_class_weights(train.rows.labels, config.class_weights)
+            weights = torch.from_numpy(computed).to(ranks.device)
+        self._step = TrainStep(classifier, config, weights, ranks)
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
-        """Go on after the epoch a checkpoint was saved at."""
+        """Go on after the epoch, or the step within one, that a checkpoint was saved at."""
         if checkpoint.optimizer is None:
             raise CheckpointError("this checkpoint holds no optimiser state: it cannot be resumed")
         load_tensors(self.classifier, checkpoint.tensors)
-        self._optimizer.load_state_dict(checkpoint.optimizer)
-        self._epoch, self._best, self._best_epoch = (
-            checkpoint.meta.epoch,
-            checkpoint.meta.best,
-            checkpoint.meta.best_epoch,
-        )
+        self._step.optimizer.load_state_dict(checkpoint.optimizer)
+        meta = checkpoint.meta
+        self._epoch, self._best, self._best_epoch, self._begun = meta.epoch, meta.best, meta.best_epoch, meta.begun
 
     def fit(self, note: Callable[[str], None]) -> None:
         """Train the remaining epochs; `best/` and `last/` and a history line an epoch are left in the run directory.
@@ -138,15 +124,13 @@ class Trainer:
         try:
             self._fit(note)
         finally:
-            # DDP must go before the process group does. Were it the group's last owner, the group's threads would be
-            # joined with the GIL held, and one that needs the GIL to free a tensor would never end (torch 2.13, gloo).
-            self._model = self.classifier
+            self._step.close()
 
     def _fit(self, note: Callable[[str], None]) -> None:
         over = self._is_over()
         with tqdm(
             total=sum(self._epoch_tiles),
-            initial=sum(self._epoch_tiles[: self._epoch]),
+            initial=sum(self._epoch_tiles[: self._epoch]) + self._begun.steps * self.config.batch_size,
             unit="tile",
             desc="train",
             disable=not self._ranks.is_main,
@@ -173,36 +157,62 @@ class Trainer:
         return patience is not None and self._epoch - (self._best_epoch or self._epoch) >= patience
 
     def _train_epoch(self, bar: "tqdm[Any]", timing: EpochTiming) -> dict[str, float]:
-        """Train one epoch; its mean loss over all ranks, and what the options in use did, for the history."""
+        """Train what is left of an epoch; its mean loss over all ranks, and what the options in use did, for the
+        history."""
         config, started = self.config, time.perf_counter()
-        seed_dropout(config.seed, self._epoch, self._ranks.rank)
         self.classifier.train()
-        batches = self._train.iterate_epoch(batch_size=config.batch_size, seed=config.seed, epoch=self._epoch)
-        first = step = self._first_steps[self._epoch]
-        total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
-        self._clipped.zero_()
-        classes = len(self._meta.class_ids)
+        first, last = self._first_steps[self._epoch], ([*self._first_steps, self._steps])[self._epoch + 1]
+        done = first + self._begun.steps
+        batches = self._train.iterate_epoch(
+            batch_size=config.batch_size, seed=config.seed, epoch=self._epoch, first_step=self._begun.steps
+        )
+        total = torch.tensor(self._begun.summed_loss, dtype=torch.float64, device=self._ranks.device)
+        if not self._ranks.is_main:
+            total.zero_()  # what was summed before counts once
+        clipped = torch.tensor(self._begun.clipped, device=self._ranks.device)
+        seed_dropout(config.seed, self._epoch, self._ranks.rank, self._begun.steps)
         unchecked: list[_StepRows] = []
-        for batch in _time_waits(batches, timing):
-            self._set_learning_rate(scale_learning_rate(step, self._steps, config.warmup))
-            summed, finite = self._train_step(batch, classes)
-            total += summed
+        for step, batch in enumerate(_time_waits(batches, timing), start=done + 1):
+            result = self._step.run(batch, scale_learning_rate(step - 1, self._steps, config.warmup))
+            total += result.summed
+            clipped += result.clipped
             bar.update(batch.global_size)
-            step += 1
-            unchecked.append(_StepRows(step, batch.rows, finite))
-            if len(unchecked) == CHECK_STEPS:
+            unchecked.append(_StepRows(step, batch.rows, result.finite))
+            save = config.save_steps and (step - first) % config.save_steps == 0 and step < last
+            if save or len(unchecked) == CHECK_STEPS:
                 self._refuse_not_finite(unchecked)
                 unchecked.clear()
+            if save:
+                self._save_begun(step - first, total, clipped)
         self._refuse_not_finite(unchecked)
         dist.all_reduce(total)
+        self._begun = Begun()
         timing.train_s = time.perf_counter() - started
         tiles = self._epoch_tiles[self._epoch]
-        figures = {"train_loss": float(total) / (tiles * classes)}
+        figures = {"train_loss": float(total) / (tiles * len(self._meta.class_ids))}
         if config.repeat_factor:
             figures["train_tiles"] = tiles
         if config.clip_norm is not None:
-            figures["clipped_share"] = int(self._clipped) / (step - first)
+            figures["clipped_share"] = int(clipped) / (last - first)
         return figures
+
+    def _save_begun(self, steps: int, total: torch.Tensor, clipped: torch.Tensor) -> None:
+        """Save `last/` within an epoch. Dropout is seeded anew, as it will be in a run that goes on from here."""
+        everywhere = total.clone()
+        dist.all_reduce(everywhere)
+        self._begun = Begun(steps, float(everywhere), int(clipped))
+        seed_dropout(self.config.seed, self._epoch, self._ranks.rank, steps)
+
+        def save() -> None:
+            if not all(tensor.isfinite().all() for tensor in self.classifier.trained_tensors().values()):
+                raise TrainError(
+                    f"the weights are no longer finite in epoch {self._epoch + 1}, after step {steps:,}: lower --lr, "
+                    "or train without --amp; the checkpoints are as they were"
+                )
+            self._save(self._run.last, optimizer=True)
+            self._run.upload()
+
+        self._ranks.run_on_main(save)
 
     def _refuse_not_finite(self, steps: list["_StepRows"]) -> None:
         """End training on every rank if one of them met a loss that is not finite, and name the rows it came from.
@@ -228,27 +238,6 @@ class Trainer:
             )
 
         self._ranks.run_everywhere(refuse)
-
-    def _train_step(self, batch: Batch, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step; returns this rank's summed loss, detached, and which of its rows have a finite one."""
-        self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp):
-            logits = self._model(batch.inputs)
-        losses = self._loss(logits, batch.labels.float())
-        if self._class_weights is not None:
-            losses = weigh_positives(losses, batch.labels, self._class_weights)
-        summed = losses.sum()
-        # DDP averages over ranks: scaled like this the gradient is that of the mean over the global batch.
-        (summed * self._ranks.world_size / (batch.global_size * classes)).backward()
-        if self.config.clip_norm is not None:
-            parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-            self._clipped += nn.utils.clip_grad_norm_(parameters, self.config.clip_norm) > self.config.clip_norm
-        self._optimizer.step()
-        return summed.detach(), losses.detach().isfinite().all(dim=1)
-
-    def _set_learning_rate(self, scale: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * scale
 
     def _close_epoch(
         self,
@@ -286,9 +275,10 @@ class Trainer:
         figures = {name: value for name, value in metrics.items() if name != "per_class"}
         figures |= average_rarest(metrics, self._rarest)
         self._run.append_history(
-            {"epoch": self._epoch, "lr": self._optimizer.param_groups[0]["lr"], **trained, **figures}
+            {"epoch": self._epoch, "lr": self._step.optimizer.param_groups[0]["lr"], **trained, **figures}
         )
-        self._run.append_timing({"epoch": self._epoch, **timing.__dict__, "tiles": self._epoch_tiles[self._epoch - 1]})
+        figures_of_cost = {**timing.__dict__, **report_device_peak(self._ranks.device)}
+        self._run.append_timing({"epoch": self._epoch, **figures_of_cost, "tiles": self._epoch_tiles[self._epoch - 1]})
         loss = trained["train_loss"]
         value = metrics[self.config.best_by]
         if value is None:
@@ -310,29 +300,14 @@ class Trainer:
         )
 
     def _save(self, directory: Any, *, optimizer: bool = False) -> None:
-        meta = self._meta.at_epoch(self._epoch, self._best, self._best_epoch)
-        state = self._optimizer.state_dict() if optimizer else None
+        meta = self._meta.at_epoch(self._epoch, self._best, self._best_epoch, self._begun)
+        state = self._step.optimizer.state_dict() if optimizer else None
         save_checkpoint(directory, self.classifier.trained_tensors(), meta, state)
 
 
-def seed_dropout(seed: int, epoch: int, rank: int) -> None:
-    """Make the epoch's draws depend on seed, epoch and rank alone, so that a resumed run repeats them."""
-    torch.manual_seed((seed * 1_000_003 + epoch) * 8_191 + rank)
-
-
-def use_amp(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether to autocast: as asked, else where the device multiplies bf16."""
-    return multiplies_bf16(ranks.device) if config.amp is None else config.amp
-
-
-def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what requires gradients: the head at `lr`, unfrozen layers at `backbone_lr`."""
-    groups = [{"params": list(classifier.head.parameters()), "peak_lr": config.lr}]
-    if classifier.backbone is not None:
-        layers = [parameter for parameter in classifier.backbone.parameters() if parameter.requires_grad]
-        groups += [{"params": layers, "peak_lr": config.backbone_lr}] if layers else []
-    # Fused, a step over the head takes a quarter to a seventh of the time on 2 cores.
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+def seed_dropout(seed: int, epoch: int, rank: int, steps: int = 0) -> None:
+    """Make the draws after so many steps of an epoch depend on these alone, so that a resumed run repeats them."""
+    torch.manual_seed(((seed * 1_000_003 + epoch) * 8_191 + rank) ^ (steps << 40))
 
 
 def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor]) -> None:

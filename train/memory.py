@@ -66,6 +66,12 @@ def find_free_memory() -> int:
         return free
 
 
+def report_device_peak(device: torch.device) -> dict[str, int]:
+    """For a line of timings.jsonl: most bytes of tensors on a GPU since the process began; nothing on a CPU, where the
+    system tells whoever started the process."""
+    return {"device_peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+
+
 @dataclass(frozen=True)
 class StreamingMemory:
     """What streaming makes of a budget. Half of it stays for what else there is of the rows: labels, names, batches.

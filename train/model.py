@@ -1,6 +1,7 @@
 """The classifier: one shape for cached vectors and for streamed tiles."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Head(nn.Sequential):
 class Classifier(nn.Module):
     """Logits from cached embeddings (no backbone) or from pixel values (with one).
 
+    It is two parts in a row: `encode`, which never carries gradients, and `classify`, which holds all that is trained.
+
     Args:
         head: of the features' width.
         backbone: None on the cached path.
@@ -37,13 +40,33 @@ class Classifier(nn.Module):
         self.features = features
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, F) float embeddings, or (B, 3, S, S) pixel values, to (B, C) logits."""
-        if self.backbone is not None and not len(inputs):
-            # A rank without a row in the last batch: transformers' attention cannot reshape nothing.
-            return self(inputs.new_zeros(1, *inputs.shape[1:]))[:0]  # type: ignore[no-any-return]
-        embeddings = inputs if self.backbone is None else join_features(self.backbone(inputs), self.features)
-        logits: Tensor = self.head(embeddings.float())
+        """(B, F) float embeddings, (B, 3, S, S) pixel values or (B, T, D) tokens, to (B, C) logits."""
+        return self.classify(self.encode(inputs))
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """What enters the trained part: of pixel values, the tokens (B, T, D) after the frozen layers; of embeddings
+        and of tokens kept from before, they themselves."""
+        if self.backbone is None or inputs.ndim != 4:
+            return inputs
+        with torch.no_grad():
+            return _fill_up(inputs, self.backbone.run_prefix)
+
+    def classify(self, encoded: Tensor) -> Tensor:
+        """From what `encode` gives to (B, C) logits, with gradients for all that is trained."""
+        return _fill_up(encoded, self._classify)
+
+    def _classify(self, encoded: Tensor) -> Tensor:
+        if self.backbone is not None:
+            encoded = join_features(self.backbone.run_suffix(encoded), self.features)
+        # Figures are of float32 logits on every device: rounded by autocast, many would tie.
+        with nullcontext() if self.training else torch.autocast(encoded.device.type, enabled=False):
+            logits: Tensor = self.head(encoded.float())
         return logits
+
+    def list_trained(self) -> list[nn.Module]:
+        """The modules that training changes."""
+        backbone = self.backbone
+        return [self.head, *((*backbone.trained, backbone.vit.norm) if backbone and backbone.trained_layers else ())]
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changes: the head's tensors and those of unfrozen layers, by their name in this module."""
@@ -51,6 +74,29 @@ class Classifier(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name in trained}
 
 
+class TrainedPart(nn.Module):
+    """The part of a classifier that training changes, as a module of its own: (B, ...) encoded inputs to (B, C) logits.
+
+    Wrapped alone, DDP neither sends the frozen layers to every rank nor looks at them.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.modules_trained = nn.ModuleList(classifier.list_trained())
+        self._classify = classifier.classify  # a method, so the frozen layers stay outside
+
+    def forward(self, encoded: Tensor) -> Tensor:
+        return self._classify(encoded)
+
+
 def join_features(pooled: Mapping[str, Tensor], features: tuple[str, ...]) -> Tensor:
     """(B, len(features) x D) from pooled arrays of (B, D)."""
     return torch.cat([pooled[name] for name in features], dim=1) if len(features) > 1 else pooled[features[0]]
+
+
+def _fill_up(rows: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """`compute(rows)`, also for a rank without a row in the last batch: transformers' attention cannot reshape nothing.
+
+    The result for no rows still hangs on every weight, with a gradient of zero, as DDP expects.
+    """
+    return compute(rows) if len(rows) else compute(rows.new_zeros(1, *rows.shape[1:]))[:0]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from cache_schema.layout import BoolArray
 
 from .lookup import read_vectors
 from .rows import LabelledCache
@@ -31,6 +35,10 @@ class Neighbours:
     row: Tensor
     searched: int
     near: int
+
+    def vote(self, labels: BoolArray) -> npt.NDArray[np.float32]:
+        """(q, C) share of the k nearest that show each class, from (n, C) `labels` of the rows looked among."""
+        return np.asarray(labels[self.row.numpy()].mean(axis=1, dtype=np.float32))
 
 
 def find_neighbours(

@@ -18,8 +18,9 @@ from .batches import Tiles
 from .config import TrainConfig
 from .grid import describe_loss
 from .intervals import score_resamples
-from .loop import ValidationSet, scale_learning_rate, seed_dropout
+from .loop import ValidationSet, seed_dropout
 from .model import Head, join_features
+from .optimizer import scale_learning_rate
 from .ranking import KEYS, CountArray, FloatArray, HeadResult, assign_folds, choose_epochs, score_counts
 from .stacked import Stack, StackedHeads, draw_dropout
 
@@ -226,7 +227,7 @@ class SweepPass:
         for rows, views in self._iterate_val():
             weights, labels = self._folds.weights[rows], self._folds.labels[rows]
             for i, stack in enumerate(self._stacks):
-                logits = stack.heads(views[stack.features]).float()
+                logits = stack.heads(views[stack.features])
                 preds = logits.sigmoid() >= 0.5
                 decided = torch.stack([preds & labels, preds], dim=2).float()
                 totals[i] = totals[i] + torch.einsum("bk,mbsc->mksc", weights, decided).double()
@@ -266,7 +267,7 @@ class SweepPass:
         tensors: dict[str, Tensor] | None,
     ) -> HeadResult:
         support = self._folds.support
-        heads = StackedHeads({name: tensor[m : m + 1] for name, tensor in best.items()}, amp=self._amp)
+        heads = StackedHeads({name: tensor[m : m + 1] for name, tensor in best.items()})
         weighted, _ = score_counts(history.sum(axis=1), support.sum(axis=0))
         others, own = choose_epochs(history, support)
         figures = self._score(heads, stack.features)
@@ -276,7 +277,7 @@ class SweepPass:
     def _score(self, heads: StackedHeads, features: str) -> dict[str, float]:
         """Figures of a single head on the rows that count."""
         val = self._val
-        logits = torch.cat([heads(views[features])[0].float().cpu() for _, views in self._iterate_val()])
+        logits = torch.cat([heads(views[features])[0].cpu() for _, views in self._iterate_val()])
         probs: npt.NDArray[np.float32] = logits.sigmoid().numpy()[val.counted]
         whole = np.zeros(len(probs), np.intp), np.ones((1, 1))
         scores = score_resamples(probs, val.rows.labels[val.counted], *whole)

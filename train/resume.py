@@ -73,7 +73,7 @@ def _mend_best(run: RunDirectory, checkpoint: LoadedCheckpoint) -> tuple[str, ..
             source = load_checkpoint(held)
         except CheckpointError:
             continue
-        if source.meta.epoch == epoch:
+        if source.meta.epoch == epoch and not source.meta.begun.steps:
             shutil.rmtree(run.best, ignore_errors=True)
             save_checkpoint(run.best, source.tensors, replace(source.meta, thresholds=(), temperature=1.0))
             return (f"{reason}; written anew from {held}, which is of the best epoch, {epoch}",)

@@ -25,16 +25,18 @@ from .config import TrainConfig
 from .determinism import deterministic_algorithms
 from .errors import CheckpointError, TrainError
 from .evaluation import describe_evaluation, evaluate_rows, predict_logits, score_epoch
-from .finetune import TileStream, check_finetuning, check_head
-from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors, use_amp
+from .finetune import TileStream, check_finetuning, check_head, plan_prefixes
+from .loop import Trainer, ValidationSet, choose_batch_size, load_tensors
 from .memory import agree_on_budget
 from .model import Classifier, Head
+from .prefix import check_room
 from .rarest import find_rarest
 from .resume import load_last, recover_run
 from .rows import LabelledCache
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
 from .siblings import compare_with_plain, save_val_logits
+from .step import use_amp
 
 MakeTiles = Callable[[LabelledCache], Tiles]
 
@@ -94,10 +96,12 @@ def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
     if start is None:
         return f"stopped by {stop} before the run began"
     try:
-        saved = load_last(start.run.path)[0].meta.epoch
+        meta = load_last(start.run.path)[0].meta
+        saved, begun = meta.epoch, meta.begun.steps
     except CheckpointError:
-        saved = 0
-    return f"stopped by {stop}: {saved} of {epochs} epochs of {start.run} are saved; --resume goes on from there"
+        saved = begun = 0
+    steps = f" and {begun:,} steps of the next" if begun else ""
+    return f"stopped by {stop}: {saved} of {epochs} epochs{steps} of {start.run} are saved; --resume goes on from there"
 
 
 def _say(ranks: Ranks, line: str) -> None:
@@ -166,19 +170,33 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
         check_head(head.meta, sets.train)
     if config.unfreeze:
         check_finetuning([cache for cache in (sets.train, sets.val, sets.test) if cache is not None], config.unfreeze)
+    room: tuple[str, ...] = ()
+    if config.cache_prefix and config.unfreeze:
+        prefixes = plan_prefixes((sets.train, sets.val), config.scratch, config.unfreeze)
+        room = (check_room(prefixes, agreed=config.large_prefix),)
     if config.resume:
         run = RunDirectory.resume(config.run)
         _refuse_other_tiles(run, config.cache, sets)
         resume, notes = recover_run(run, config.save_every)
         epoch = resume.meta.epoch if resume else 0
         run.cut_history(epoch)
-        return Start(run, resume, (*run.notes, *notes, f"resuming {run} after epoch {epoch} of {config.epochs}"))
+        begun = f", step {resume.meta.begun.steps:,} of the next" if resume and resume.meta.begun.steps else ""
+        return Start(
+            run, resume, (*room, *run.notes, *notes, f"resuming {run} after epoch {epoch} of {config.epochs}{begun}")
+        )
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
     # The settings last: with them the directory is a run, which can be resumed.
     write_settings(run, config, version)
     run.finish()
-    return Start(run, None, (f"global batch {config.batch_size}; files go to {run}",))
+    return Start(
+        run,
+        None,
+        (
+            *room,
+            f"global batch {config.batch_size}; files go to {run}",
+        ),
+    )
 
 
 def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> None:
@@ -217,7 +235,21 @@ def prepare_training(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: 
     if config.unfreeze:
         checkpoint = ranks.run_on_main(lambda: find_cached_checkpoint(version))
         stream = TileStream(version, checkpoint, ranks, workers=config.workers)
-        stream.unfreeze(config.unfreeze, amp=use_amp(config, ranks), say=lambda line: _say(ranks, line))
+        stream.unfreeze(
+            config.unfreeze,
+            checkpointing=config.grad_checkpoint,
+            amp=use_amp(config, ranks),
+            say=lambda line: _say(ranks, line),
+        )
+        if config.cache_prefix:
+            # In the shape that a step computes: another would round differently.
+            share = -(-config.batch_size // ranks.world_size)
+            stream.keep_prefix(
+                (sets.train, sets.val),
+                config.scratch,
+                batch=-(-share // config.accumulate),
+                say=lambda line: _say(ranks, line),
+            )
         backbone, make_tiles = stream.backbone, stream.build
     meta = make_meta(config, sets.train)
     head = make_head(meta, version.layout.width, config.seed)

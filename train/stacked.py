@@ -20,26 +20,23 @@ class StackedHeads:
 
     Attributes:
         tensors: as in a head's `state_dict`, with a first dimension of M.
-
-    Args:
-        amp: autocast to bf16.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], *, amp: bool) -> None:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        self._amp = amp
 
-    def __call__(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(self, inputs: Tensor, mask: Tensor | None = None, *, amp: bool = False) -> Tensor:
         """Logits of all members for the same inputs.
 
         Args:
             inputs: (B, D) float32.
             mask: (B, H), what dropout multiplies the hidden layer of each member by; None outside training.
+            amp: autocast to bf16; not for scores, which would tie.
 
         Returns:
             (M, B, C).
         """
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._amp):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
             weight, bias, *second = self.tensors.values()
             first: Tensor = functional.linear(inputs, weight.flatten(0, 1), bias.flatten())
             first = first.unflatten(1, (len(weight), -1))
@@ -64,7 +61,7 @@ class Stack:
     Args:
         configs: those of one loss beside each other.
         head: what all start from.
-        amp: autocast to bf16.
+        amp: autocast to bf16 in training.
     """
 
     def __init__(self, configs: Sequence[TrainConfig], head: Head, device: torch.device, *, amp: bool) -> None:
@@ -75,7 +72,8 @@ class Stack:
             name: tensor.to(device).repeat(copies, *[1] * tensor.dim()).requires_grad_()
             for name, tensor in head.state_dict().items()
         }
-        self.heads = StackedHeads(stacked, amp=amp)
+        self.heads = StackedHeads(stacked)
+        self._amp = amp
         self._losses = [(loss, len(list(group))) for loss, group in groupby(configs, TrainConfig.make_loss)]
         # The optimiser sees the slices of each member as tensors of their own.
         self._slices = {name: tensor.detach().unbind() for name, tensor in stacked.items()}
@@ -90,7 +88,7 @@ class Stack:
             mask: (B, H), as for `StackedHeads`.
             scale: of every member's learning rate.
         """
-        logits = self.heads(inputs, mask if self.hidden else None)
+        logits = self.heads(inputs, mask if self.hidden else None, amp=self._amp)
         parts = logits.split([members for _, members in self._losses])
         summed = [loss(part, labels.expand_as(part)).sum() for (loss, _), part in zip(self._losses, parts, strict=True)]
         (torch.stack(summed).sum() / labels.numel()).backward()

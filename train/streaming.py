@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from .batches import Batch, take_share
 from .errors import TrainError
 from .rows import LabelledCache
 from .sampling import draw_epoch
+
+Index = npt.NDArray[np.int64]
 
 
 class StreamedTiles:
@@ -54,10 +57,10 @@ class StreamedTiles:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
         order = draw_epoch(self.rows, seed, epoch)
-        starts = range(0, len(order), batch_size)
+        starts = range(first_step * batch_size, len(order), batch_size)
         shares = [take_share(order[start : start + batch_size], self._ranks) for start in starts]
         # A rank without a row in the last, short batch still takes part in it, with nothing.
         pixels = self._read([share for share in shares if len(share)])
@@ -76,9 +79,11 @@ class StreamedTiles:
         return self._read([part for part in self.share.split(self._eval_batch) if len(part)])
 
     def _read(self, batches: list[Tensor]) -> Iterator[Tensor]:
-        requests = (
-            make_requests(self._table, self.rows.index[batch.numpy()].tolist(), labels=False) for batch in batches
-        )
+        return self.read_rows([self.rows.index[batch.numpy()] for batch in batches])
+
+    def read_rows(self, batches: Sequence[Index]) -> Iterator[Tensor]:
+        """Pixel values (b, 3, S, S) of batches of rows of the table, in order."""
+        requests = (make_requests(self._table, batch.tolist(), labels=False) for batch in batches)
         for batch in self._feed.read(requests):
             refuse_changed(batch, self._table)
             yield self._transform(batch.images, device=self._ranks.device, dtype=self._dtype)

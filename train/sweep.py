@@ -16,13 +16,14 @@ from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .errors import TrainError
 from .grid import Grid, describe_command
-from .loop import ValidationSet, choose_batch_size, use_amp
+from .loop import ValidationSet, choose_batch_size
 from .model import Classifier, Head
 from .passes import Folds, SweepPass, plan_passes
 from .ranking import HeadResult, Ranked, cross_fit, format_ranking, rank_configurations
 from .run import finish_run, make_head, make_meta, open_run, write_settings
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
+from .step import use_amp
 from .vectors import HeldVectors
 
 

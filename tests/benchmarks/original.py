@@ -4,6 +4,7 @@ DataLoader, and the backbone's forward pass in every epoch. Nothing of the proje
 
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel
 from transformers.utils import logging
@@ -96,3 +98,29 @@ def run_epoch(
             tiles += len(model(pixel_values=pixels).pooler_output)
     assert started is not None
     return tiles / (time.perf_counter() - started)
+
+
+def make_step(checkpoint: Path, unfreeze: int, *, classes: int, autocast: bool) -> Callable[[Tensor, Tensor], None]:
+    """A training step of the last layers and a head: one module in float32, of which the first layers are told that
+    they need no gradient."""
+    logging.disable_progress_bar()
+    vit = AutoModel.from_pretrained(checkpoint, dtype=torch.float32).train()
+    vit.requires_grad_(False)
+    for module in (*vit.model.layer[-unfreeze:], vit.norm):
+        module.requires_grad_(True)
+    head = nn.Sequential(
+        nn.Linear(vit.config.hidden_size, 512), nn.ReLU(), nn.Dropout(0.1), nn.Linear(512, classes)
+    ).train()
+    trained = [tensor for tensor in (*vit.parameters(), *head.parameters()) if tensor.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def step(pixels: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = head(vit(pixel_values=pixels).pooler_output)
+        entropy = binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
+        weight = torch.where(labels, 0.65, 0.35)
+        (weight * (1 - (-entropy).exp()) ** 2 * entropy).mean().backward()
+        optimizer.step()
+
+    return step

@@ -17,9 +17,10 @@ from cache_schema import open_cache
 from extract.distributed import join_ranks
 from train.cached import open_cached_tiles
 from train.config import DataConfig, TrainConfig
-from train.loop import Trainer, ValidationSet, make_optimizer
+from train.loop import Trainer, ValidationSet
 from train.loss import focal_loss
 from train.model import Classifier, Head
+from train.optimizer import make_optimizer
 from train.run import make_head, make_meta
 from train.rundir import RunDirectory
 from train.sets import read_sets

@@ -41,7 +41,7 @@ from train.vectors import Residence
 TIMEOUT_S = 120
 IN_TURN = Path(__file__).with_name("in_turn.py")
 HEAD = ("--epochs", 2, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu")
-DROPPING = ("--epochs", 16, "--batch-size", 8, "--device", "cpu")
+DROPPING = ("--epochs", 16, "--batch-size", 8, "--save-steps", 3, "--device", "cpu")
 VECTORS = ("--epochs", 2, "--batch-size", 64, "--dropout", 0, "--no-amp", "--device", "cpu")
 CONVEX = ("--head", "linear", "--loss", "bce", "--weight-decay", 0, "--epochs", 12, "--lr", 0.05)
 """One minimum, which training reaches whatever the order of the rows: click takes the last value of an option."""
@@ -147,8 +147,8 @@ def data(made: Path) -> tuple[object, ...]:
 @pytest.fixture(scope="module")
 def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Working directories of the same runs, head and fine-tuned, on one rank and on two; the two also predict with the
-    one's model, and train a head with dropout that another test stops and resumes. Heads on made-up vectors are trained
-    in memory on one rank, streamed on two."""
+    one's model, and train a head with dropout that another test stops and resumes. The two fine-tune from the prefix
+    cache and in parts. Heads on made-up vectors are trained in memory on one rank, streamed on two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     head = ("head", *data(made), *HEAD, "--folds", 2)
     finetune = ("finetune", *data(made), *FINETUNE, "--head-run", one / "runs" / "head")
@@ -161,7 +161,8 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", "--workers", 0)
     whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
     streamed = ((*command, *STREAMED) for command in held)
-    out = run_in_turn(two, make_env(), head, finetune, (*predict, "--device", "cpu"), whole, controlled, *streamed)
+    in_parts = (*finetune, "--cache-prefix", "--accumulate", 2, "--grad-checkpoint")
+    out = run_in_turn(two, make_env(), head, in_parts, (*predict, "--device", "cpu"), whole, controlled, *streamed)
     assert out.count("vectors stay in the cache") == 2
     return one, two
 
@@ -338,7 +339,7 @@ def test_killed_runs_resume_to_the_same_history(
     resumed on one: likewise; a copy of it, resumed on two, goes on to the end."""
     head, finetune = tmp_path / "runs" / "head", tmp_path / "runs" / "finetune"
     start_and_kill(torchrun(2, "head", *data(made), *DROPPING), tmp_path, env, head, epochs=2, of=16)
-    options = ("--epochs", 8, "--unfreeze", 2, "--batch-size", 16, "--device", "cpu", "--workers", 0)
+    options = ("--epochs", 8, "--unfreeze", 2, "--batch-size", 16, "--save-steps", 1, "--device", "cpu", "--workers", 0)
     arguments = ("finetune", *data(made), *options, "--head-run", both[0] / "runs" / "head")
     alone = [sys.executable, "-m", "train", *map(str, arguments)]
     # The first epoch may be killed before its checkpoint is there; of the second on, there is one.

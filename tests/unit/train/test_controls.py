@@ -18,8 +18,9 @@ from train.cached import open_cached_tiles
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.determinism import deterministic_algorithms
-from train.loop import Trainer, ValidationSet, scale_learning_rate
+from train.loop import Trainer, ValidationSet
 from train.model import Classifier, Head
+from train.optimizer import scale_learning_rate
 from train.resume import load_last
 from train.rows import LabelledCache, LabelledRows
 from train.rundir import RunDirectory
@@ -55,7 +56,15 @@ def make_head(seed: int, dropout: float = 0.0) -> Head:
 
 def make_trainer(root: Path, ranks: Ranks, seed: int, *, init: int | None = None, **options: Any) -> Trainer:
     run = RunDirectory.create(str(root / "head"))
-    settings: dict[str, Any] = {"epochs": 5, "batch_size": BATCH, "lr": 0.02, "hidden": 12, "dropout": 0.0, "seed": 5}
+    settings: dict[str, Any] = {
+        "epochs": 5,
+        "batch_size": BATCH,
+        "lr": 0.02,
+        "hidden": 12,
+        "dropout": 0.0,
+        "seed": 5,
+        "amp": False,
+    }
     config = TrainConfig(cache="c", run=str(root / "head"), **(settings | options))
     train, val = make_cache(seed, 150, threshold=config.repeat_factor), make_cache(seed + 1, 60)
     meta = make_meta(val.rows, config)

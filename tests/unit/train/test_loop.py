@@ -27,10 +27,9 @@ from train.loop import (
     ValidationSet,
     choose_batch_size,
     load_tensors,
-    make_optimizer,
-    scale_learning_rate,
 )
 from train.model import Classifier, Head
+from train.optimizer import make_optimizer, scale_learning_rate
 from train.resume import load_last
 from train.rows import LabelledRows
 from train.rundir import RunDirectory
@@ -76,13 +75,29 @@ def test_layers_and_head_have_rates_of_their_own(tmp_path: Path) -> None:
     assert [group["peak_lr"] for group in make_optimizer(classifier, config).param_groups] == [3e-4]
     backbone.unfreeze_last(2)
     optimizer = make_optimizer(classifier, config)
-    head, layers = optimizer.param_groups
-    assert (head["peak_lr"], layers["peak_lr"]) == (3e-4, 2e-5)
-    assert head["weight_decay"] == layers["weight_decay"] == 0.03
+    head, *layers = optimizer.param_groups
+    assert (head["peak_lr"], *(layer["peak_lr"] for layer in layers)) == (3e-4, 2e-5, 2e-5)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.03}
     assert [id(p) for p in head["params"]] == [id(p) for p in classifier.head.parameters()]
     expected = {id(p) for p in backbone.parameters() if p.requires_grad}
     assert len(expected) > 30
-    assert {id(p) for p in layers["params"]} == expected
+    assert {id(p) for layer in layers for p in layer["params"]} == expected
+
+
+def test_each_layer_below_the_last_learns_more_slowly(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "checkpoint")
+    backbone = Backbone.load(find_checkpoint(str(path)), precision="float32", device=torch.device("cpu"))
+    backbone.unfreeze_last(3)
+    classifier = Classifier(Head(64, CLASSES, hidden=8, dropout=0.0), backbone, ("cls",))
+    config = TrainConfig(cache="c", run="r", unfreeze=3, lr=3e-4, backbone_lr=2e-5, layer_decay=0.5)
+    rate_of = {
+        id(parameter): group["peak_lr"]
+        for group in make_optimizer(classifier, config).param_groups
+        for parameter in group["params"]
+    }
+    for module, rate in zip((*backbone.layers[1:], backbone.vit.norm), (5e-6, 1e-5, 2e-5, 2e-5), strict=True):
+        assert {rate_of.pop(id(parameter)) for parameter in module.parameters()} == {rate}
+    assert set(rate_of.values()) == {3e-4}
 
 
 def test_tensors_of_another_model_are_refused() -> None:
@@ -102,6 +117,7 @@ class Rows:
     def __init__(self, rows: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.inputs = torch.randn(rows, WIDTH, generator=generator)
+        self.drawn: list[int] = []
         self.labels = self.inputs @ torch.randn(WIDTH, CLASSES, generator=generator) > 0.7
         self.rows = LabelledRows(
             index=100 + np.arange(rows),
@@ -117,8 +133,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-        for rows in epoch_order(len(self), seed, epoch).split(batch_size):
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        for rows in epoch_order(len(self), seed, epoch).split(batch_size)[first_step:]:
+            self.drawn.append(len(rows))
             yield Batch(self.inputs[rows], self.labels[rows], rows, len(rows))
 
     @property
@@ -134,7 +151,15 @@ def make_trainer(
 ) -> tuple[Trainer, Rows, Rows]:
     train, val = Rows(47, seed), Rows(23, seed)
     run = RunDirectory.create(str(tmp_path / "head"))
-    settings: dict[str, Any] = {"epochs": 4, "batch_size": 8, "lr": 0.02, "hidden": 8, "dropout": 0.0, "seed": 5}
+    settings: dict[str, Any] = {
+        "epochs": 4,
+        "batch_size": 8,
+        "lr": 0.02,
+        "hidden": 8,
+        "dropout": 0.0,
+        "seed": 5,
+        "amp": False,
+    }
     config = TrainConfig(cache="c", run=str(tmp_path / "head"), **(settings | options))
     meta = make_meta(val.rows, config)
     torch.manual_seed(seed if init is None else init)
@@ -238,6 +263,43 @@ def test_a_resumed_run_writes_the_same_history(tmp_path: Path, stop: int, save_e
         assert all(torch.equal(tensor, b.tensors[key]) for key, tensor in a.tensors.items())
 
 
+@pytest.mark.parametrize("stop_after, save_steps, epoch, steps", [(3, 2, 0, 2), (11, 2, 1, 4), (13, 5, 2, 0)])
+def test_a_run_stopped_within_an_epoch_goes_on_from_there(
+    tmp_path: Path, stop_after: int, save_steps: int, epoch: int, steps: int
+) -> None:
+    """Epochs of 6 steps, with dropout and clipping; what was trained before the checkpoint is not trained again."""
+    seed, options = fresh_seed(), {"dropout": 0.3, "save_steps": save_steps, "clip_norm": 0.1}
+    with join_ranks("cpu") as ranks:
+        whole, _, _ = make_trainer(tmp_path / "whole", ranks, seed, **options)
+        whole.fit(print)
+        stopped, _, _ = make_trainer(tmp_path / "stopped", ranks, seed, **options)
+        step, taken = stopped._step.run, iter(range(stop_after))
+
+        def run(*args: Any) -> Any:
+            if next(taken, None) is None:
+                raise StopHereError
+            return step(*args)
+
+        stopped._step.run = run  # type: ignore[method-assign]
+        with pytest.raises(StopHereError):
+            stopped.fit(print)
+        torch.rand(17)
+        directory = RunDirectory(tmp_path / "stopped" / "head-001")
+        checkpoint, _ = load_last(directory.path)
+        assert (checkpoint.meta.epoch, checkpoint.meta.begun.steps) == (epoch, steps)
+        directory.cut_history(epoch)
+        again, train, _ = make_trainer(tmp_path / "again", ranks, seed, init=seed + 1, **options)
+        again._run = directory
+        again.restore(checkpoint)
+        again.fit(print)
+    assert len(train.drawn) == 4 * 6 - 6 * epoch - steps
+    first, second = tmp_path / "whole" / "head-001", directory.path
+    assert (first / "history.jsonl").read_bytes() == (second / "history.jsonl").read_bytes()
+    a, b = load_checkpoint(first / "last"), load_checkpoint(second / "last")
+    assert a.meta == b.meta
+    assert all(torch.equal(tensor, b.tensors[key]) for key, tensor in a.tensors.items())
+
+
 def test_a_checkpoint_without_optimiser_state_cannot_be_resumed(tmp_path: Path) -> None:
     with join_ranks("cpu") as ranks:
         trainer, _, _ = make_trainer(tmp_path, ranks, 0, epochs=1)
@@ -256,7 +318,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(tmp_path: Pat
         bad = [int(order[8 * 2 + 1]), int(order[8 * 2 + 6])]  # in the third batch
         kept: dict[str, bytes] = {}
 
-        def spoil_the_third(*, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+        def spoil_the_third(*, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
             if epoch == 2:
                 kept.update({str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()})
                 train.inputs[bad] = value

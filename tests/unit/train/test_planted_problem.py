@@ -61,7 +61,7 @@ class Planted:
     def share(self) -> torch.Tensor:
         return torch.arange(len(self))
 
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         for rows in epoch_order(len(self), seed, epoch).split(batch_size):
             yield Batch(self.inputs[rows], self.labels[rows], rows, len(rows))
 

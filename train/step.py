@@ -1,0 +1,163 @@
+"""One optimiser step over a global batch, in as many parts as memory asks for."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from extract.distributed import Ranks
+from extract.precision import multiplies_bf16
+
+from .batches import Batch
+from .config import TrainConfig
+from .errors import TrainError
+from .loss import LossConfig
+from .model import Classifier, TrainedPart
+from .optimizer import make_optimizer
+from .weights import weigh_positives
+
+_OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+
+
+class StepResult(NamedTuple):
+    """What one rank saw of a step; all of it stays on the device.
+
+    Attributes:
+        summed: the loss of its rows and all classes, added up.
+        finite: (b,) bool, which of its rows have a finite loss.
+        clipped: whether the gradient was longer than `clip_norm`.
+    """
+
+    summed: Tensor
+    finite: Tensor
+    clipped: Tensor
+
+
+class TrainStep:
+    """Forward, backward and update of what a classifier trains.
+
+    Args:
+        classifier: trained in place.
+        config: of loss, rates, clipping and parts.
+        class_weights: (C,) on the device, of the positives; None leaves them alone.
+        ranks: over which gradients are averaged.
+    """
+
+    def __init__(self, classifier: Classifier, config: TrainConfig, class_weights: Tensor | None, ranks: Ranks) -> None:
+        self.optimizer = make_optimizer(classifier, config)
+        self._classifier = classifier
+        self._config = config
+        self._class_weights = class_weights
+        self._ranks = ranks
+        self._amp = use_amp(config, ranks)
+        self._loss: LossConfig = config.make_loss()
+        self._part: nn.Module = TrainedPart(classifier)
+        if ranks.world_size > 1:
+            self._part = DistributedDataParallel(self._part, forward_sync_buffers=False)
+
+    def close(self) -> None:
+        """Let go of DDP.
+
+        It must go before the process group does. Were it the group's last owner, the group's threads would be joined
+        with the GIL held, and one that needs the GIL to free a tensor would never end (torch 2.13, gloo).
+        """
+        self._part = nn.Identity()
+
+    def run(self, batch: Batch, scale: float) -> StepResult:
+        """Train on this rank's share of a global batch.
+
+        Args:
+            batch: the share.
+            scale: of every group's peak learning rate.
+
+        Raises:
+            TrainError: the share does not fit in memory; names the largest that does.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = list(split_batch(batch, self._config.accumulate))
+        losses = []
+        for part in parts:
+            with nullcontext() if part is parts[-1] else self._without_sync():
+                try:
+                    losses.append(self._accumulate(part))
+                except (RuntimeError, MemoryError) as error:
+                    refusal = self._explain(error, part)
+                    if refusal is None:
+                        raise
+                    raise refusal from None
+        clipped = self._clip()
+        self.optimizer.step()
+        together = torch.cat(losses)
+        return StepResult(together.sum(), together.isfinite().all(dim=1), clipped)
+
+    def _accumulate(self, part: Batch) -> Tensor:
+        """Add a part's gradient to that of the parts before; returns its losses (b, C), detached."""
+        with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp):
+            logits = self._part(self._classifier.encode(part.inputs))
+        losses = self._loss(logits, part.labels.float())
+        if self._class_weights is not None:
+            losses = weigh_positives(losses, part.labels, self._class_weights)
+        # DDP averages over ranks: scaled like this the gradient is that of the mean over the global batch.
+        (losses.sum() * self._ranks.world_size / (part.global_size * part.labels.shape[1])).backward()
+        return losses.detach()
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        """Keep a part's gradient on this rank: the last part sends all of it at once."""
+        return self._part.no_sync() if isinstance(self._part, DistributedDataParallel) else nullcontext()
+
+    def _clip(self) -> Tensor:
+        if self._config.clip_norm is None:
+            return torch.zeros((), dtype=torch.bool, device=self._ranks.device)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, self._config.clip_norm) > self._config.clip_norm
+
+    def _explain(self, error: Exception, part: Batch) -> TrainError | None:
+        """What to do about too little memory, found by trying ever smaller parts; None for any other error."""
+        if not is_out_of_memory(error):
+            return None
+        self.optimizer.zero_grad(set_to_none=True)
+        fits = len(part.inputs)
+        while fits := fits // 2:
+            try:
+                with self._without_sync():
+                    self._accumulate(Batch(part.inputs[:fits], part.labels[:fits], part.rows[:fits], part.global_size))
+                break
+            except (RuntimeError, MemoryError) as again:
+                if not is_out_of_memory(again):
+                    raise
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+        size = f"{len(part.inputs):,} tiles at once do not fit in memory"
+        if not fits:
+            return TrainError(f"{size}, and not even 1 does: lower --unfreeze, or add --grad-checkpoint")
+        # The share of the largest batch, however many parts it is in now.
+        share = -(-self._config.batch_size // self._ranks.world_size)
+        return TrainError(
+            f"{size}, {fits:,} do: --accumulate {-(-share // fits)} trains the same batches of "
+            f"{self._config.batch_size:,} in parts of that size; --grad-checkpoint needs less memory for each"
+        )
+
+
+def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A share in up to `parts` parts of even size, at least one; gradients over them add up to that of the share."""
+    size = max(1, -(-len(batch.inputs) // parts))
+    split = zip(batch.inputs.split(size), batch.labels.split(size), batch.rows.split(size), strict=True)
+    return (Batch(inputs, labels, rows, batch.global_size) for inputs, labels, rows in split)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is what an allocation failed for; on the CPU neither PyTorch nor oneDNN has an exception for it."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return True
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def use_amp(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether to autocast: as asked, else where the device multiplies bf16."""
+    return multiplies_bf16(ranks.device) if config.amp is None else config.amp
