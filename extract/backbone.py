@@ -37,7 +37,7 @@ class Checkpoint:
 
     Attributes:
         name: as the user gave it.
-        path: directory holding config.json, preprocessor_config.json and *.safetensors.
+        path: directory holding config.json, preprocessor_config.json and model*.safetensors.
         depth, width: transformer layers, embedding length.
         image_size: effective pixels a side, a multiple of the patch size.
         tokens: CLS, registers and patches of a tile of that size.
@@ -53,10 +53,15 @@ class Checkpoint:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """model.safetensors, or its shards, in name order."""
+        return _weight_files(self.path)
+
     def hash_weights(self) -> str:
         """sha256 of the weight file's bytes; of several, over their hex digests in name order."""
         digests = []
-        for file in _weight_files(self.path):
+        for file in self.weight_files:
             with file.open("rb") as stream:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -77,7 +82,7 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     if config.get("model_type") != "dinov3_vit":
         raise BackboneError(f"{name} is a {config.get('model_type')!r} checkpoint: BACKBONE must be a DINOv3 ViT")
     if not _weight_files(path):
-        raise BackboneError(f"{path} has no *.safetensors: save the checkpoint with safe serialization")
+        raise BackboneError(f"{path} has no model*.safetensors: save the checkpoint with safe serialization")
     processor = _read_json(path / "preprocessor_config.json")
     try:
         mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
@@ -97,6 +102,15 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
             f"IMAGE_SIZE {size} is not a multiple of the {patch} px patch: try {below} or {below + patch}"
         )
     return Checkpoint(name, path, depth, width, size, special + (size // patch) ** 2, mean, std)
+
+
+def follow_links(name: str) -> str:
+    """The name that still means this checkpoint later: of a local directory the one behind links, since one such as
+    `runs/finetune` moves on to the next run. Any other name as it is."""
+    real = os.path.realpath(name)
+    if name == "demo" or not Path(name, "config.json").is_file() or real == os.path.abspath(name):
+        return name
+    return real if os.path.isabs(name) else os.path.relpath(real)
 
 
 class Backbone(nn.Module):
@@ -310,7 +324,8 @@ def _download(hub_id: str) -> Path:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors"))
+    """By the names transformers loads them by: other tensors may lie beside them, such as an export's head."""
+    return sorted(path.glob("model*.safetensors"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from cache_schema import CacheRoot, Provenance, ProvenanceError, Recorded, Status, TileTable, Version, own_version
 from cache_schema.layout import BoolArray
 
-from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint
+from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint, follow_links
 from .changes import find_earlier, open_in_use
 from .config import ExtractConfig
 from .distributed import get_job_id
@@ -70,7 +70,7 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
     cache = config.cache_url(checkpoint.image_size)
     root = CacheRoot(cache)
     provenance = _choose_provenance(config.precision, checkpoint, root, table, device)
-    recorded = record_environment(config.backbone, source, config.batch_size, device)
+    recorded = record_environment(follow_links(config.backbone), source, config.batch_size, device)
     earlier, changes = find_earlier(root, table, provenance, source.identity) or (None, None)
     if earlier and changes:
         if not config.yes:

@@ -1,4 +1,4 @@
-"""python -m train head|sweep|finetune|ladder|evaluate|predict|triage"""
+"""python -m train head|sweep|finetune|ladder|evaluate|predict|export|triage"""
 
 import shlex
 import sys
@@ -327,6 +327,17 @@ def predict(
     from .infer import Target, run_prediction
 
     run_prediction(run, Target(tiles, cache), out, tta=tta, device=device, workers=workers)
+
+
+@main.command()
+@click.option("--run-dir", "run", default="runs/finetune", help="The run to export.")
+@click.option("--out", help="New directory to write.  [default: export, in the run]")
+@click.option("--no-onnx", is_flag=True, help="Leave classifier.onnx out.")
+def export(run: str, out: str | None, no_onnx: bool) -> None:
+    """Write a run as a checkpoint that transformers opens, its head beside it, and the classifier as ONNX."""
+    from .export import run_export
+
+    run_export(run, out, onnx=not no_onnx)
 
 
 @main.command()

@@ -123,6 +123,11 @@ def _write(directory: Path, tensors: dict[str, Tensor], meta: CheckpointMeta, op
     (directory / _META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
     if optimizer is not None:
         torch.save(optimizer, directory / _OPTIMIZER)
+    seal_directory(directory)
+
+
+def seal_directory(directory: Path) -> None:
+    """Write the digest of every file, as `sha256sum -c sha256` reads them, and have all on the disk."""
     digests = {file.name: _sha256(file) for file in sorted(directory.iterdir())}
     (directory / _DIGESTS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
     for file in directory.iterdir():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cache_schema import ProvenanceError, Version, open_cache
+from extract.backbone import follow_links
 from extract.distributed import Ranks, join_ranks
 from extract.plan import find_cached_checkpoint
 from extract.stop import Stopped, stop_on_signals
@@ -160,7 +161,7 @@ def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
 def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
     """Rank 0: check what would fail later, then make or reopen the run directory."""
     version = sets.train.version
-    if config.backbone and config.backbone != version.recorded.backbone:
+    if config.backbone and follow_links(config.backbone) != follow_links(version.recorded.backbone):
         raise ProvenanceError(
             f"{config.cache} was made with BACKBONE={version.recorded.backbone}, not {config.backbone}: "
             f"run `make extract BACKBONE={config.backbone}`, or leave BACKBONE unset"

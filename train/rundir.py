@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from cache_schema import CacheFormatError, Provenance
+
 from .bucket import BucketRun, claim_run, find_run, is_bucket, work_folder
 from .config import TrainConfig
 from .errors import TrainError
@@ -160,6 +162,17 @@ class RunDirectory:
         try:
             return str(self.read_json("config.json")["version"])
         except (KeyError, TypeError) as error:
+            raise TrainError(f"{self}/config.json is not of this release: {error}") from error
+
+    def read_provenance(self) -> Provenance:
+        """What the embeddings it was trained on depend on.
+
+        Raises:
+            TrainError: it cannot be read, or is another release's.
+        """
+        try:
+            return Provenance.from_json(self.read_json("config.json")["provenance"])
+        except (KeyError, TypeError, CacheFormatError) as error:
             raise TrainError(f"{self}/config.json is not of this release: {error}") from error
 
     def append_history(self, line: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel
 
-from extract.backbone import Backbone, find_checkpoint
+from extract.backbone import Backbone, find_checkpoint, follow_links
 from extract.errors import BackboneError
 from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import fresh_seed
@@ -212,7 +212,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of a list": (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
     "another model": (lambda path: edit_json(path / "config.json", model_type="vit"), "'vit'.*must be a DINOv3 ViT"),
     "no patch size": (lambda path: edit_json(path / "config.json", patch_size=None), "patch_size"),
-    "no weights": (lambda path: (path / "model.safetensors").unlink(), r"no \*.safetensors: save the checkpoint"),
+    "no weights": (lambda path: (path / "model.safetensors").unlink(), r"no model\*.safetensors: save the checkpoint"),
     "no preprocessor": (
         lambda path: (path / "preprocessor_config.json").unlink(),
         "preprocessor_config.json is missing: copy",
@@ -259,6 +259,8 @@ def test_hash_of_weights_is_that_of_the_files_bytes(copy: Path) -> None:
     assert find_checkpoint(str(copy)).hash_weights() == digest
     edit_json(copy / "config.json", transformers_version="0")  # not the weights' concern
     assert find_checkpoint(str(copy)).hash_weights() == digest
+    (copy / "head.safetensors").write_bytes(b"the head that an export lays beside it")
+    assert find_checkpoint(str(copy)).hash_weights() == digest
     second = copy / "model-2.safetensors"
     second.write_bytes(first.read_bytes() + b"x")
     both = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (second, first)]  # by name: "-" before "."
@@ -269,6 +271,18 @@ def test_one_changed_weight_changes_the_hash(copy: Path) -> None:
     before = find_checkpoint(str(copy)).hash_weights()
     edit_weights(copy, lambda tensors: tensors["norm.bias"][0].add_(1e-3))
     assert find_checkpoint(str(copy)).hash_weights() != before
+
+
+def test_a_link_is_followed_and_any_other_name_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parent)
+    (copy.parent / "newest").symlink_to(copy)
+    (copy.parent / "demo").symlink_to(copy)
+    (copy.parent / "empty").mkdir()
+    (copy.parent / "to-nothing").symlink_to("empty")
+    assert follow_links("newest") == copy.name
+    assert follow_links(str(copy.parent / "newest")) == str(copy)
+    for name in (copy.name, f"./{copy.name}", str(copy), "demo", "vitl16", "org/model", "to-nothing"):
+        assert follow_links(name) == name
 
 
 # The hub, answered by a real HTTP server

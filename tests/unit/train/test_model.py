@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from extract.backbone import Backbone, find_checkpoint
 from tests.checkpoints import make_checkpoint
@@ -92,3 +93,15 @@ def test_an_empty_batch_passes_through_with_gradients_of_zero(checkpoint_path: P
         if tensor.requires_grad:
             assert tensor.grad is not None, name
             assert not tensor.grad.any(), name
+
+
+def test_a_checkpoint_of_vitl16_with_three_layers_takes_about_150_mb() -> None:
+    """On the meta device: the shape of the real model, without its weights."""
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    with torch.device("meta"):
+        backbone = Backbone(DINOv3ViTModel(DINOv3ViTConfig(num_register_tokens=4, **shape)))
+        classifier = Classifier(Head(1024, 60, hidden=512, dropout=0.1), backbone, ("cls",))
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == 303_129_600
+    backbone.unfreeze_last(3)
+    size = sum(4 * tensor.numel() for tensor in classifier.trained_tensors().values())
+    assert 150e6 < size < 155e6
