@@ -170,9 +170,12 @@ class Trainer:
         if not self._ranks.is_main:
             total.zero_()  # what was summed before counts once
         clipped = torch.tensor(self._begun.clipped, device=self._ranks.device)
-        seed_dropout(config.seed, self._epoch, self._ranks.rank, self._begun.steps)
         unchecked: list[_StepRows] = []
         for step, batch in enumerate(_time_waits(batches, timing), start=done + 1):
+            taken = step - 1 - first
+            # Once the batch is there: a DataLoader draws a number when it starts.
+            if step == done + 1 or (config.save_steps and taken % config.save_steps == 0):
+                seed_dropout(config.seed, self._epoch, self._ranks.rank, taken)
             result = self._step.run(batch, scale_learning_rate(step - 1, self._steps, config.warmup))
             total += result.summed
             clipped += result.clipped
@@ -197,11 +200,10 @@ class Trainer:
         return figures
 
     def _save_begun(self, steps: int, total: torch.Tensor, clipped: torch.Tensor) -> None:
-        """Save `last/` within an epoch. Dropout is seeded anew, as it will be in a run that goes on from here."""
+        """Save `last/` within an epoch."""
         everywhere = total.clone()
         dist.all_reduce(everywhere)
         self._begun = Begun(steps, float(everywhere), int(clipped))
-        seed_dropout(self.config.seed, self._epoch, self._ranks.rank, steps)
 
         def save() -> None:
             if not all(tensor.isfinite().all() for tensor in self.classifier.trained_tensors().values()):
