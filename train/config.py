@@ -116,7 +116,7 @@ class TrainConfig:
     clip_norm: float | None = None
     deterministic: bool = False
     save_every: int = 1
-    save_steps: int = 0
+    save_steps: int = 500
     accumulate: int = 1
     grad_checkpoint: bool = False
     layer_decay: float = 1.0

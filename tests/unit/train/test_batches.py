@@ -97,12 +97,12 @@ def test_cached_batches_do_not_depend_on_the_number_of_ranks(
     index = list(range(0, 2 * rows, 2))
     vectors = hold(2 * rows)
 
-    def read(size: int) -> list[list[tuple[list[float], list[bool]]]]:
+    def read(size: int, first_step: int = 0) -> list[list[tuple[list[float], list[bool]]]]:
         """Rows of each global batch, and that every rank knows its size."""
         per_rank = [
             list(
                 CachedTiles(make_rows(index), vectors, make_ranks(rank, size)).iterate_epoch(
-                    batch_size=batch_size, seed=seed, epoch=epoch
+                    batch_size=batch_size, seed=seed, epoch=epoch, first_step=first_step
                 )
             )
             for rank in range(size)
@@ -118,6 +118,8 @@ def test_cached_batches_do_not_depend_on_the_number_of_ranks(
 
     alone = read(1)
     assert read(world_size) == alone
+    half = len(alone) // 2
+    assert read(world_size, half) == alone[half:]
     assert [len(batch) for batch in alone[:-1]] == [batch_size] * (len(alone) - 1)
     seen = sorted(row for batch in alone for row in batch)
     assert seen == sorted(([float(i), i + 0.5], [bool(i >> c & 1) for c in range(10)]) for i in index)
