@@ -19,10 +19,10 @@ from .config import TrainConfig
 from .grid import describe_loss
 from .intervals import score_resamples
 from .loop import ValidationSet, seed_dropout
-from .model import Head, join_features
+from .model import Head, draw_dropout, join_features
 from .optimizer import scale_learning_rate
 from .ranking import KEYS, CountArray, FloatArray, HeadResult, assign_folds, choose_epochs, score_counts
-from .stacked import Stack, StackedHeads, draw_dropout
+from .stacked import Stack, StackedHeads
 
 STATE_BYTES = 2 << 30
 """What the heads of a pass may take together, with gradients, moments and best epochs; more heads take turns."""
@@ -207,7 +207,9 @@ class SweepPass:
             scale = scale_learning_rate(step, config.epochs * steps, config.warmup)
             mask = None
             if hidden and config.dropout:
-                mask = draw_dropout(len(batch.inputs), hidden, config.dropout, batch.inputs.device, amp=self._amp)
+                # The very draw that the dropout of a single head of that width makes.
+                shape, dtype = (len(batch.inputs), hidden), torch.bfloat16 if self._amp else torch.float32
+                mask = draw_dropout(shape, config.dropout, device=batch.inputs.device, dtype=dtype)
             views = self._take_features(batch.inputs)
             for stack in self._stacks:
                 stack.train_step(views[stack.features], batch.labels, mask, scale)

@@ -102,12 +102,6 @@ class Stack:
         self._optimizer.step()
 
 
-def draw_dropout(rows: int, width: int, dropout: float, device: torch.device, *, amp: bool) -> Tensor:
-    """(rows, width) factors: the very draw that the dropout layer of a head of that width would make now."""
-    dtype = torch.bfloat16 if amp else torch.float32
-    return functional.dropout(torch.ones(rows, width, dtype=dtype, device=device), dropout)
-
-
 def _make_optimizer(configs: Sequence[TrainConfig], members: Sequence[tuple[Tensor, ...]]) -> torch.optim.AdamW:
     """torch's own fused AdamW; members of one rate and decay share a parameter group, and with it a kernel."""
     groups: dict[tuple[float, float], list[Tensor]] = {}

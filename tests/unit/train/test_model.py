@@ -12,7 +12,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from extract.backbone import Backbone, find_checkpoint
 from tests.checkpoints import make_checkpoint
 from tests.planted import fresh_seed
-from train.model import Classifier, Head, join_features
+from train.model import Classifier, Dropout, Head, draw_dropout, join_features
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,46 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(classifier(inputs), classifier(inputs))
     classifier.train()
     assert not torch.equal(classifier(inputs), classifier(inputs))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.37, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_what_it_should_at_random(p: float, dtype: torch.dtype) -> None:
+    """Counts of single values, of pairs side by side and of columns, within 6 deviations of the binomial's."""
+    torch.manual_seed(fresh_seed())
+    factors = draw_dropout((999, 501), p, device=torch.device("cpu"), dtype=dtype)
+    assert factors.dtype == dtype
+    kept = factors != 0
+    torch.testing.assert_close(
+        factors[kept].float(), torch.full_like(factors[kept].float(), 1 / (1 - p)), rtol=4e-3, atol=0
+    )
+
+    def check(found: torch.Tensor, share: float) -> None:
+        deviation = (share * (1 - share) / found.numel()) ** 0.5
+        assert abs(found.double().mean().item() - share) <= 6 * deviation
+
+    check(kept, 1 - p)
+    for lag in (1, 2, 3, 4, 501):
+        # Overlapping pairs hang together, so every second of them.
+        flat = kept.flatten()
+        check((flat[:-lag] & flat[lag:])[:: lag + 1], (1 - p) ** 2)
+    for column in range(4):  # the four values of one draw
+        check(kept.flatten()[column::4], 1 - p)
+    assert not torch.equal(kept, draw_dropout((999, 501), p, device=torch.device("cpu"), dtype=dtype) != 0)
+
+
+def test_dropout_lets_gradients_through_where_it_lets_values() -> None:
+    torch.manual_seed(fresh_seed())
+    hidden = torch.rand(7, 13) + 1
+    hidden.requires_grad_()
+    layer = Dropout(0.5)
+    found = layer(hidden)
+    found.sum().backward()
+    assert hidden.grad is not None
+    torch.testing.assert_close(found, hidden * hidden.grad)
+    assert set(hidden.grad.unique().tolist()) == {0.0, 2.0}
+    assert layer.eval()(hidden) is hidden
+    assert Dropout(0.0)(hidden) is hidden
 
 
 def test_cached_vectors_of_half_precision_give_float32_logits() -> None:
