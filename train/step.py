@@ -83,13 +83,16 @@ class TrainStep:
         losses = []
         for part in parts:
             with nullcontext() if part is parts[-1] else self._without_sync():
+                reason = None
                 try:
                     losses.append(self._accumulate(part))
                 except (RuntimeError, MemoryError) as error:
-                    refusal = self._explain(error, part)
-                    if refusal is None:
+                    if not is_out_of_memory(error):
                         raise
-                    raise refusal from None
+                    reason = (str(error).splitlines() or ["MemoryError"])[0]
+                # Not while the exception is there, which holds on to all that the failed attempt had computed.
+                if reason is not None:
+                    raise self._find_what_fits(part, reason)
         clipped = self._clip()
         self.optimizer.step()
         together = torch.cat(losses)
@@ -116,10 +119,8 @@ class TrainStep:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         return nn.utils.clip_grad_norm_(parameters, self._config.clip_norm) > self._config.clip_norm
 
-    def _explain(self, error: Exception, part: Batch) -> TrainError | None:
-        """What to do about too little memory, found by trying ever smaller parts; None for any other error."""
-        if not is_out_of_memory(error):
-            return None
+    def _find_what_fits(self, part: Batch, reason: str) -> TrainError:
+        """What to do about too little memory, found by trying ever smaller parts."""
         self.optimizer.zero_grad(set_to_none=True)
         fits = len(part.inputs)
         while fits := fits // 2:
@@ -127,14 +128,14 @@ class TrainStep:
                 with self._without_sync():
                     self._accumulate(Batch(part.inputs[:fits], part.labels[:fits], part.rows[:fits], part.global_size))
                 break
-            except (RuntimeError, MemoryError) as again:
-                if not is_out_of_memory(again):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
         size = f"{len(part.inputs):,} tiles at once do not fit in memory"
         if not fits:
-            return TrainError(f"{size}, and not even 1 does: lower --unfreeze, or add --grad-checkpoint")
+            return TrainError(f"{size}, and not even 1 does ({reason}): lower --unfreeze, or add --grad-checkpoint")
         # The share of the largest batch, however many parts it is in now.
         share = -(-self._config.batch_size // self._ranks.world_size)
         return TrainError(

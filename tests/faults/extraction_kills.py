@@ -158,7 +158,8 @@ def run_hung_rank(folder: Path, seed: int) -> list[dict[str, Any]]:
 
 def start_armed(folder: Path, charge: Charge, *launch: str) -> subprocess.Popen[str]:
     """torchrun in `folder`, on its `tiles` and `backbone`, into `killed`."""
-    arguments = ["--tiles", "tiles", "--backbone", "backbone", "--cache", "killed", "--device", "cpu", "--workers", "1"]
+    arguments = ["--tiles", "tiles", "--backbone", "backbone", "--cache", "killed", "--workers", "1"]
+    arguments += ["--device", "cpu", "--precision", "float32"]
     return subprocess.Popen(
         [sys.executable, "-m", "extract.launch", "--standalone", *launch, "-m", _ARMED_MODULE, "run", *arguments],
         env={**os.environ, ARMED: json.dumps(asdict(charge)), "PYTHONPATH": _PROJECT_ROOT},
