@@ -259,7 +259,9 @@ def check_room(prefixes: Sequence[tuple[PrefixCache, Index]], *, agreed: bool) -
     free = shutil.disk_usage(above).free
     tiles = sum(len(np.unique(slots // prefix.views)) for prefix, slots in prefixes)
     size = f"the prefix cache of {tiles:,} tiles takes {format_bytes(need)} more in {scratch}"
-    each = f"{format_bytes(first.slot_bytes)} a tile" + (f", of {first.views} views if it trains" * (first.views > 1))
+    each = f"{format_bytes(first.slot_bytes)} a tile"
+    if first.views > 1:
+        each = f"{format_bytes(first.slot_bytes)} for each of {first.views} views of a tile that trains"
     if need > free:
         raise TrainError(
             f"{size} ({each}), where {format_bytes(free)} are free: make room, name another disk with --scratch, or "
