@@ -61,10 +61,10 @@ ladder: $(READY) ## was it worth it? nearest neighbours, heads, 1, 3, 6, all lay
 		$(if $(DEMO),--finetune-options '$(DEMO_FINETUNE)') $(TRAIN)
 
 predict: $(READY) ## write predictions.csv for TILES with RUN=runs/head
-	@$(LAUNCH) -m train predict $(TARGET)
+	@$(SERVED) $(LAUNCH) -m train predict $(TARGET)
 
 evaluate: $(READY) ## score RUN on labelled TILES or a CACHE
-	@$(LAUNCH) -m train evaluate $(TARGET)
+	@$(SERVED) $(LAUNCH) -m train evaluate $(TARGET)
 
 export: $(READY) ## write RUN=runs/finetune as a checkpoint for transformers (and BACKBONE), its head, and ONNX
 	@$(PYTHON) -m train export --run-dir '$(or $(RUN),$(RUNS)/finetune)' $(ARGS)
