@@ -1,7 +1,7 @@
 """Being told to stop: SIGTERM (a scheduler, a machine that is taken away, torchrun) or SIGINT (Ctrl-C)."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -21,11 +21,22 @@ class Stopped(BaseException):
 def stop_on_signals() -> Iterator[None]:
     """Raise `Stopped` in the main thread at the first SIGTERM or SIGINT; a second one ends the process at once."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+    def stop(number: int) -> None:
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    with act_on_signals(stop):
+        yield
+
+
+@contextmanager
+def act_on_signals(act: Callable[[int], None]) -> Iterator[None]:
+    """Call `act` in the main thread at the first SIGTERM or SIGINT; a second one ends the process at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        act(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from extract.distributed import Ranks
 from .batches import Batch, Tiles, take_share
 from .blocks import BlockTiles
 from .rows import LabelledCache, LabelledRows
-from .sampling import draw_epoch
+from .sampling import share_epoch
 from .vectors import HeldVectors
 
 _EVAL_ROWS = 8192
@@ -41,14 +41,15 @@ class CachedTiles:
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
-        order = draw_epoch(self.rows, seed, epoch)
-        batches = order.split(batch_size)[first_step:] if len(order) else ()
-        shares = [take_share(batch, self._ranks) for batch in batches]
+        shares = share_epoch(
+            self.rows, self._ranks, batch_size=batch_size, seed=seed, epoch=epoch, first_step=first_step
+        )
         # One transfer for the whole epoch: with one a batch, the device would wait for the host each time.
-        on_device = torch.cat([torch.arange(0), *shares]).to(self._labels.device)
-        for batch, share, mine in zip(batches, shares, on_device.split([len(share) for share in shares]), strict=True):
+        on_device = torch.cat([torch.arange(0), *(share for share, _ in shares)]).to(self._labels.device)
+        parts = on_device.split([len(share) for share, _ in shares])
+        for (share, size), mine in zip(shares, parts, strict=True):
             inputs = self._vectors.gather(self._index.index_select(0, mine))
-            yield Batch(inputs, self._labels.index_select(0, mine), share, len(batch))
+            yield Batch(inputs, self._labels.index_select(0, mine), share, size)
 
     @property
     def share(self) -> Tensor:

@@ -21,14 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any, Self
 
 import torch
 from tqdm import tqdm
 
 from cache_schema import open_cache
-from extract.stop import Stopped
+from extract.stop import Stopped, act_on_signals
 
 from .bucket import is_bucket
 from .errors import TrainError
@@ -154,7 +153,7 @@ class Ladder:
         done = [record for record in self._records if record.state == "finished"]
         if done:
             print(f"kept, since they are finished: {', '.join(record.rung.title for record in done)}", flush=True)
-        with self._forward_signals(), tqdm(total=len(self._records), initial=len(done), unit="rung") as bar:
+        with act_on_signals(self._forward), tqdm(total=len(self._records), initial=len(done), unit="rung") as bar:
             for record in self._records:
                 if record.state == "finished":
                     continue
@@ -283,21 +282,10 @@ class Ladder:
         records = [record.to_json() for record in self._records]
         self._run.write_json(LADDER, {"settings": settings, "rungs": records, **(results or {})})
 
-    @contextmanager
-    def _forward_signals(self) -> Iterator[None]:
-        """Tell the rung under way to stop at the first SIGTERM or SIGINT; a second one ends the ladder at once."""
-
-        def tell(number: int, frame: FrameType | None) -> None:
-            signal.signal(number, signal.SIG_DFL)
-            self._signal = number
-            self._tell_child()
-
-        before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _forward(self, number: int) -> None:
+        """Tell the rung under way to stop."""
+        self._signal = number
+        self._tell_child()
 
     def _tell_child(self) -> None:
         """Pass a signal on, once: a second one would end the trainer before it could save."""

@@ -33,7 +33,7 @@ from .blocks import map_ahead
 from .errors import TrainError
 from .memory import format_bytes
 from .rows import LabelledCache
-from .sampling import draw_epoch
+from .sampling import share_epoch
 from .streaming import Index, StreamedTiles
 
 LARGE = 50 * 2**30
@@ -181,12 +181,13 @@ class PrefixTiles:
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's share of every global batch, in the order in which tiles would be streamed."""
-        order = draw_epoch(self.rows, seed, epoch)
-        batches = order.split(batch_size)[first_step:] if len(order) else ()
-        shares = [take_share(batch, self._ranks) for batch in batches]
-        symmetries = [self._draw(share, seed, epoch) for share in shares]
-        for batch, share, tokens in zip(batches, shares, self._read(shares, symmetries), strict=True):
-            yield Batch(tokens, self._labels[share].to(self._ranks.device), share, len(batch))
+        shares = share_epoch(
+            self.rows, self._ranks, batch_size=batch_size, seed=seed, epoch=epoch, first_step=first_step
+        )
+        views = [self._draw(share, seed, epoch) for share, _ in shares]
+        coming = self._read([share for share, _ in shares], views)
+        for (share, size), tokens in zip(shares, coming, strict=True):
+            yield Batch(tokens, self._labels[share].to(self._ranks.device), share, size)
 
     @property
     def share(self) -> Tensor:

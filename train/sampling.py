@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cache_schema.layout import BoolArray
+from extract.distributed import Ranks
 
-from .batches import epoch_order
+from .batches import epoch_order, take_share
 from .rows import LabelledRows
 
 Float64Array = npt.NDArray[np.float64]
@@ -50,6 +51,16 @@ def draw_epoch(rows: LabelledRows, seed: int, epoch: int) -> Tensor:
     repeats = draw_repeats(rows.repeat_factors, seed, epoch)
     shown = torch.from_numpy(np.repeat(np.arange(len(rows)), repeats))
     return shown[epoch_order(len(shown), seed, epoch)]
+
+
+def share_epoch(
+    rows: LabelledRows, ranks: Ranks, *, batch_size: int, seed: int, epoch: int, first_step: int
+) -> list[tuple[Tensor, int]]:
+    """This rank's share of every global batch of an epoch, from `first_step` on, and how many rows the batch has over
+    all ranks. The batches depend on seed and epoch alone; a share of a short last one may be empty."""
+    order = draw_epoch(rows, seed, epoch)
+    batches = order.split(batch_size)[first_step:] if len(order) else ()
+    return [(take_share(batch, ranks), len(batch)) for batch in batches]
 
 
 def count_epoch(rows: LabelledRows, seed: int, epoch: int) -> int:

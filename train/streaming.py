@@ -20,7 +20,7 @@ from .augment import NO_AUGMENTATION, Augmentation
 from .batches import Batch, take_share
 from .errors import TrainError
 from .rows import LabelledCache
-from .sampling import draw_epoch
+from .sampling import share_epoch
 
 Index = npt.NDArray[np.int64]
 
@@ -63,13 +63,12 @@ class StreamedTiles:
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's share of every global batch, in an order that only seed and epoch decide."""
-        order = draw_epoch(self.rows, seed, epoch)
-        starts = range(first_step * batch_size, len(order), batch_size)
-        shares = [take_share(order[start : start + batch_size], self._ranks) for start in starts]
+        shares = share_epoch(
+            self.rows, self._ranks, batch_size=batch_size, seed=seed, epoch=epoch, first_step=first_step
+        )
         # A rank without a row in the last, short batch still takes part in it, with nothing.
-        pixels = self._read([share for share in shares if len(share)])
-        for start, share in zip(starts, shares, strict=True):
-            size = min(batch_size, len(order) - start)
+        pixels = self._read([share for share, _ in shares if len(share)])
+        for share, size in shares:
             inputs = self._augment(next(pixels), share, seed, epoch) if len(share) else self._no_pixels()
             yield Batch(inputs, self._labels[share].to(self._ranks.device), share, size)
 
