@@ -236,26 +236,33 @@ class Version:
         together = max(1, _SCAN_BYTES // (self.layout.block_rows * self.layout.width * POOLED_DTYPE.itemsize))
         cuts = np.flatnonzero((np.diff(committed) > 1) | (np.diff(committed // together) > 0)) + 1
 
-        def check(blocks: list[int]) -> None:
-            start, stop = self.layout.block_slice(blocks[0]).start, self.layout.block_slice(blocks[-1]).stop
-            try:
-                values = self._read_values(slice(start, stop), arrays)
-            except IntegrityError:
-                if len(blocks) > 1:  # a chunk that cannot be read costs its own block alone
-                    for block in blocks:
-                        check([block])
-                return
-            for block in blocks:
-                rows = self.layout.block_slice(block)
-                part = values.select(slice(rows.start - start, rows.stop - start))
-                if part.digest(self.layout.pooling) == commits[block].tobytes():
-                    take(block, part)
-
         runs = [run.tolist() for run in np.split(committed, cuts) if len(run)]
         # In a bucket a block takes longer to arrive than to check.
         with ThreadPoolExecutor(_SCAN_THREADS) as threads:
-            for _ in threads.map(check, runs):
+            for _ in threads.map(lambda blocks: self._hand_over(blocks, arrays, commits, take), runs):
                 pass
+
+    def _hand_over(
+        self,
+        blocks: list[int],
+        arrays: Mapping[str, Any],
+        commits: UInt8Array,
+        take: Callable[[int, BlockValues], None],
+    ) -> None:
+        """Read blocks that lie side by side in one go, and give `take` those that agree with their commit."""
+        start, stop = self.layout.block_slice(blocks[0]).start, self.layout.block_slice(blocks[-1]).stop
+        try:
+            values = self._read_values(slice(start, stop), arrays)
+        except IntegrityError:
+            if len(blocks) > 1:  # a chunk that cannot be read costs its own block alone
+                for block in blocks:
+                    self._hand_over([block], arrays, commits, take)
+            return
+        for block in blocks:
+            rows = self.layout.block_slice(block)
+            part = values.select(slice(rows.start - start, rows.stop - start))
+            if part.digest(self.layout.pooling) == commits[block].tobytes():
+                take(block, part)
 
     def open_pooled(self, names: Sequence[str]) -> Callable[[int], list[Float16Array]]:
         """What reads one block's vectors, an array per name, any number of times.

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cache_schema.layout import Float16Array
 from extract.distributed import Ranks
 
 from .batches import Batch
@@ -91,11 +92,11 @@ class ShuffleBuffer:
     def room(self) -> int:
         return len(self._rows) - self._filled
 
-    def add(self, rows: Tensor, vectors: Tensor) -> None:
-        """Take (k,) row numbers and their (k, F) vectors; there must be room."""
+    def add(self, rows: Counts, parts: Sequence[Float16Array]) -> None:
+        """Take (k,) row numbers and the columns of their vectors, (k, D) each; there must be room."""
         end = self._filled + len(rows)
-        self._rows[self._filled : end] = rows.numpy()
-        self._vectors[self._filled : end] = vectors.numpy()
+        self._rows[self._filled : end] = rows
+        np.concatenate(parts, axis=1, out=self._vectors[self._filled : end])
         self._filled = end
 
     def draw(self, size: int) -> tuple[Tensor, Tensor]:
@@ -155,30 +156,33 @@ class BlockTiles:
     @property
     def share(self) -> Tensor:
         """(m,) int64, the rows that this rank evaluates: those of its blocks."""
-        return torch.cat([torch.arange(0), *(self._find_rows(block) for block in self._evaluated)])
+        return torch.cat([torch.arange(0), *(torch.from_numpy(self._find_rows(block)) for block in self._evaluated)])
 
     def iterate_share(self) -> Iterator[Tensor]:
         """Inputs of the rows in `share`, a block at a time."""
-        return (self._send(vectors) for _, vectors in self._read_ahead(self._evaluated))
+        joined = (np.concatenate(parts, axis=1) for _, parts in self._read_ahead(self._evaluated))
+        return (self._send(torch.from_numpy(vectors)) for vectors in joined)
 
     @property
     def _evaluated(self) -> list[int]:
         return deal_blocks(self._counts, np.flatnonzero(self._counts), self._ranks.world_size)[self._ranks.rank]
 
-    def _find_rows(self, block: int) -> Tensor:
-        return torch.arange(int(self._edges[block]), int(self._edges[block + 1]))
+    def _find_rows(self, block: int) -> Counts:
+        return np.arange(self._edges[block], self._edges[block + 1])
 
-    def _read_ahead(self, blocks: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read_ahead(self, blocks: Sequence[int]) -> Iterator[tuple[Counts, list[Float16Array]]]:
         return map_ahead(self._read, blocks, self._vectors.memory.ahead)
 
-    def _read(self, block: int) -> tuple[Tensor, Tensor]:
-        """Rows of a block that are in use, and their vectors."""
+    def _read(self, block: int) -> tuple[Counts, list[Float16Array]]:
+        """Rows of a block that are in use, and their vectors, a feature at a time: joining them here would take the
+        room of another block in each thread."""
         rows = self._find_rows(block)
-        vectors = self._vectors.read(block)
-        if len(rows) < len(vectors):
+        parts = self._vectors.read(block)
+        if len(rows) < len(parts[0]):
             # By NumPy: PyTorch would give each of these threads a team of its own.
-            vectors = vectors[self.rows.index[rows.numpy()] - block * self._vectors.layout.block_rows]
-        return rows, torch.from_numpy(vectors)
+            kept = self.rows.index[rows] - block * self._vectors.layout.block_rows
+            parts = [part[kept] for part in parts]
+        return rows, parts
 
     def _send(self, vectors: Tensor) -> Tensor:
         if self._ranks.device.type != "cuda":

@@ -84,10 +84,12 @@ class LabelledRows:
 
 @dataclass(frozen=True, eq=False)
 class LabelledCache:
-    """Usable rows of one version, and where its vectors are."""
+    """Usable rows of one version, and where its vectors are.
+
+    The table, which only streaming tiles asks for, is not kept: with ten million rows it takes most of a gigabyte.
+    """
 
     version: Version
-    table: TileTable
     vectors: Vectors
     rows: LabelledRows
 
@@ -132,9 +134,8 @@ def read_labelled_cache(
             f"no row of {cache} is embedded: {len(status) - missing:,} are quarantined, {missing:,} missing: see "
             f"`python -m cache_schema info {cache}`, mend the tiles and run `make extract ARGS=--retry-quarantined`"
         )
-    table = version.read_table()
-    rows = label_rows(table, label_ids, status, config, reading=reading)
-    return LabelledCache(version, table, vectors, replace(rows, notes=(f"cache {cache}", *rows.notes)))
+    rows = label_rows(version.read_table(), label_ids, status, config, reading=reading)
+    return LabelledCache(version, vectors, replace(rows, notes=(f"cache {cache}", *rows.notes)))
 
 
 def _scan(cache: str, version: Version, vectors: Vectors) -> tuple[UInt16Array, UInt8Array]:

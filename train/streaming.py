@@ -49,7 +49,7 @@ class StreamedTiles:
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         self.rows = cache.rows
-        self._table = cache.table
+        self._table = cache.version.read_table()
         self._labels = torch.from_numpy(cache.rows.labels)
         self._feed = feed
         self._transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
@@ -121,7 +121,8 @@ def check_tiles_unchanged(source: Source, caches: Sequence[LabelledCache]) -> No
     listed = list_tiles(source, unlabelled=True).table
     position = {str(name): i for i, name in enumerate(listed.tile)}
     gone, changed = [], []
-    for cached, row in ((cache.table, row) for cache in caches for row in cache.rows.index.tolist()):
+    tables = ((cache.version.read_table(), cache.rows.index.tolist()) for cache in caches)
+    for cached, row in ((table, row) for table, rows in tables for row in rows):
         name = str(cached.tile[row])
         now = position.get(name)
         if now is None:

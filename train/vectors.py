@@ -79,8 +79,8 @@ class BlockVectors:
         """Remember what a block's vectors are; any thread may."""
         self._digests[block] = _digest([values.pooled[name] for name in self._features])
 
-    def read(self, block: int) -> Float16Array:
-        """(rows of the block, F) float16.
+    def read(self, block: int) -> list[Float16Array]:
+        """A block's vectors: for each feature (rows of the block, D) float16, side by side F columns.
 
         Raises:
             IntegrityError: they cannot be read, or are not what they were when the block was kept.
@@ -94,7 +94,7 @@ class BlockVectors:
                 f"block {block} of {self._url}: {error}: `python -m cache_schema verify {self._url}` says what is "
                 "wrong with it; the checkpoints are as they were"
             ) from error
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return parts
 
 
 Vectors = HeldVectors | BlockVectors

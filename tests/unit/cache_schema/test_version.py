@@ -1,5 +1,7 @@
 """A version, on disk and in a bucket: what is written, what is trusted, what a damaged chunk costs."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -149,6 +151,26 @@ def test_a_scan_reads_a_few_blocks_at_a_time(cache_url: str, monkeypatch: pytest
     assert sorted(asked, key=lambda rows: rows.start) == [slice(0, 512), slice(512, 700)]
     assert status.dtype == np.uint8
     assert status.tolist() == version.read_rows().status.tolist()
+
+
+def test_a_scan_holds_on_to_nothing(cache_url: str) -> None:
+    """What `take` fills may be hundreds of megabytes, which must not wait for the garbage collector."""
+
+    class Take:
+        def __call__(self, block: int, values: BlockValues) -> None:
+            self.last = values
+
+    version = CacheRoot(cache_url).open_version(fill_cache(cache_url, 300))
+    take = Take()
+    alive = weakref.ref(take)
+    gc.disable()
+    try:
+        version.scan(take)
+        assert take.last is not None
+        del take
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_vectors_of_a_block_are_read_again_alone(cache_url: str) -> None:

@@ -46,7 +46,7 @@ def make_cache(seed: int, rows: int, *, threshold: float = 0.0) -> LabelledCache
     if threshold:
         labelled = replace(labelled, repeat_factors=compute_repeat_factors(labels, threshold))
     nothing: Any = None
-    return LabelledCache(nothing, nothing, hold(vectors), labelled)
+    return LabelledCache(nothing, hold(vectors), labelled)
 
 
 def make_head(seed: int, dropout: float = 0.0) -> Head:
