@@ -1,10 +1,12 @@
 """torchrun, one rank per GPU and ending quietly: `python -m extract.launch TORCHRUN-OPTIONS -m extract run …`.
 
 torchrun answers a rank's non-zero status with its own traceback, which would bury the one line a rank printed for
-its user. Everything else is torchrun's: rendezvous, restarts, signals.
+its user. Everything else is torchrun's: rendezvous, restarts, signals. A job of one rank has nobody to meet: it runs in
+this very process, and PyTorch is loaded once, not twice.
 """
 
 import logging
+import runpy
 import signal
 import sys
 
@@ -24,8 +26,13 @@ def main() -> None:
     options = sys.argv[1:]
     if not any(option.startswith("--nproc") for option in options):
         options = [f"--nproc-per-node={max(1, torch.cuda.device_count())}", *options]
+    args = parse_args(options)
+    if args.standalone and args.module and (args.nproc_per_node, args.max_restarts) == ("1", 0):
+        sys.argv = [args.training_script, *args.training_script_args]
+        runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
+        return
     try:
-        run(parse_args(options))
+        run(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import sklearn
 from sklearn.metrics import accuracy_score, average_precision_score, hamming_loss, precision_recall_fscore_support
 
 BoolArray = npt.NDArray[np.bool_]
@@ -238,9 +239,13 @@ def _score_classes(probs: FloatArray, labels: BoolArray, preds: BoolArray) -> di
     """(C,) float64 precision, recall, f1 and ap; entries of classes without positives mean nothing."""
     precision, recall, f1, _ = _score(labels, preds)
     ap = np.zeros(labels.shape[1])
-    for c in np.flatnonzero(labels.any(axis=0)):
-        # In float64, because scikit-learn counts in the dtype of the scores.
-        ap[c] = average_precision_score(labels[:, c], probs[:, c].astype(np.float64))
+    if (present := labels.any(axis=0)).any():
+        # In float64, because scikit-learn counts in the dtype of the scores. All classes at once, and without checks
+        # that `_check` has made: it is half of an epoch's time otherwise.
+        with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+            ap[present] = average_precision_score(
+                labels[:, present], probs[:, present].astype(np.float64), average=None
+            )
     return {"precision": precision, "recall": recall, "f1": f1, "ap": ap}
 
 
