@@ -6,6 +6,7 @@ TileprobeError
     ├── SourceError      the bucket or directory of tiles
     │   ├── TransportError   reading kept failing: the block stays pending, the next run goes on
     │   └── TileGoneError    a listed object is no longer there
+    ├── RasterError      a georeferenced raster
     ├── BackboneError    the checkpoint
     └── RunError         a run that must not be sealed
 """
@@ -31,6 +32,10 @@ class TransportError(SourceError):
 
 class TileGoneError(SourceError):
     """A listed object is no longer there."""
+
+
+class RasterError(ExtractError):
+    """A georeferenced raster."""
 
 
 class BackboneError(ExtractError):
