@@ -35,6 +35,7 @@ _MAX_ID = 999_999_999
 _MAX_COORDINATE = 2.0**31
 _NUMBER = re.compile(r"\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*", re.ASCII)
 _LONGEST_NUMBER = 64
+_AFTER_VALUE = frozenset(" \t\r\n,:]}")
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -218,14 +219,16 @@ class _Scanner:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._at)
-            except ValueError:
-                # Cut by the end of the buffer, most likely.
-                if self._ended or len(self._buffer) - self._at > MAX_VALUE_CHARACTERS:
+            except ValueError:  # cut by the end of the buffer, most likely
+                if self._ended:
                     raise
             else:
-                if end < len(self._buffer) or self._ended:
+                # A number may go on beyond the buffer, and `1` is one before the point of `1.5` has been read.
+                if self._buffer[end : end + 1] in _AFTER_VALUE or self._ended:
                     self._at = end
                     return value
+            if len(self._buffer) - self._at > MAX_VALUE_CHARACTERS:
+                raise ValueError(f"no end of a value within {MAX_VALUE_CHARACTERS:,} characters")
             self._read_on()
 
     def _read_on(self) -> None:
