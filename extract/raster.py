@@ -41,7 +41,7 @@ _OPTIONS = {
 }
 _RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 _REMEDY_8_BIT = "make it 8-bit: gdal_translate -ot Byte -scale"
-_FAILURES = (RasterioError, CPLE_BaseError, CRSError, OSError, MemoryError)
+_FAILURES = (RasterioError, CPLE_BaseError, CRSError, OSError)
 
 LonLat = tuple[float, float]
 

@@ -29,6 +29,7 @@ def run_tiling(config: TileConfig) -> None:
     """
     place = open_place(config.out)
     done: list[str] = []
+    check_settings(place, config.cutting)  # before a lock is put where it does not belong
     with stop_on_signals():
         try:
             if config.dry_run:

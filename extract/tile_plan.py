@@ -170,6 +170,8 @@ def _list_scenes(directory: str) -> tuple[dict[str, Path], int]:
         # An archive made on a Mac brings ._1052.tif along, which is no picture.
         if path.suffix.lower() not in RASTER_SUFFIXES or path.name.startswith("."):
             other += 1
+        elif not path.name.isprintable():  # bytes that are no text, a line break: no name for an object of a bucket
+            raise ConfigError(f"{str(path)!r} has a name that cannot be that of a tile: rename it")
         elif files.setdefault(name_scene(path.name), path) != path:
             raise ConfigError(f"{files[path.stem]} and {path.name} are one scene by their names: remove one")
     if not files:

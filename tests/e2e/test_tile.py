@@ -299,6 +299,7 @@ def test_other_settings_or_other_tiles_in_the_same_place_are_refused(raw: RawXVi
     (tmp_path / "foreign" / "images" / "a.png").touch()
     (line,) = tile(tmp_path, *options(raw, "foreign")).errors
     assert "tiles that were not cut by this command: choose another OUT" in line
+    assert list_tree(tmp_path / "foreign") == ["images", "images/a.png"]
 
 
 def test_a_damaged_scene_is_named_and_the_others_are_cut(tmp_path: Path) -> None:
@@ -436,6 +437,8 @@ def bad_inputs(raw: RawXView, tmp_path: Path) -> list[tuple[tuple[Any, ...], str
     for name in ("1.tif", "1.TIFF"):
         write_geotiff(tmp_path / "twice" / name, np.zeros((9, 9, 3), np.uint8), None, None)
     (tmp_path / "file").touch()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / os.fsdecode(b"\xff\n.tif")).touch()
     write_geojson(tmp_path / "others.geojson", [make_feature("999.tif", 18, "1,2,3,4")])
     images, labels, out = ("--images", raw.images), ("--labels", raw.labels), ("--out", "out")
     return [
@@ -448,6 +451,7 @@ def bad_inputs(raw: RawXView, tmp_path: Path) -> list[tuple[tuple[Any, ...], str
         ),
         (("--images", "file", *labels, *out), "cannot list file: Not a directory: IMAGES is a directory"),
         (("--images", "none", *labels, *out), "no .tif files in none: IMAGES is a directory of them"),
+        (("--images", "odd", *labels, *out), r"'odd/\udcff\n.tif' has a name that cannot be that of a tile: rename it"),
         (("--images", "twice", *labels, *out), "are one scene by their names: remove one"),
         ((*images, "--labels", "nowhere", *out), "cannot read nowhere: No such file or directory: LABELS is"),
         ((*images, "--labels", raw.images / "readme.txt", *out), "is no GeoJSON FeatureCollection"),
