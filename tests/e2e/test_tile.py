@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from extract.__main__ import run as extract_command_line
 from extract.labels import parse_labels
 from extract.listing import list_tiles
+from extract.place import DirectoryPlace
 from extract.source import open_source
 from tests.planted import Finished, fresh_seed, run_here
 from tests.raw_xview import (
@@ -283,6 +285,32 @@ def test_a_second_run_cuts_what_has_changed_and_nothing_else(tmp_path: Path) -> 
     finished = tile(tmp_path, *arguments)
     assert "cut 0 scenes" in finished.out
     assert "1 in out whose file is gone; their tiles stay there: 104" in finished.out
+
+
+def test_a_scene_that_is_cut_again_never_has_labels_without_their_images_nor_a_mark_without_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_raw_xview(tmp_path / "raw", size=200, numbers=(5, 36))
+    arguments = options(raw, "out", "--size", 64, "--workers", 1)
+    tile(tmp_path, *arguments)
+    write_geotiff(raw.images / "5.tif", raw.pixels["5"][:70, :100], None, None)
+    seen: list[str] = []
+    delete, write = DirectoryPlace.delete, DirectoryPlace.write
+
+    def delete_(place: DirectoryPlace, name: str) -> None:
+        delete(place, name)
+        seen.append(f"- {name.split('/')[0]}")
+
+    def write_(place: DirectoryPlace, name: str, data: bytes) -> None:
+        write(place, name, data)
+        seen.append(f"+ {name.split('/')[0]}")
+
+    monkeypatch.setattr(DirectoryPlace, "delete", delete_)
+    monkeypatch.setattr(DirectoryPlace, "write", write_)
+    assert "cut 1 scenes" in tile(tmp_path, *arguments).out
+    steps = [step for step, _ in groupby(seen)]
+    assert steps == ["- tiling", "- labels", "- images", "+ images", "+ labels", "+ tiling"]
+    assert Counter(seen)["+ images"] == Counter(seen)["+ labels"] == 4
 
 
 def test_other_settings_or_other_tiles_in_the_same_place_are_refused(raw: RawXView, tmp_path: Path) -> None:
