@@ -302,6 +302,7 @@ def test_a_scene_that_is_cut_again_never_has_labels_without_their_images_nor_a_m
         seen.append(f"- {name.split('/')[0]}")
 
     def write_(place: DirectoryPlace, name: str, data: bytes) -> None:
+        time.sleep(0.03 * name.startswith("images/"))  # what comes next must wait for it
         write(place, name, data)
         seen.append(f"+ {name.split('/')[0]}")
 
