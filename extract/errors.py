@@ -6,6 +6,9 @@ TileprobeError
     ├── SourceError      the bucket or directory of tiles
     │   ├── TransportError   reading kept failing: the block stays pending, the next run goes on
     │   └── TileGoneError    a listed object is no longer there
+    ├── RasterError      a georeferenced raster
+    ├── AnnotationError  a file of annotations
+    ├── PlaceError       where tiles are written
     ├── BackboneError    the checkpoint
     └── RunError         a run that must not be sealed
 """
@@ -31,6 +34,18 @@ class TransportError(SourceError):
 
 class TileGoneError(SourceError):
     """A listed object is no longer there."""
+
+
+class RasterError(ExtractError):
+    """A georeferenced raster."""
+
+
+class AnnotationError(ExtractError):
+    """A file of annotations."""
+
+
+class PlaceError(ExtractError):
+    """Where tiles are written."""
 
 
 class BackboneError(ExtractError):
