@@ -322,7 +322,7 @@ def _find_place(name: str, grid: _Grid) -> _Found:
         parts = [Listed(source.url, table, prefix=str(prefix))]
     notes = [_count_tiles(table.tile.tolist())] if len(table) else []
     notes += [_describe_scenes(scenes, grid)] if scenes else []
-    notes += [f"{listing.other:,} other files are not read"] if listing.other else []
+    notes += [f"not read: {listing.other:,} other files"] if listing.other else []
     return [*parts, *scenes], f"{show_name(name)}: {'; '.join(notes)}"
 
 

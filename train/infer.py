@@ -256,10 +256,10 @@ def _score_share(
             found[batch.status != Status.EMBEDDED] = np.nan
             timing.note_batch(batch)
             timing.feed_s += got - asked
-            timing.device_s += (done := time.perf_counter()) - got
+            timing.device_s += time.perf_counter() - got
             yield Scored(int(batch.rows[0]), found, batch.label_ids, batch.status, batch.problems)
             asked = time.perf_counter()
-            timing.wall_s = done - started
+            timing.wall_s = asked - started
             bar.set_postfix_str(describe_waits([timing]), refresh=False)
             bar.update(count(len(batch)) - bar.n)
 

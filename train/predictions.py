@@ -91,7 +91,8 @@ def _prepare(inputs: Inputs, out: Path) -> None:
     for part in inputs.parts:
         first = next(part.describe(rings=_FORMATS[out.suffix].rings))
         if out.suffix == ".geojson" and first.window is None:
-            raise TrainError(f"{show_name(first.tile)} is a tile and has no place on the Earth: {remedy}")
+            tile = show_name(first.tile)
+            raise TrainError(f"{tile} is a tile, which has no outline: cut GeoTIFFs with --window PIXELS, or {remedy}")
         if out.suffix == ".geojson" and first.ring is None:
             raise TrainError(f"{show_name(first.tile)} is of a raster without coordinate reference system: {remedy}")
     with _explain_refusal(out):
