@@ -19,7 +19,7 @@ import torch.distributed as dist
 from cache_schema import Status
 from extract.distributed import Ranks, join_ranks
 from extract.inputs import Described, Inputs, Scene
-from extract.stop import stop_on_signals
+from extract.stop import Stopped, stop_on_signals
 from extract.summary import Timing, advise, describe_speed, show_first, show_name
 
 from .augment import Views
@@ -51,7 +51,7 @@ def run_prediction(
     """
     started = time.perf_counter()
     path = _check_out(out)
-    with stop_on_signals(), join_ranks(device) as ranks:
+    with stop_on_signals(), join_ranks(device) as ranks, _tell_of_stop(ranks):
         model = ranks.run_on_main(lambda: open_model(run))
         task = Task.plan(model, target, ranks, labels=False, tta=tta)
         ranks.run_on_main(lambda: _prepare(task.inputs, path))
@@ -69,6 +69,16 @@ def run_prediction(
                 lines += _describe_time(timings, ranks, workers, elapsed)
             figures = summary.collect(model.meta.class_names, timings, elapsed)
             print(json.dumps(figures, ensure_ascii=False) if as_json else "\n".join([*lines, *describe_views(tta)]))
+
+
+@contextmanager
+def _tell_of_stop(ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
+    except Stopped as stop:
+        if ranks.is_main:
+            print(f"stopped by {stop}: nothing is written", file=sys.stderr, flush=True)
+        raise
 
 
 def _check_out(out: str) -> Path:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from google.cloud import storage
 from PIL import Image
 from rasterio.transform import Affine
 from safetensors.numpy import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModel
 
 from extract.distributed import join_ranks
@@ -28,6 +31,7 @@ from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
 from train.infer import Target, Task, score
+from train.model import Classifier
 from train.trained import open_model
 
 SIZE = 64
@@ -240,6 +244,35 @@ def test_rows_are_handed_over_before_the_last_tile_is_read(work: Path, tmp_path:
         rest = [*parts]
     assert [first.first, *(part.first for part in rest)] == [0, 32, 64]
     assert (rest[-1].status == [1, 1, 1, 1, 1, 4]).all()
+
+
+def test_every_forward_pass_has_one_shape(work: Path) -> None:
+    """As in extraction: what is predicted of a tile does not depend on how many come with it."""
+    shapes: list[tuple[int, ...]] = []
+
+    def note(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(module, Classifier):
+            shapes.append(tuple(arguments[0].shape))
+
+    with register_module_forward_pre_hook(note):
+        predict(work, "odd")  # 37 tiles
+        predict(work, "windows", "--tta", "d4")
+    assert shapes == [(32, 3, SIZE, SIZE)] * 2 + [(12, 3, SIZE, SIZE)] * 8
+
+
+def test_a_signal_leaves_what_was_there(work: Path, tmp_path: Path) -> None:
+    def stop(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if isinstance(module, Classifier):
+            assert (tmp_path / "p.csv.tmp").exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    (tmp_path / "p.csv").write_text("kept")
+    options = ("--run-dir", work / "exports" / "head", "--out", tmp_path / "p.csv", *ON_CPU)
+    with register_module_forward_pre_hook(stop):
+        done = run_train(tmp_path, "predict", work / "odd", *options)
+    assert done.status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM: nothing is written\n" in done.err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"p.csv": "kept"}
 
 
 # What a GeoTIFF is taken for
