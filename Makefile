@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo extract train-head sweep finetune ladder evaluate predict export info check test soak bench
+.PHONY: help help-all demo tile extract train-head sweep finetune ladder evaluate predict export info check test soak bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
@@ -33,12 +33,15 @@ help: ## show this help
 
 help-all: ## (more) show every target and every command's options
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
-	@for command in "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train export" "train triage" \
+	@for command in "extract tile" "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train export" "train triage" \
 		"cache_schema info" "cache_schema verify" "cache_schema diff" "cache_schema gc"; do \
 		echo; $(PYTHON) -m $$command --help; done
 
 demo: $(READY) ## the whole pipeline on a generated bucket: no account, no GPU
 	@$(PYTHON) -m extract demo -- $(PYTHON) -m train demo --tiles demo:// -- $(DEMO_FINETUNE)
+
+tile: $(READY) ## cut raw xView into tiles: IMAGES=train_images LABELS=xView_train.geojson OUT=gs://bucket/prefix
+	@$(PYTHON) -m extract tile --images '$(IMAGES)' --labels '$(LABELS)' --out '$(OUT)' $(ARGS)
 
 extract: $(READY) ## embed every tile under TILES=gs://bucket/prefix once [BACKBONE=vitl16 IMAGE_SIZE=512 LIMIT=500 NPROC=8]
 	@$(SERVED) $(LAUNCH) -m extract run --tiles '$(if $(DEMO),demo://train,$(TILES))' \

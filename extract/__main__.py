@@ -1,4 +1,4 @@
-"""python -m extract run|sample|demo"""
+"""python -m extract run|tile|sample|demo"""
 
 import sys
 from typing import Any
@@ -50,6 +50,42 @@ def run_command(**options: Any) -> None:
     from .run import run_extraction
 
     run_extraction(ExtractConfig(**options))
+
+
+@main.command("tile")
+@click.option("--images", default="", help="Directory of GeoTIFFs, such as xView's train_images.")
+@click.option("--labels", default="", help="xView_train.geojson.")
+@click.option("--out", default="", help="gs://bucket/prefix or a directory: what make extract takes as TILES.")
+@click.option("--size", type=int, default=512, help="Pixels a side of a tile.")
+@click.option(
+    "--stride", type=int, help="Pixels from one tile to the next; less than the size overlaps.  [default: the size]"
+)
+@click.option(
+    "--min-visibility",
+    type=float,
+    default=0.25,
+    help="Share of a box's area (of a larger one: of what a tile can show of it) that a tile must show to name it.",
+)
+@click.option("--workers", type=int, help="Scenes cut at a time, each in a process.  [default: cores]")
+@click.option("--dry-run", is_flag=True, help="Say what would be cut and what would be dropped; write nothing.")
+def tile_command(
+    images: str,
+    labels: str,
+    out: str,
+    size: int,
+    stride: int | None,
+    min_visibility: float,
+    workers: int | None,
+    dry_run: bool,
+) -> None:
+    """Raw xView, scenes and one GeoJSON, to tiles and YOLO labels. Run again, it cuts the scenes that are not there
+    yet, or whose file or boxes have changed."""
+    from .cut import Cutting
+    from .tile import run_tiling
+    from .tile_plan import TileConfig
+
+    cutting = Cutting(size, size if stride is None else stride, min_visibility)
+    run_tiling(TileConfig(images, labels, out, cutting, workers, dry_run))
 
 
 @main.command("sample", hidden=True)

@@ -7,6 +7,8 @@ TileprobeError
     │   ├── TransportError   reading kept failing: the block stays pending, the next run goes on
     │   └── TileGoneError    a listed object is no longer there
     ├── RasterError      a georeferenced raster
+    ├── AnnotationError  a file of annotations
+    ├── PlaceError       where tiles are written
     ├── BackboneError    the checkpoint
     └── RunError         a run that must not be sealed
 """
@@ -36,6 +38,14 @@ class TileGoneError(SourceError):
 
 class RasterError(ExtractError):
     """A georeferenced raster."""
+
+
+class AnnotationError(ExtractError):
+    """A file of annotations."""
+
+
+class PlaceError(ExtractError):
+    """Where tiles are written."""
 
 
 class BackboneError(ExtractError):

@@ -40,9 +40,8 @@ _OPTIONS = {
     "GDAL_NUM_THREADS": "1",
 }
 _RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
-_CMYK = ColorInterp.cyan
 _REMEDY_8_BIT = "make it 8-bit: gdal_translate -ot Byte -scale"
-_FAILURES = (RasterioError, CPLE_BaseError, CRSError, OSError, MemoryError)
+_FAILURES = (RasterioError, CPLE_BaseError, CRSError, OSError)
 
 LonLat = tuple[float, float]
 
@@ -222,8 +221,6 @@ class Raster:
         colours = list(self._dataset.colorinterp)
         if len(colours) == 2 and colours[1] != ColorInterp.alpha:
             raise RasterError(f"{self.path} has 2 bands, neither grey nor RGB: choose one or three, gdal_translate -b")
-        if _CMYK in colours:
-            raise RasterError(f"{self.path} is CMYK: convert it to RGB")
         if len(colours) < 3:
             bands = [1]
         elif set(_RGB) <= set(colours):
