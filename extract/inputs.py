@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -30,6 +30,7 @@ LARGEST_TILE = 2048
 WINDOW = 512
 """Pixels a side of a window where none are asked for."""
 _RASTER_SUFFIXES = (".tif", ".tiff")
+_OUTLINED_TOGETHER = 256
 _HERE = "."
 """Place of all local files: they are named as from the working directory."""
 
@@ -158,9 +159,13 @@ class Scene:
         if not rings or not self.georeferenced:
             yield from (Described(request.tile, request.window) for request in self._requests())
             return
+        requests = self._requests()
         with Raster(self.path) as raster:
-            for request in self._requests():
-                yield Described(request.tile, request.window, raster.wgs84_ring(request.window))
+            while some := list(islice(requests, _OUTLINED_TOGETHER)):
+                outlines = raster.wgs84_rings([request.window for request in some])
+                assert outlines is not None
+                for request, ring in zip(some, outlines, strict=True):
+                    yield Described(request.tile, request.window, ring)
 
 
 @dataclass(frozen=True)

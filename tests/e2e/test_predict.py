@@ -26,6 +26,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModel
 
 from extract.distributed import join_ranks
+from extract.inputs import find_inputs
 from extract.summary import Timing
 from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles
@@ -379,6 +380,18 @@ def test_outlines_in_utm_are_where_the_series_puts_them(work: Path) -> None:
     features = read_geojson(work / "p.geojson")
     assert len(features) == 12
     assert_rings(features, lambda column, row: unproject_utm33(500_123.4 + 0.3 * column, 5_000_000 - 0.3 * row))
+
+
+def test_outlines_of_many_windows_are_each_in_their_place(work: Path) -> None:
+    (scene,) = find_inputs([str(work / "scene.tif")], 8, None).parts
+    described = [*scene.describe(True)]
+    assert len(described) == 25 * 19
+    for row, (tile, window, ring) in enumerate(described):
+        assert window is not None
+        assert ring is not None
+        assert tile == f"{work / 'scene.tif'}#{row // 19}_{row % 19}"
+        upper_left = unproject_utm33(500_123.4 + 0.3 * window.left, 5_000_000 - 0.3 * window.top)
+        np.testing.assert_allclose(min(ring, key=lambda place: place[0] - place[1]), upper_left, rtol=0, atol=DEGREES)
 
 
 def test_outlines_in_degrees_are_linear_in_the_pixels(work: Path, tmp_path: Path) -> None:
