@@ -1,8 +1,7 @@
-"""`predict`: what a model says of each tile, as CSV, JSON lines or GeoJSON, written row by row while it is computed."""
+"""`predict`: what a model says of each tile, written row by row while it is computed."""
 
 import csv
 import json
-import math
 import os
 import sys
 import time
@@ -11,24 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch.distributed as dist
 
 from cache_schema import Status
 from extract.distributed import Ranks, join_ranks
-from extract.inputs import Described, Inputs, Scene
+from extract.inputs import Inputs, Scene
 from extract.stop import Stopped, stop_on_signals
 from extract.summary import Timing, advise, describe_speed, show_first, show_name
 
 from .augment import Views
 from .errors import TrainError
+from .formats import FORMATS, Table, make_record
 from .infer import Scored, Target, Task, describe_views, score
 from .trained import TrainedModel, open_model
 
 DEFAULT_OUT = "predictions.csv"
-_BOUNDS = ("left", "top", "right", "bottom")
 _MAX_NAMED = 10
 
 
@@ -85,7 +84,7 @@ def _check_out(out: str) -> Path:
     path = Path(DEFAULT_OUT if out == "-" else out)
     if "://" in out:
         raise TrainError(f"--out {out}: predictions are a local file, to be copied to a bucket afterwards")
-    if path.suffix not in _FORMATS:
+    if path.suffix not in FORMATS:
         raise TrainError(f"--out {out}: its suffix chooses the format: .csv, .jsonl or .geojson")
     return path
 
@@ -99,7 +98,7 @@ def _prepare(inputs: Inputs, out: Path) -> None:
     """
     remedy = f"write .csv or .jsonl instead of {out.name}"
     for part in inputs.parts:
-        first = next(part.describe(rings=_FORMATS[out.suffix].rings))
+        first = next(part.describe(rings=FORMATS[out.suffix].rings))
         if out.suffix == ".geojson" and first.window is None:
             tile = show_name(first.tile)
             raise TrainError(f"{tile} is a tile, which has no outline: cut GeoTIFFs with --window PIXELS, or {remedy}")
@@ -194,14 +193,14 @@ def _write_rows(
     decisions, names = task.model.decisions, task.model.meta.class_names
     windows = any(isinstance(part, Scene) for part in task.inputs.parts)
     with _explain_refusal(summary.out):
-        rows = _FORMATS[summary.out.suffix](stream, _Table(names, tta, windows))
+        rows = FORMATS[summary.out.suffix](stream, Table(names, tta, windows))
     described = task.inputs.describe(rings=rows.rings)
     for part in parts:
         begun = time.perf_counter()
         probs, preds = decisions.calibrate(part.logits), decisions.decide(part.logits)
         with _explain_refusal(summary.out):
             for status, p, decided in zip(part.status.tolist(), probs, preds, strict=True):
-                rows.write(_make_record(next(described), Status(status), p, decided, names))
+                rows.write(make_record(next(described), Status(status), p, decided, names))
         summary.note(part, preds)
         timing.write_s += time.perf_counter() - begun
     with _explain_refusal(summary.out):
@@ -249,144 +248,3 @@ def _write_thresholds(stream: TextIO, model: TrainedModel) -> None:
     writer.writerow(["class_id", "class", "threshold"])
     limits = [f"{threshold:.9g}" for threshold in model.decisions.thresholds.tolist()]
     writer.writerows(zip(model.meta.class_ids, model.meta.class_names, limits, strict=True))
-
-
-class _Record(NamedTuple):
-    """A row; `probs` in every digit of a float32, so that comparing with thresholds gives the decisions."""
-
-    described: Described
-    status: Status
-    probs: list[str]
-    decided: list[str]
-
-    @property
-    def bounds(self) -> dict[str, int]:
-        """The window's first and last-but-one pixels' edges in its raster; nothing for a tile."""
-        window = self.described.window
-        if window is None:
-            return {}
-        edges = (window.left, window.top, window.left + window.width, window.top + window.height)
-        return dict(zip(_BOUNDS, edges, strict=True))
-
-
-def _make_record(described: Described, status: Status, probs: Any, preds: Any, names: tuple[str, ...]) -> _Record:
-    cells = ["" if math.isnan(p) else f"{p:.9g}" for p in probs.tolist()]
-    return _Record(described, status, cells, [names[c] for c in np.flatnonzero(preds)])
-
-
-@dataclass(frozen=True)
-class _Table:
-    """What all rows have in common: class names, views, and whether there are windows among them."""
-
-    names: tuple[str, ...]
-    tta: Views
-    windows: bool
-
-    @property
-    def used(self) -> dict[str, str]:
-        return {} if self.tta == "one" else {"tta": self.tta}
-
-
-class _Format(Protocol):
-    rings: bool
-    """Whether it wants the outline of windows."""
-
-    def __init__(self, stream: TextIO, table: _Table) -> None:
-        """Write what comes first."""
-
-    def write(self, record: _Record) -> None:
-        """Write a row."""
-
-    def end(self) -> None:
-        """Write what comes last."""
-
-
-class _Csv:
-    """A row per tile: name, status, decided classes, then the calibrated probability of every class.
-
-    Before the classes come a column `tta` if several views were averaged, and the edges of windows if there are any.
-    """
-
-    rings = False
-
-    def __init__(self, stream: TextIO, table: _Table) -> None:
-        self._writer, self._table = csv.writer(stream), table
-        self._bounds = _BOUNDS if table.windows else ()
-        self._writer.writerow(["tile", "status", "preds", *table.used, *self._bounds, *table.names])
-
-    def write(self, record: _Record) -> None:
-        start = [record.described.tile, record.status.name.lower(), ";".join(record.decided)]
-        bounds = [record.bounds.get(name, "") for name in self._bounds]
-        self._writer.writerow([*start, *self._table.used.values(), *bounds, *record.probs])
-
-    def end(self) -> None:
-        pass
-
-
-class _JsonLines:
-    """An object per tile: tile, status, preds (names), probs (by name), and of a window its edges and outline."""
-
-    rings = True
-
-    def __init__(self, stream: TextIO, table: _Table) -> None:
-        self._stream, self._table = stream, table
-
-    def write(self, record: _Record) -> None:
-        value = {**_begin_object(record, self._table), "probs": _read_probs(record, self._table)}
-        if record.described.window is not None:
-            value |= {"window": record.bounds, "ring": record.described.ring}
-        self._stream.write(_dump(value) + "\n")
-
-    def end(self) -> None:
-        pass
-
-
-class _GeoJson:
-    """RFC 7946: a polygon per window, with the columns of the CSV as its properties."""
-
-    rings = True
-
-    def __init__(self, stream: TextIO, table: _Table) -> None:
-        taken = {"tile", "status", "reason", "preds", "tta", *_BOUNDS} & set(table.names)
-        if taken:
-            raise TrainError(f"a class is called {min(taken)!r}, as a property of GeoJSON is: write .jsonl instead")
-        self._stream, self._table, self._rows = stream, table, 0
-        stream.write('{"type": "FeatureCollection", "features": [')
-
-    def write(self, record: _Record) -> None:
-        probs = _read_probs(record, self._table) or dict.fromkeys(self._table.names)
-        feature = {
-            "type": "Feature",
-            "id": record.described.tile,
-            "geometry": {"type": "Polygon", "coordinates": [record.described.ring]},
-            "properties": {**_begin_object(record, self._table), **record.bounds, **probs},
-        }
-        self._stream.write(("," if self._rows else "") + "\n" + _dump(feature))
-        self._rows += 1
-
-    def end(self) -> None:
-        self._stream.write("\n]}\n")
-
-
-def _begin_object(record: _Record, table: _Table) -> dict[str, Any]:
-    read = record.status == Status.EMBEDDED
-    return {
-        "tile": record.described.tile,
-        "status": record.status.name.lower(),
-        **({} if read else {"reason": record.status.reason}),
-        "preds": record.decided if read else None,
-        **table.used,
-    }
-
-
-def _read_probs(record: _Record, table: _Table) -> dict[str, float] | None:
-    if record.status != Status.EMBEDDED:
-        return None
-    return {name: float(cell) for name, cell in zip(table.names, record.probs, strict=True)}
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-_FORMATS: dict[str, type[_Format]] = {".csv": _Csv, ".jsonl": _JsonLines, ".geojson": _GeoJson}
