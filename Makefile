@@ -29,7 +29,7 @@ TARGET = --run-dir '$(or $(RUN),$(RUNS)/head)' $(if $(TILES),--tiles '$(TILES)',
 help: ## show this help
 	@echo "tileprobe: embed tiles once with DINOv3, train classifiers on the cached vectors"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -v '## (more)' | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
-	@echo "variables: TILES BACKBONE IMAGE_SIZE CACHE VAL_CACHE TEST_CACHE RUN UNFREEZE LIMIT NPROC VENV ARGS (see README.md)"
+	@echo "variables: TILES BACKBONE IMAGE_SIZE CACHE VAL_CACHE TEST_CACHE RUN INPUT OUT UNFREEZE LIMIT NPROC VENV ARGS (see README.md)"
 
 help-all: ## (more) show every target and every command's options
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
@@ -63,8 +63,8 @@ ladder: $(READY) ## was it worth it? nearest neighbours, heads, 1, 3, 6, all lay
 	@$(SERVED) $(PYTHON) -m train ladder --run-dir '$(or $(RUN),$(RUNS)/ladder)' $(if $(NPROC),--nproc $(NPROC)) \
 		$(if $(DEMO),--finetune-options '$(DEMO_FINETUNE)') $(TRAIN)
 
-predict: $(READY) ## write predictions.csv for TILES with RUN=runs/head
-	@$(SERVED) $(LAUNCH) -m train predict $(TARGET)
+predict: $(READY) ## write what RUN=runs/head says of TILES, or of INPUT='a.png dir scene.tif' [OUT=predictions.geojson]
+	@$(if $(INPUT),,$(SERVED)) $(LAUNCH) -m train predict $(TARGET) $(if $(OUT),--out '$(OUT)') $(INPUT)
 
 evaluate: $(READY) ## score RUN on labelled TILES or a CACHE
 	@$(SERVED) $(LAUNCH) -m train evaluate $(TARGET)

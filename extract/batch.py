@@ -20,11 +20,12 @@ from cache_schema import LABEL_ID_COLUMNS, NO_LABEL, Status, TileTable
 from cache_schema.layout import BoolArray, UInt8Array, UInt16Array
 
 from .decode import MAX_FILE_BYTES, RGBImage, UndecodableTileError, decode_tile
-from .errors import TileGoneError, TransportError
+from .errors import RasterError, TileGoneError, TransportError
 from .labels import MAX_LABEL_BYTES, ParsedLabels, parse_labels, refuse_labels
 from .listing import label_name
 from .source import Source
 from .transform import TileImages
+from .windows import WindowReader, WindowRequest
 
 _MAX_EXAMPLES = 20
 
@@ -41,9 +42,13 @@ class TileRequest(NamedTuple):
     label_crc32c: int
 
 
+Request = TileRequest | WindowRequest
+"""What becomes a row of a batch."""
+
+
 @dataclass(frozen=True, eq=False)
 class TileBatch:
-    """One batch of n tiles, rows in the order asked for.
+    """One batch of n tiles, or windows of rasters, rows in the order asked for.
 
     Attributes:
         rows: (n,) int64 rows of the table.
@@ -93,10 +98,23 @@ def make_requests(table: TileTable, rows: Iterable[int], *, labels: bool = True)
 class PendingBatch:
     """A batch whose reads are under way."""
 
-    def __init__(self, source: Source, pool: ThreadPoolExecutor, requests: Sequence[TileRequest]) -> None:
-        """Start every read of the batch; those beyond the pool's threads wait their turn."""
+    def __init__(
+        self, source: Source, pool: ThreadPoolExecutor, requests: Sequence[Request], windows: WindowReader | None = None
+    ) -> None:
+        """Start reading every tile of the batch; those beyond the pool's threads wait their turn.
+
+        Args:
+            source: where the tiles are.
+            pool: of the threads that read them.
+            requests: tiles and windows, in the order of the rows.
+            windows: reads the windows, when it is their turn: a raster belongs to one thread.
+        """
         self.requests = requests
-        self._fetched = [pool.submit(_fetch, source, request) for request in requests]
+        self._windows = windows or WindowReader()
+        self._fetched = [
+            request if isinstance(request, WindowRequest) else pool.submit(_fetch, source, request)
+            for request in requests
+        ]
 
     def finish(self) -> TileBatch:
         """Decode tiles as they arrive, in this thread: there is a worker for every core that decodes.
@@ -112,9 +130,9 @@ class PendingBatch:
         lines = 0
         decode_s = 0.0
         for i, (request, fetched) in enumerate(zip(self.requests, self._fetched, strict=True)):
-            data, labels = fetched.result()
+            data, labels = (fetched, None) if isinstance(fetched, WindowRequest) else fetched.result()
             decode_started = time.perf_counter()
-            status[i], reason = _decode(data, images, i)
+            status[i], reason = self._decode(data, images, i)
             decode_s += time.perf_counter() - decode_started
             if reason:
                 problems.append(f"{request.tile}: quarantined: {reason}")
@@ -133,16 +151,22 @@ class PendingBatch:
             decode_s=decode_s,
         )
 
-
-def _decode(data: bytes | Status, images: "ImageStack", row: int) -> tuple[Status, str | None]:
-    """Put a tile's image into its row, or say why there is none."""
-    if isinstance(data, Status):
-        return data, data.reason
-    try:
-        images.put(row, decode_tile(data, images.get_row(row)))
-    except UndecodableTileError as error:
-        return error.status, f"{error.status.reason} ({error})"
-    return Status.EMBEDDED, None
+    def _decode(
+        self, data: bytes | Status | WindowRequest, images: "ImageStack", row: int
+    ) -> tuple[Status, str | None]:
+        """Put an image into its row, or say why there is none."""
+        if isinstance(data, Status):
+            return data, data.reason
+        try:
+            if isinstance(data, WindowRequest):
+                images.put(row, self._windows.read(data))
+            else:
+                images.put(row, decode_tile(data, images.get_row(row)))
+        except UndecodableTileError as error:
+            return error.status, f"{error.status.reason} ({error})"
+        except RasterError as error:
+            return Status.UNDECODABLE, f"{Status.UNDECODABLE.reason} ({error})"
+        return Status.EMBEDDED, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +195,7 @@ def read_labels(source: Source, pool: ThreadPoolExecutor, requests: Sequence[Til
     return LabelBatch(label_ids, lines, tuple(problems))
 
 
-def _name_malformed(request: TileRequest, labels: ParsedLabels) -> list[str]:
+def _name_malformed(request: Request, labels: ParsedLabels) -> list[str]:
     return [f"{label_name(request.tile)}:{n}: malformed line" for n in labels.malformed[:_MAX_EXAMPLES]]
 
 

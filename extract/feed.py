@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.forkserver import ensure_running
 from typing import Any
@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import TileprobeError
 
-from .batch import PendingBatch, TileBatch, TileRequest
+from .batch import PendingBatch, Request, TileBatch
 from .errors import RunError
 from .source import CONCURRENT_READS, Source
+from .windows import WindowReader
 
 PREFETCHED_BATCHES = 2
 """Finished batches per worker that may wait to be used; one more is being decoded, and one fetched."""
@@ -54,7 +55,7 @@ class TileFeed:
         for _ in self.read([]):
             pass
 
-    def read(self, batches: Iterable[list[TileRequest]]) -> Iterator[TileBatch]:
+    def read(self, batches: Iterable[Sequence[Request]]) -> Iterator[TileBatch]:
         """One pass over `batches`, in order. They are drawn in this process, a few ahead of what has been yielded, so a
         generator may decide late what comes next.
 
@@ -79,7 +80,7 @@ class TileFeed:
             ) from error
 
 
-_Job = list[list[TileRequest]]
+_Job = list[Sequence[Request]]
 """Two batches: the one to deliver, and the one that the same worker will be asked for next, empty at the end."""
 
 
@@ -92,10 +93,10 @@ class _Batches:
 
     def __init__(self, *, ahead: int) -> None:
         self._ahead = ahead
-        self.current: Iterable[list[TileRequest]] = ()
+        self.current: Iterable[Sequence[Request]] = ()
 
     def __iter__(self) -> Iterator[_Job]:
-        waiting: deque[list[TileRequest]] = deque()
+        waiting: deque[Sequence[Request]] = deque()
         for batch in self.current:
             waiting.append(batch)
             if len(waiting) > self._ahead:
@@ -111,6 +112,7 @@ class _TileDataset(Dataset[TileBatch | TileprobeError]):
         self._source = source
         self._pool: ThreadPoolExecutor | None = None
         self._begun: PendingBatch | None = None
+        self._windows = WindowReader()
 
     def __getitems__(self, job: _Job) -> TileBatch | TileprobeError:
         if self._pool is None:
@@ -118,13 +120,17 @@ class _TileDataset(Dataset[TileBatch | TileprobeError]):
         requests, following = job
         begun, self._begun = self._begun, None
         # A pass that was left early may have begun a batch that nobody asks for.
-        pending = begun if begun and begun.requests == requests else PendingBatch(self._source, self._pool, requests)
-        self._begun = PendingBatch(self._source, self._pool, following) if following else None
+        pending = begun if begun and begun.requests == requests else self._begin(requests)
+        self._begun = self._begin(following) if following else None
         try:
             return pending.finish()
         except TileprobeError as error:
             # Raised here it would reach the main process wrapped in a worker's traceback.
             return error.with_traceback(None)
+
+    def _begin(self, requests: Sequence[Request]) -> PendingBatch:
+        assert self._pool is not None
+        return PendingBatch(self._source, self._pool, requests, self._windows)
 
 
 def _end_with_rank(worker: int) -> None:

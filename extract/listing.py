@@ -17,7 +17,7 @@ from cache_schema import NO_LABEL, TileTable
 from .errors import SourceError
 from .source import ListedPage, Source
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _CHUNK_ROWS = 8192
 
 
@@ -61,6 +61,22 @@ def list_tiles(source: Source, *, unlabelled: bool = False) -> Listing:
     return listing
 
 
+def list_images(source: Source) -> Listing:
+    """The images of a source, labels or not: those below its images/, or if there are none, those anywhere in it.
+
+    Raises:
+        SourceError: no images.
+    """
+    for folder in ("images", ""):
+        tiles, other = _gather_tiles(source.list(folder))
+        if len(tiles):
+            tiles = _sort(tiles)
+            labels = np.full(len(tiles), NO_LABEL, np.int64), np.zeros(len(tiles), np.uint32)
+            table = TileTable(tiles.name, tiles.size, tiles.crc32c, tiles.generation, *labels)
+            return Listing(table, 0, other)
+    raise SourceError(f"no images in {source.url}: PNG, JPEG and TIFF files are read: check the path")
+
+
 def build_table(images: Iterable[ListedPage], labels: Iterable[ListedPage], *, unlabelled: bool) -> Listing:
     """The tiles among the objects below images/, each with its label among those below labels/.
 
@@ -98,7 +114,7 @@ def label_name(tile: str) -> str:
 def _is_tile(name: str) -> bool:
     """An image's suffix, in whatever case, after something: `a/.png` is a hidden file without a suffix."""
     stem, _, suffix = name.rpartition(".")
-    return f".{suffix.lower()}" in _IMAGE_SUFFIXES and not stem.endswith("/")
+    return f".{suffix.lower()}" in IMAGE_SUFFIXES and not stem.endswith("/")
 
 
 def _gather_tiles(images: Iterable[ListedPage]) -> tuple[ListedPage, int]:

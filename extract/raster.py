@@ -176,10 +176,19 @@ class Raster:
         Raises:
             RasterError: its coordinates have no place on the Earth.
         """
+        rings = self.wgs84_rings([window])
+        return None if rings is None else rings[0]
+
+    def wgs84_rings(self, windows: Sequence[Window]) -> list[list[LonLat]] | None:
+        """The outlines of many windows, as `wgs84_ring` gives each: together they take a fraction of the time."""
         if self.crs is None:
             return None
-        bottom, right = window.top + window.height, window.left + window.width
-        corners = [(window.left, window.top), (window.left, bottom), (right, bottom), (right, window.top)]
+        corners = [
+            corner
+            for window in windows
+            for bottom, right in [(window.top + window.height, window.left + window.width)]
+            for corner in ((window.left, window.top), (window.left, bottom), (right, bottom), (right, window.top))
+        ]
         columns, rows = zip(*corners, strict=True)
         xs, ys = rasterio.transform.xy(self.transform, rows, columns, offset="ul")
         try:
@@ -189,12 +198,8 @@ class Raster:
             raise RasterError(self._describe_nowhere(_quote(error))) from error
         if not all(map(math.isfinite, (*lons, *lats))):
             raise RasterError(self._describe_nowhere("no longitude and latitude"))
-        if max(lons) - min(lons) > 180:
-            lons = [lon + 360 if lon < 0 else lon for lon in lons]
-        ring = list(zip(lons, lats, strict=True))
-        if _measure_area(ring) < 0:
-            ring.reverse()
-        return [*ring, ring[0]]
+        positions = list(zip(lons, lats, strict=True))
+        return [_close_ring(positions[start : start + 4]) for start in range(0, len(positions), 4)]
 
     def _describe_nowhere(self, why: str) -> str:
         return (
@@ -242,6 +247,16 @@ class Raster:
             if index < 256:
                 palette[index] = colour[:3]
         return palette
+
+
+def _close_ring(corners: list[LonLat]) -> list[LonLat]:
+    """Four corners as a counter-clockwise ring whose last position is its first, in one piece at the antimeridian."""
+    lons = [lon for lon, _ in corners]
+    if max(lons) - min(lons) > 180:
+        corners = [(lon + 360 if lon < 0 else lon, lat) for lon, lat in corners]
+    if _measure_area(corners) < 0:
+        corners = corners[::-1]
+    return [*corners, corners[0]]
 
 
 def _measure_area(ring: Sequence[LonLat]) -> float:

@@ -85,7 +85,7 @@ class Source(Protocol):
     """`crc32c` where the listing knows the bytes' checksum, `mtime` where a modification time stands in."""
 
     def list(self, folder: str) -> Iterator[ListedPage]:
-        """Objects below `folder`, page by page, in no particular order.
+        """Objects below `folder`, page by page, in no particular order; below TILES itself if it is empty.
 
         Raises:
             SourceError: it cannot be listed, or says too little about an object.
@@ -190,7 +190,8 @@ class GcsSource:
         fields = "items(name,size,crc32c,generation),nextPageToken"
         try:
             # Of a page only its JSON: a Blob for every object costs three times as much.
-            for page in self._bucket().list_blobs(prefix=f"{self._prefix}{folder}/", fields=fields).pages:
+            prefix = f"{self._prefix}{folder}/" if folder else self._prefix
+            for page in self._bucket().list_blobs(prefix=prefix, fields=fields).pages:
                 listed = [self._read_item(item) for item in page.raw_page.get("items", ())]
                 # A name that ends in / is the placeholder that consoles make for a folder.
                 yield ListedPage.from_rows([row for row in listed if not row[0].endswith("/")])

@@ -88,7 +88,7 @@ def describe_waits(timings: Sequence[Timing]) -> str:
     return "waiting: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in share_waits(timings).items())
 
 
-def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool = False) -> str:
+def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool = False, written: str = "CACHE") -> str:
     """One sentence: what this run waited for most, besides the device, and what would help.
 
     Args:
@@ -96,6 +96,7 @@ def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool 
         workers: feed processes a rank.
         cores: CPU cores a rank.
         on_cpu: the backbone runs on those cores, too.
+        written: what the run writes, as its user calls it.
     """
     if max(t.wall_s for t in timings) < _TELLING_S:
         return "too short a run to tell what would help"
@@ -105,7 +106,7 @@ def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool 
         return f"the device was busy {100 * shares['device']:.0f} % of the time: a faster one is all that would help"
     waiting = f"waiting on {slowest} {100 * shares[slowest]:.0f} %: "
     if slowest == "write":
-        return waiting + "put CACHE on faster storage"
+        return waiting + f"put {written} on faster storage"
     # Were the device never to wait, workers would have to be so many times as fast.
     feed = shares["fetch"] + shares["decode"]
     wanted = min(_MOST_WORKERS, math.ceil(max(workers, 1) / max(1 - feed, 1 / _MOST_WORKERS)))

@@ -18,7 +18,19 @@ from extract.stop import Stopped
 from .augment import Views
 from .config import DataConfig, TrainConfig
 from .errors import TrainError
-from .options import DATA, FINETUNE, RUN, SHARED, SWEEP, TARGET, TRAINING, add_options, memory_budget, training_options
+from .options import (
+    DATA,
+    FINETUNE,
+    PREDICT,
+    RUN,
+    SHARED,
+    SWEEP,
+    TARGET,
+    TRAINING,
+    add_options,
+    memory_budget,
+    training_options,
+)
 from .rungs import RUNGS
 
 
@@ -102,15 +114,31 @@ def evaluate(run: str, tiles: str | None, cache: str | None, tta: Views, device:
 
 
 @main.command()
-@add_options(TARGET)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("predictions.csv"))
+@click.argument("inputs", metavar="[INPUT]...", nargs=-1)
+@add_options([*TARGET, *PREDICT])
 def predict(
-    run: str, tiles: str | None, cache: str | None, out: Path, tta: Views, device: str, workers: int | None
+    run: str,
+    inputs: tuple[str, ...],
+    tiles: str | None,
+    cache: str | None,
+    window: int | None,
+    stride: int | None,
+    out: str,
+    tta: Views,
+    device: str,
+    workers: int | None,
+    as_json: bool,
 ) -> None:
-    """Write a CSV with every tile's probabilities and decisions, and the thresholds used beside it."""
-    from .infer import Target, run_prediction
+    """Write every tile's probabilities and decisions, and the thresholds used beside them.
 
-    run_prediction(run, Target(tiles, cache), out, tta=tta, device=device, workers=workers)
+    INPUT is any number of image files, directories of images, gs://bucket/prefix, and GeoTIFFs, which are cut into
+    windows. RUN is a run, or an export of one, which needs nothing else.
+    """
+    from .infer import Target
+    from .predictions import run_prediction
+
+    target = Target(tiles, cache, inputs, window, stride)
+    run_prediction(run, target, out, tta=tta, device=device, workers=workers, as_json=as_json)
 
 
 @main.command()

@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
@@ -135,6 +137,26 @@ def seal_directory(directory: Path) -> None:
     sync(directory)
 
 
+def check_digests(directory: Path, names: Iterable[str], *, spared: str = "") -> None:
+    """Compare every file of a sealed directory with its digest.
+
+    Args:
+        directory: that `seal_directory` wrote.
+        names: files that must be there.
+        spared: pattern of names that are not looked at.
+
+    Raises:
+        CheckpointError: a file is altered, or has no digest.
+        OSError: one is missing.
+    """
+    lines = (directory / _DIGESTS).read_text().splitlines()
+    digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    # A list of digests that was cut short would vouch for nothing.
+    for name in {*names, *digests, *(file.name for file in directory.iterdir())} - {_DIGESTS}:
+        if not fnmatch(name, spared) and _sha256(directory / name) != digests.get(name):
+            raise CheckpointError(f"{directory / name} does not match its sha256: it is damaged")
+
+
 def load_checkpoint(directory: Path) -> LoadedCheckpoint:
     """Read a checkpoint after checking its digests.
 
@@ -143,12 +165,7 @@ def load_checkpoint(directory: Path) -> LoadedCheckpoint:
     """
     found = directory if directory.exists() else directory.with_name(directory.name + ".old")
     try:
-        lines = (found / _DIGESTS).read_text().splitlines()
-        digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        # A list of digests that was cut short would vouch for nothing.
-        for name in {_WEIGHTS, _META, *digests, *(file.name for file in found.iterdir())} - {_DIGESTS}:
-            if _sha256(found / name) != digests.get(name):
-                raise CheckpointError(f"{found / name} does not match its sha256: it is damaged")
+        check_digests(found, [_WEIGHTS, _META])
         raw = json.loads((found / _META).read_text())
         for name in ("features", "class_ids", "class_names", "thresholds"):
             raw[name] = tuple(raw[name])

@@ -28,7 +28,7 @@ from extract.source import open_source
 from .config import TrainConfig
 from .errors import TrainError
 from .finetune import TileStream
-from .infer import FloatArray, LoadedRun, Target, infer
+from .infer import FloatArray, Target, infer
 from .intervals import bootstrap_difference, bootstrap_intervals
 from .loop import Trainer, ValidationSet
 from .metrics import compute_metrics
@@ -39,6 +39,7 @@ from .run import make_head, make_meta
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
 from .streaming import request_batches
+from .trained import LoadedRun
 
 TRAIN_CACHE, TEST_CACHE = str(DEMO_ROOT / "train"), str(DEMO_ROOT / "test")
 RUNS = Path("runs/demo")

@@ -32,9 +32,9 @@ from extract.stop import stop_on_signals
 from .bucket import is_bucket
 from .checkpoint import seal_directory, sync
 from .errors import CheckpointError, TrainError
-from .infer import LoadedRun
 from .model import Classifier, Head
 from .onnx_file import check_onnx, relative_difference, require_onnx, write_onnx
+from .trained import LoadedRun
 
 MAX_DIFFERENCE = 1e-5
 """Of the logits of what was written, read again by the same code, over the largest of them or 1."""
@@ -212,6 +212,7 @@ def _describe_head(loaded: LoadedRun, exported: Checkpoint) -> dict[str, Any]:
             "epoch": meta.epoch,
             "unfreeze": meta.unfreeze,
             "precision": meta.precision,
+            "amp": loaded.amp,
             "backbone": meta.backbone,
             "weights_sha256": meta.weights_sha256,
         },

@@ -1,68 +1,148 @@
-"""A trained run on a cache or on tiles: `evaluate` scores it, `predict` writes what it says of each tile."""
+"""A trained model over a cache or over tiles: what is asked of it, and its logits row after row, in order."""
 
-import csv
 import math
 import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
-from cache_schema import LABEL_ID_COLUMNS, ProvenanceError, Status, TileTable, Version, open_cache
+from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, TileTable, Version, open_cache
 from cache_schema.layout import UInt8Array, UInt16Array
-from extract.backbone import Backbone, Checkpoint, find_checkpoint
-from extract.batch import make_requests
+from extract.backbone import Backbone
+from extract.batch import Request, TileBatch
 from extract.distributed import Ranks, join_ranks
 from extract.feed import TileFeed
+from extract.inputs import Inputs, Listed, find_inputs
 from extract.listing import list_tiles
 from extract.source import open_source
+from extract.summary import Timing, describe_waits
 from extract.transform import TileTransform
 
 from .augment import SYMMETRIES, Views, average_views
-from .checkpoint import CheckpointMeta, load_best
-from .config import TrainConfig
-from .decisions import Decisions
-from .errors import CheckpointError, TrainError
+from .errors import TrainError
 from .evaluation import describe_evaluation, evaluate_rows
-from .loop import load_tensors
-from .model import Classifier, Head, join_features
+from .model import join_features
 from .rows import label_rows
-from .rundir import RunDirectory
-from .step import use_amp
+from .trained import LoadedRun, TrainedModel
 
 _STREAM_BATCH = 32
 _HEAD_ROWS = 8192
+_ROUND = 16
+"""Batches of each rank that rank 0 puts in order together: few enough to hold, enough for ranks not to wait often."""
 
 FloatArray = npt.NDArray[np.float32]
+Model = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What to run on: tiles of a bucket or directory, or rows of a cache. Exactly one of the two is set."""
+    """What to run on. Exactly one of the first three is set.
+
+    Attributes:
+        tiles: `gs://bucket/prefix` or a directory, holding images/.
+        cache: rows of a cache.
+        names: files, directories, buckets and rasters, see `find_inputs`.
+        window, stride: how rasters among `names` are cut, in pixels.
+    """
 
     tiles: str | None
     cache: str | None
+    names: tuple[str, ...] = ()
+    window: int | None = None
+    stride: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.tiles is None) == (self.cache is None):
-            raise TrainError("give either --tiles or --cache")
+        if (self.tiles is not None) + (self.cache is not None) + bool(self.names) != 1:
+            raise TrainError("give either --tiles or --cache, or to predict, files and directories instead (INPUT)")
+        if not self.names and (self.window, self.stride) != (None, None):
+            raise TrainError("--window and --stride cut GeoTIFFs that are named one by one (INPUT): leave them out")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model and what it is run on.
+
+    Attributes:
+        inputs: its rows.
+        version: whose vectors are read in the place of tiles; None streams.
+    """
+
+    model: TrainedModel
+    inputs: Inputs
+    version: Version | None = None
+
+    @classmethod
+    def plan(cls, model: TrainedModel, target: Target, ranks: Ranks, *, labels: bool, tta: Views) -> "Task":
+        """Find what lies behind the target. A head on a cache of its own embeddings reads vectors; everything else
+        streams tiles.
+
+        Raises:
+            TrainError: several views are asked for of vectors, which are of one.
+            ProvenanceError: the vectors are of another backbone, size or precision than the run's.
+            SourceError: there is nothing.
+        """
+        if target.names:
+            names, window, stride = target.names, target.window, target.stride
+            return cls(model, ranks.run_on_main(lambda: find_inputs(names, window, stride)))
+        if not target.cache:
+            tiles = open_source(str(target.tiles)).url
+            table = ranks.run_on_main(lambda: list_tiles(open_source(tiles), unlabelled=not labels).table)
+            return cls(model, Inputs((Listed(tiles, table, labels=labels),)))
+        version = ranks.run_everywhere(lambda: open_cache(str(target.cache)))
+        inputs = Inputs((Listed(version.recorded.tiles, version.read_table(), labels=labels),))
+        if model.meta.unfreeze:
+            return cls(model, inputs)
+        if tta != "one":
+            raise TrainError(
+                f"--tta {tta} turns tiles, and {model.place} reads a cache's vectors: use --tiles, or leave --tta out"
+            )
+        ranks.run_everywhere(lambda: _check_provenance(model, version))
+        return cls(model, inputs, version)
+
+    @property
+    def listed(self) -> Listed:
+        """The rows of a target that is one listing."""
+        (part,) = self.inputs.parts
+        assert isinstance(part, Listed)
+        return part
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a model says of n rows that follow each other.
+
+    Attributes:
+        first: the first of them.
+        logits: (n, C) float32, NaN in rows without an embedding.
+        label_ids: (n, 128) uint16, zeros where labels were not read.
+        status: (n,) uint8, see `Status`.
+        problems: a line for each that could not be read.
+    """
+
+    first: int
+    logits: FloatArray
+    label_ids: UInt16Array
+    status: UInt8Array
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Inference:
-    """What a run says of N tiles, on rank 0.
+    """What a model says of N tiles, on rank 0.
 
     Attributes:
         tiles: where they lie, `gs://bucket/prefix` or a directory.
         table: the tiles.
-        logits: (N, C) float32, NaN in rows without an embedding.
-        label_ids: (N, 128) uint16, zeros where labels were not read.
-        status: (N,) uint8, see `Status`.
+        logits, label_ids, status: as those of `Scored`.
     """
 
     tiles: str
@@ -70,50 +150,6 @@ class Inference:
     logits: FloatArray
     label_ids: UInt16Array
     status: UInt8Array
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedRun:
-    """The best epoch of a run: its settings, what its tensors belong to, and the classifier without its backbone."""
-
-    directory: RunDirectory
-    config: TrainConfig
-    meta: CheckpointMeta
-    tensors: dict[str, torch.Tensor]
-
-    @classmethod
-    def load(cls, run: str) -> "LoadedRun":
-        directory = RunDirectory.open(run)
-        best = load_best(directory.path)
-        return cls(directory, directory.read_config(), best.meta, best.tensors)
-
-    @property
-    def decisions(self) -> Decisions:
-        """Fitted on the run's validation rows; untuned for a run that was stopped before its end."""
-        if not self.meta.thresholds:
-            return Decisions.untuned(len(self.meta.class_names))
-        return Decisions(self.meta.temperature, np.asarray(self.meta.thresholds, np.float32))
-
-    def find_checkpoint(self) -> Checkpoint:
-        """The backbone it was trained on.
-
-        Raises:
-            CheckpointError: what lies there now has other weights.
-        """
-        checkpoint = find_checkpoint(self.meta.backbone, self.meta.image_size)
-        if checkpoint.hash_weights() != self.meta.weights_sha256:
-            raise CheckpointError(f"{checkpoint.path} is not the backbone this run was trained on: its weights differ")
-        return checkpoint
-
-    def make_classifier(self, backbone: Backbone | None, width: int, device: torch.device) -> Classifier:
-        """The classifier with its trained tensors, in eval mode."""
-        meta = self.meta
-        if backbone is not None and meta.unfreeze:
-            backbone.unfreeze_last(meta.unfreeze)
-        head = Head(width * len(meta.features), len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
-        classifier = Classifier(head, backbone, meta.features).to(device)
-        load_tensors(classifier, self.tensors)
-        return classifier.eval()
 
 
 def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers: int | None) -> None:
@@ -133,46 +169,37 @@ def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers
             print(report)
 
 
-def run_prediction(run: str, target: Target, out: Path, *, tta: Views, device: str, workers: int | None) -> None:
-    """Write a CSV of probabilities and decisions for every tile, and the thresholds used beside it."""
-    with join_ranks(device) as ranks:
-        loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
-        inference = infer(loaded, target, ranks, workers=workers, labels=False, tta=tta)
-        report = ranks.run_on_main(lambda: _write_predictions(loaded, inference, out, tta))
-        if ranks.is_main:
-            print(report)
-
-
 def infer(
-    loaded: LoadedRun, target: Target, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views = "one"
+    model: TrainedModel, target: Target, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views = "one"
 ) -> Inference | None:
-    """Logits of every tile of the target, on rank 0; None on the others.
+    """Logits of every tile of the target at once, on rank 0; None on the others. Raises what `Task.plan` does."""
+    task = Task.plan(model, target, ranks, labels=labels, tta=tta)
+    parts = [*score(task, ranks, Timing(), workers=workers, tta=tta)]
+    if not ranks.is_main:
+        return None
+    logits, label_ids, status = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "label_ids", "status")
+    )
+    return Inference(task.listed.place, task.listed.table, logits, label_ids, status)
 
-    A head on a cache of its own embeddings reads vectors; everything else streams tiles.
 
-    Raises:
-        TrainError: several views are asked for of vectors, which are of one.
-        ProvenanceError: the vectors are of another backbone, size or precision than the run's.
+def score(task: Task, ranks: Ranks, timing: Timing, *, workers: int | None, tta: Views = "one") -> Iterator[Scored]:
+    """Logits of every row in order, on rank 0; nothing on the others, which must ask for it all the same.
+
+    Args:
+        timing: is told where this rank's time goes.
+        workers: feed processes a rank.
+        tta: `d4` averages each tile's logits over its eight symmetries.
     """
-    if target.cache:
-        version = ranks.run_everywhere(lambda: open_cache(str(target.cache)))
-        if not loaded.meta.unfreeze:
-            if tta != "one":
-                raise TrainError(
-                    f"--tta {tta} turns tiles, and {loaded.directory} reads a cache's vectors: use --tiles, or leave "
-                    "--tta out"
-                )
-            return ranks.run_everywhere(lambda: _infer_cached(loaded, version, ranks))
-        tiles, table = version.recorded.tiles, version.read_table()
-    else:
-        tiles = open_source(str(target.tiles)).url
-        table = ranks.run_on_main(lambda: list_tiles(open_source(tiles), unlabelled=not labels).table)
-    return _infer_streamed(loaded, table, tiles, ranks, workers=workers, labels=labels, tta=tta)
+    if task.version:
+        return _score_vectors(task.model, task.version, ranks, timing)
+    size = max(1, min(_STREAM_BATCH, len(task.inputs)))
+    batches = sum(math.ceil(len(group) / size) for group in task.inputs.group())
+    return _put_in_order(_score_share(task, ranks, timing, size, workers=workers, tta=tta), batches, ranks)
 
 
-def _infer_cached(loaded: LoadedRun, version: Version, ranks: Ranks) -> Inference | None:
-    """The head over all rows of a cache, on rank 0: too little work to share out."""
-    meta, provenance = loaded.meta, version.provenance
+def _check_provenance(model: TrainedModel, version: Version) -> None:
+    meta, provenance = model.meta, version.provenance
     mine = (meta.weights_sha256, meta.image_size, meta.precision)
     if mine != (provenance.weights_sha256, provenance.image_size, provenance.precision):
         raise ProvenanceError(
@@ -180,60 +207,111 @@ def _infer_cached(loaded: LoadedRun, version: Version, ranks: Ranks) -> Inferenc
             f"{provenance.precision}, the run is of {meta.backbone} at {meta.image_size} px in {meta.precision}: "
             "extract with the run's settings, or use --tiles"
         )
+
+
+@torch.inference_mode()
+def _score_vectors(model: TrainedModel, version: Version, ranks: Ranks, timing: Timing) -> Iterator[Scored]:
+    """The head over a cache, block by block, on rank 0: too little work to share out."""
     if not ranks.is_main:
-        return None
-    values = version.read_rows()
-    classifier = loaded.make_classifier(None, version.layout.width, ranks.device)
-    pooled = {name: torch.from_numpy(values.pooled[name]) for name in meta.features}
-    vectors = join_features(pooled, meta.features)
-    with torch.inference_mode():
+        return
+    meta, started = model.meta, time.perf_counter()
+    classifier = model.make_classifier(None, version.layout.width, ranks.device)
+    for block in range(version.layout.blocks):
+        values = _read_block(version, block)
+        vectors = join_features({name: torch.from_numpy(values.pooled[name]) for name in meta.features}, meta.features)
         logits = torch.cat([classifier(part.to(ranks.device)).float().cpu() for part in vectors.split(_HEAD_ROWS)])
-    return Inference(version.recorded.tiles, version.read_table(), logits.numpy(), values.label_ids, values.status)
+        timing.tiles += len(logits)
+        timing.wall_s = time.perf_counter() - started
+        yield Scored(version.layout.block_slice(block).start, logits.numpy(), values.label_ids, values.status)
 
 
-def _infer_streamed(
-    loaded: LoadedRun, table: TileTable, tiles: str, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views
-) -> Inference | None:
-    """Tiles end to end, each rank its share."""
-    checkpoint = ranks.run_on_main(loaded.find_checkpoint)
-    precision: Any = loaded.meta.precision
+def _read_block(version: Version, block: int) -> BlockValues:
+    """A block that cannot be trusted reads as pending."""
+    try:
+        return version.read_trusted(block)
+    except IntegrityError:
+        rows = version.layout.block_slice(block)
+        return BlockValues.make_blank(version.layout, rows.stop - rows.start)
+
+
+def _score_share(
+    task: Task, ranks: Ranks, timing: Timing, size: int, *, workers: int | None, tta: Views
+) -> Iterator[Scored]:
+    """This rank's batches end to end, as they come."""
+    model, feeds = task.model, _open_feeds(task.inputs, ranks, workers)
+    checkpoint = ranks.run_on_main(model.find_checkpoint)
+    precision: Any = model.meta.precision
     backbone = Backbone.load(checkpoint, precision=precision, device=ranks.device)
-    classifier = loaded.make_classifier(backbone, checkpoint.width, ranks.device)
+    classifier = _keep_shape(model.make_classifier(backbone, checkpoint.width, ranks.device), size)
     transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
-    feed = TileFeed(open_source(tiles), workers=ranks.choose_workers(workers), pin_memory=ranks.device.type == "cuda")
-    share = list(range(ranks.rank, len(table), ranks.world_size))
-    requests = (
-        make_requests(table, share[start : start + _STREAM_BATCH], labels=labels)
-        for start in range(0, len(share), _STREAM_BATCH)
-    )
-    logits = np.full((len(table), len(loaded.meta.class_ids)), np.nan, np.float32)
-    label_ids = np.zeros((len(table), LABEL_ID_COLUMNS), np.uint16)
-    status = np.zeros(len(table), np.uint8)
-    amp = use_amp(loaded.config, ranks)
-    with tqdm(total=len(share), unit="tile", desc="predict", disable=not ranks.is_main) as bar:
-        for batch in feed.read(requests):
+    amp, count = model.autocasts(ranks.device), ranks.make_counter("predicted")
+    asked = started = time.perf_counter()
+    with tqdm(total=len(task.inputs), unit="tile", desc="predict", disable=not ranks.is_main) as bar:
+        for batch in _read_share(task.inputs, feeds, ranks, size):
+            got = time.perf_counter()
             with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
                 pixels = transform(batch.images, device=ranks.device, dtype=backbone.dtype)
-                found = average_views(classifier, pixels) if tta == "d4" else classifier(pixels)
-            logits[batch.rows] = found.float().cpu().numpy()
-            logits[batch.rows[batch.status != Status.EMBEDDED]] = np.nan
-            label_ids[batch.rows], status[batch.rows] = batch.label_ids, batch.status
-            bar.update(len(batch))
-    return _gather(Inference(tiles, table, logits, label_ids, status), ranks)
+                logits = average_views(classifier, pixels) if tta == "d4" else classifier(pixels)
+            found = logits.float().cpu().numpy()
+            found[batch.status != Status.EMBEDDED] = np.nan
+            timing.note_batch(batch)
+            timing.feed_s += got - asked
+            timing.device_s += time.perf_counter() - got
+            yield Scored(int(batch.rows[0]), found, batch.label_ids, batch.status, batch.problems)
+            asked = time.perf_counter()
+            timing.wall_s = asked - started
+            bar.set_postfix_str(describe_waits([timing]), refresh=False)
+            bar.update(count(len(batch)) - bar.n)
 
 
-def _gather(mine: Inference, ranks: Ranks) -> Inference | None:
-    """Put the ranks' interleaved shares together on rank 0."""
-    share = slice(ranks.rank, None, ranks.world_size)
-    parts: list[Any] = [None] * ranks.world_size
-    own = (mine.logits[share], mine.label_ids[share], mine.status[share])
-    dist.gather_object(own, parts if ranks.is_main else None, dst=0)
-    if not ranks.is_main:
-        return None
-    for rank, part in enumerate(parts):
-        where = slice(rank, None, ranks.world_size)
-        mine.logits[where], mine.label_ids[where], mine.status[where] = part
-    return mine
+def _keep_shape(classifier: Model, size: int) -> Model:
+    """The classifier in forward passes of one shape: a short batch is filled up, as in extraction."""
+
+    def run(pixels: Tensor) -> Tensor:
+        missing = size - len(pixels)
+        if missing:
+            pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
+        return classifier(pixels)[: size - missing]
+
+    return run
+
+
+def _open_feeds(inputs: Inputs, ranks: Ranks, workers: int | None) -> dict[str, TileFeed]:
+    """A feed for each place. The first starts its workers now, while the model is being loaded."""
+    pinned, count = ranks.device.type == "cuda", ranks.choose_workers(workers)
+    places = dict.fromkeys(part.place for part in inputs.parts)
+    feeds = {place: TileFeed(open_source(place), workers=count, pin_memory=pinned) for place in places}
+    for feed in islice(feeds.values(), 1):
+        feed.start()
+    return feeds
+
+
+def _read_share(inputs: Inputs, feeds: dict[str, TileFeed], ranks: Ranks, size: int) -> Iterator[TileBatch]:
+    """This rank's batches: every one of so many as there are ranks. A batch is of one place."""
+    number = 0
+    for group in inputs.group():
+        first = (ranks.rank - number) % ranks.world_size
+        batches = _cut(group.make_requests(), size)
+        yield from feeds[group.place].read(islice(batches, first, None, ranks.world_size))
+        number += math.ceil(len(group) / size)
+
+
+def _cut(requests: Iterator[Request], size: int) -> Iterator[list[Request]]:
+    while batch := list(islice(requests, size)):
+        yield batch
+
+
+def _put_in_order(mine: Iterator[Scored], batches: int, ranks: Ranks) -> Iterator[Scored]:
+    """The ranks' batches in the order of their rows, on rank 0."""
+    if ranks.world_size == 1:
+        yield from mine
+        return
+    for _ in range(math.ceil(batches / (ranks.world_size * _ROUND))):
+        parts: list[list[Scored]] = [[]] * ranks.world_size
+        dist.gather_object([*islice(mine, _ROUND)], parts if ranks.is_main else None, dst=0)
+        if ranks.is_main:
+            yield from sorted(chain.from_iterable(parts), key=lambda part: part.first)
+    next(mine, None)  # has no more, but notes the time of its last batch
 
 
 def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> str:
@@ -253,7 +331,7 @@ def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> str:
     notes = [
         *rows.notes,
         *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted]),
-        *_describe_views(tta),
+        *describe_views(tta),
     ]
     return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)])
 
@@ -269,7 +347,7 @@ def _warn_of_training_tiles(loaded: LoadedRun, tiles: str, names: npt.NDArray[np
     return [f"warning: {seen:,} of the {len(names):,} tiles scored here trained this run: its figures flatter it"]
 
 
-def _describe_views(tta: Views) -> list[str]:
+def describe_views(tta: Views) -> list[str]:
     """A line for the user when several views of each tile were averaged."""
     if tta == "one":
         return []
@@ -277,40 +355,3 @@ def _describe_views(tta: Views) -> list[str]:
         f"--tta {tta}: mean logits of {SYMMETRIES} flips and rotations of each tile; temperature and thresholds were "
         "fitted on one"
     ]
-
-
-def _write_predictions(loaded: LoadedRun, inference: Inference | None, out: Path, tta: Views) -> str:
-    """One row per tile: name, status, decided classes, then the calibrated probability of every class.
-
-    With several views averaged, a column `tta` before the classes says so.
-    """
-    assert inference is not None
-    names, decisions = loaded.meta.class_names, loaded.decisions
-    probs, preds, thresholds = (
-        decisions.calibrate(inference.logits),
-        decisions.decide(inference.logits),
-        decisions.thresholds,
-    )
-    used = {} if tta == "one" else {"tta": tta}
-    sidecar = out.with_name(f"{out.stem}-thresholds.csv")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["tile", "status", "preds", *used, *names])
-            for i, tile in enumerate(inference.table.tile.tolist()):
-                decided = ";".join(names[c] for c in np.flatnonzero(preds[i]))
-                # Every digit of a float32, so that comparing the two files gives the decisions.
-                cells = ["" if math.isnan(p) else f"{p:.9g}" for p in probs[i].tolist()]
-                writer.writerow([tile, Status(inference.status[i]).name.lower(), decided, *used.values(), *cells])
-        with sidecar.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["class_id", "class", "threshold"])
-            writer.writerows(zip(loaded.meta.class_ids, names, (f"{t:.9g}" for t in thresholds.tolist()), strict=True))
-    except OSError as error:
-        raise TrainError(f"cannot write {out}: {error.strerror}: choose another --out") from error
-    skipped = int((inference.status != Status.EMBEDDED).sum())
-    lines = [f"{len(preds):,} tiles -> {out} (probabilities and decisions; thresholds in {sidecar})"]
-    if skipped:
-        lines[0] += f"; {skipped:,} of them could not be read, see column status"
-    return "\n".join([*lines, *_describe_views(tta)])

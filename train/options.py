@@ -176,6 +176,20 @@ TARGET: Options = [
     click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]"),
 ]
 
+PREDICT: Options = [
+    click.option(
+        "--window",
+        type=int,
+        help="Cut every local .tif into windows of so many pixels a side, best those of the tiles that RUN was trained "
+        "on.  [default: 512, and only what is larger than 2048 a side]",
+    ),
+    click.option("--stride", type=int, help="Pixels from one window to the next.  [default: the window]"),
+    click.option(
+        "--out", default="predictions.csv", help="FILE.csv, .jsonl or .geojson (of rasters); - is predictions.csv."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, notes on stderr."),
+]
+
 
 def training_options(command: str, options: Options) -> Callable[[Command], Command]:
     """The options of a trainer, with this command's defaults."""

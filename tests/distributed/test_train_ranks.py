@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 import torch.distributed as dist
 import zarr
+from rasterio.transform import Affine
 from safetensors.numpy import load_file
 
 from extract.backbone import find_checkpoint
@@ -54,6 +56,7 @@ CONTROLLED = (
     *("--class-weights", "balanced", "--repeat-factor", 0.5, "--clip-norm", 0.005, "--patience", 1),
 )
 PREDICT = ("--tta", "d4", "--device", "cpu", "--workers", 0)
+NAMED = ("--window", 8, "--out", "named.jsonl", "--device", "cpu", "--workers", 0)
 AUGMENTED = ("--views", "d4", "--jitter", 0.3, "--crop-scale", 0.7)
 FINETUNE = ("--epochs", 2, "--unfreeze", 2, "--batch-size", 4, "--dropout", 0, "--no-amp", "--device", "cpu")
 
@@ -137,6 +140,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiles = sorted(f"images/{path.name}" for path in (root / "tiles" / "images").iterdir())
     shown = [tile for tile in tiles if (root / "tiles" / "labels" / f"{Path(tile).stem}.txt").read_text()]
     plant_cache(str(root / "vectors"), 2_100, seed=seed)  # nine blocks, 66K
+    # 35 x 35 windows of 8 pixels: more batches than two ranks put in order at once, and more rows than a batch has.
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, 280, 280), dtype=np.uint8)
+    placed: dict[str, Any] = {"crs": "EPSG:32633", "transform": Affine(0.3, 0, 500_000, 0, -0.3, 5_000_000)}
+    with rasterio.open(root / "scene.tif", "w", "GTiff", 280, 280, 3, dtype="uint8", **placed) as raster:
+        raster.write(pixels)
     (root / "split.json").write_text(
         json.dumps({"train": shown[:49], "val": [t for t in tiles if t not in shown[:49]]})
     )
@@ -163,10 +171,11 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
         result = run_train(one, *command)
         assert result.status == 0, result.err
     predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", *PREDICT)
+    named = ("predict", "--run-dir", one / "runs" / "head", *name_inputs(made), *NAMED)
     whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
     streamed = ((*command, *STREAMED) for command in held)
     in_parts = (*finetune, "--cache-prefix", "--accumulate", 2, "--grad-checkpoint")
-    out = run_in_turn(two, make_env(), head, in_parts, predict, whole, controlled, *streamed)
+    out = run_in_turn(two, make_env(), head, in_parts, predict, named, whole, controlled, *streamed)
     assert out.count("vectors stay in the cache") == 2
     return one, two
 
@@ -345,6 +354,25 @@ def test_two_ranks_predict_what_one_does(both: tuple[Path, Path], made: Path) ->
     at = first[0].index("Building")
     probs = [np.array([[float(cell) for cell in row[at:]] for row in table[1:]]) for table in (first, second)]
     np.testing.assert_allclose(*probs, atol=1e-5)
+
+
+def name_inputs(made: Path) -> tuple[Path, ...]:
+    return made / "tiles" / "images" / "s01_1.png", made / "scene.tif", made / "tiles"
+
+
+def test_two_ranks_write_the_rows_of_named_inputs_in_order(both: tuple[Path, Path], made: Path) -> None:
+    """The same file but for the last digits of probabilities."""
+    alone = run_train(both[0], "predict", "--run-dir", "runs/head", *name_inputs(made), *NAMED)
+    assert alone.status == 0, alone.err
+    first, second = ([json.loads(line) for line in (r / "named.jsonl").read_text().splitlines()] for r in both)
+    assert len(first) == len(second) == 1 + 35 * 35 + 66
+    for a, b in zip(first, second, strict=True):
+        assert list(a.pop("probs").values()) == pytest.approx(list(b.pop("probs").values()), abs=1e-5)
+        assert a == b
+    assert first[1]["tile"] == f"{made / 'scene.tif'}#0_0"
+    assert sorted(path.name for path in both[1].iterdir() if path.name.startswith("named")) == [
+        "named-thresholds.csv", "named.jsonl"
+    ]  # fmt: skip
 
 
 # Stopped and resumed
