@@ -91,7 +91,7 @@ def find_configuration(name: str, image_size: int | None = None) -> tuple[Checkp
     """As `find_checkpoint`, but of what lies on the hub no weight is fetched.
 
     Returns:
-        the checkpoint, and bytes of weights that are still to be downloaded; as long as there are any, it has none.
+        the checkpoint, and bytes of it still to be downloaded; as long as there are any, weights may be missing.
 
     Raises:
         BackboneError: as `find_checkpoint`.

@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cache_schema.store import carries_credentials
+
 from ..config import ExtractConfig
 from ..errors import ConfigError
 from ..source import Source
@@ -41,6 +43,9 @@ class DoctorConfig:
     price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
+        for name, url in (("TILES", self.extract.tiles), ("CACHE", self.extract.cache or "")):
+            if carries_credentials(url):  # refused before any check could show it
+                raise ConfigError(f"{name} is a URL with a user or password in it: leave them out")
         if self.sample < 1:
             raise ConfigError(f"--sample {self.sample}: choose at least 1 tile")
         if self.nproc is not None and self.nproc < 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache_schema import CacheError, CacheRoot, Version
 from cache_schema.layout import count_blocks
-from cache_schema.store import carries_credentials, storage_errors
+from cache_schema.store import storage_errors
 
 from ..changes import find_earlier, open_in_use
 from ..config import ExtractConfig
@@ -34,8 +34,6 @@ def check_place(url: str) -> Verdict[str]:
         ConfigError: a URL that no cache has.
         StorageError: it cannot be written.
     """
-    if carries_credentials(url):
-        raise ConfigError("CACHE is a URL with a user or password in it: leave them out")
     if is_bucket(url):
         return _check_bucket(url)
     if "://" in url:

@@ -32,8 +32,6 @@ _SHARE_OF_PRODUCT = 0.8
 """Of a matrix product's FLOP/s, what a forward pass reached: vitl16 at 224 in bf16 on a CPU, README.md."""
 _LONG_S = 24 * 3600.0
 
-LISTED_A_REQUEST = 1000
-"""Objects on a page of a bucket's listing."""
 CLASS_A_USD, CLASS_B_USD = 0.005 / 1000, 0.0004 / 1000
 """A request that writes or lists, one that reads: standard storage in one region.
 
@@ -106,7 +104,7 @@ def check_speed(weights: Weights, device: Device, sample: Sample, batch_size: in
     speed = Speed(backbone_s, sample.fetch_s, sample.decode_s, ranks.world_size, ranks.cores, workers, on_cpu)
     detail = (
         f"{1 / speed.tile_s:,.1f} tiles/s; a tile takes {1000 * backbone_s:.3g} ms in the backbone ({how}), "
-        f"{1000 * sample.fetch_s:.3g} to fetch in one process and {1000 * sample.decode_s:.3g} to decode on one core, "
+        f"{1000 * sample.fetch_s:.3g} to fetch in one process and {1000 * sample.decode_s:.3g} to decode on one core; "
         f"{speed.wall} is the wall (feed workers a rank: {workers})"
     )
     return Verdict(speed, detail)
@@ -169,11 +167,10 @@ def estimate(found: Found, pending: Pending, speed: Speed, *, tiles_in_bucket: b
     requests = len(table) + int((table.label_size > 0).sum())
     rows = choose_block_rows(len(table))
     blocks = Layout(pending.to_write, 1, POOLING, rows).blocks
-    pages = -(-found.objects // LISTED_A_REQUEST)
     return Estimate(
         seconds=pending.to_do * speed.tile_s,
         read_bytes=round(share * read),
-        class_a=pages * tiles_in_bucket + blocks * _OBJECTS_A_BLOCK * cache_in_bucket,
+        class_a=found.pages * tiles_in_bucket + blocks * _OBJECTS_A_BLOCK * cache_in_bucket,
         class_b=round(share * requests) * tiles_in_bucket,
     )
 

@@ -27,6 +27,8 @@ _DISTRIBUTION = "tileprobe"
 _SHOWN = ("torch", "transformers", "zarr")
 _SHARED_MEMORY = Path("/dev/shm")
 _INSTALL = "install it again: remove .venv and run `make`, or `pip install --constraint constraints.txt -e .`"
+_OPEN_FILES, _OPEN_FILES_A_WORKER = 128, 8
+"""An extraction from a bucket ended with 64 and 2 workers ("Too many open files"), and ran with 100 and 8."""
 _MATMUL = {"cpu": 2048, "cuda": 8192}
 """Side of the product that measures a device: large enough for its full speed, and a fraction of a second."""
 
@@ -169,12 +171,6 @@ def check_open_files(workers: int) -> Verdict[int]:
     detail = f"{allowed:,} files may be open in a process; {needed} or so are wanted (feed workers a rank: {workers})"
     few = Concern("warning", "too few open files are allowed", f"run `ulimit -n {max(4096, 2 * needed)}` first")
     return Verdict(allowed, detail, [few] if 0 <= allowed < needed else [])
-
-
-_OPEN_FILES = 160
-"""Connections, libraries and the cache's own files, at the most of a rank or of one of its workers, rounded up."""
-_OPEN_FILES_A_WORKER = 16
-"""Pipes, and the shared memory of a worker's batches, as a rank sees them."""
 
 
 def check_shared_memory(workers: int, ranks: int, batch_bytes: int) -> Verdict[int]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 LISTING_S = 15.0
 """A longer listing is cut short: a bucket of ten million objects takes minutes."""
+LISTED_A_REQUEST = 1000
+"""Objects on a page of a bucket's listing."""
 DEADLINE_S = 8.0
 """How long a bucket may keep failing."""
 AGAIN = "then run doctor again"
@@ -127,12 +129,12 @@ class Found:
     Attributes:
         table: the tiles an extraction would embed, as far as they were listed.
         whole: whether that is all of them.
-        objects: listed in all.
+        pages: requests that listing all of it took, at a thousand objects each.
     """
 
     table: TileTable
     whole: bool
-    objects: int
+    pages: int
 
     @property
     def at_least(self) -> str:
@@ -167,7 +169,8 @@ def check_layout(source: Source, *, unlabelled: bool, seconds: float = LISTING_S
             f"{len(tiles):,} tiles under {source.url}/images/, but none has its labels/NAME.txt: "
             "check TILES, or embed them anyway with --unlabelled"
         )
-    found = Found(listing.table, whole, len(images) + len(labels))
+    pages = sum(max(1, -(-len(listed) // LISTED_A_REQUEST)) for listed in (images, labels))
+    found = Found(listing.table, whole, pages)
     detail = f"{found.at_least}{len(listing.table):,} tiles to embed of {len(tiles):,}, {len(labels):,} labels"
     if not whole:
         detail += f"; the listing was cut short after {seconds:.0f} s"
