@@ -29,7 +29,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _INSTALL = "install it again: remove .venv and run `make`, or `pip install --constraint constraints.txt -e .`"
 _OPEN_FILES, _OPEN_FILES_A_WORKER = 128, 8
 """An extraction from a bucket ended with 64 and 2 workers ("Too many open files"), and ran with 100 and 8."""
-_MATMUL = {"cpu": 2048, "cuda": 8192}
+_MATMUL = {"cpu": 1024, "cuda": 8192}
 """Side of the product that measures a device: large enough for its full speed, and a fraction of a second."""
 
 
@@ -145,11 +145,11 @@ def _ask_driver(field: str) -> str | None:
 
 
 def measure_product(device: torch.device, precision: Precision) -> float:
-    """Floating-point operations a second of a square matrix product: the best of three, after one to warm up."""
+    """Floating-point operations a second of a square matrix product: the best of five, after one to warm up."""
     side = _MATMUL[device.type]
     a, b = (torch.rand(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
     product, best = a @ b, float("inf")
-    for _ in range(3):
+    for _ in range(5):
         wait_for(device)
         started = time.perf_counter()
         torch.mm(a, b, out=product)

@@ -16,7 +16,6 @@ import pytest
 import torch
 from google.cloud import storage
 
-from cache_schema import CacheRoot, open_cache
 from extract.__main__ import run as run_command_line
 from tests.checkpoints import make_checkpoint
 from tests.hub import Hub, refuse
@@ -327,56 +326,6 @@ def test_options_that_cannot_work_are_one_line(patient: Patient) -> None:
         assert finished.status == 1
         assert re.fullmatch(rf"error: {line}.*\n", finished.err), finished.err
         assert "secret" not in finished.err + finished.out
-
-
-# What is there already
-
-
-def test_what_an_extraction_would_do(patient: Patient) -> None:
-    cache = str(patient.root / "cache")
-
-    def ask() -> dict[str, str]:
-        return patient.examine("--cache", cache, "--precision", "float32").findings["cache version"]
-
-    assert re.fullmatch("a new version [0-9a-f]{20}; no versions there", ask()["detail"])
-    extract_cache(patient.tiles, cache, patient.backbone)
-    assert re.fullmatch("version [0-9a-f]{20} is finished: .* nothing to do", ask()["detail"])
-    version = CacheRoot(cache).open_version(open_cache(cache).id, read_only=False)
-    version.reopen_blocks([0])
-    assert re.fullmatch(f"version {version.id} is begun: 0 of 1 block are committed, .*", ask()["detail"])
-    extract_cache(patient.tiles, cache, patient.backbone)
-    for folder, suffix in (("images", "png"), ("labels", "txt")):
-        shutil.copy(patient.tiles / folder / f"s00_0.{suffix}", patient.tiles / folder / f"s99_0.{suffix}")
-    assert "1 new, 0 changed, 0 removed, 0 relabelled, 32 kept" in ask()["detail"]
-    other = patient.examine("--cache", cache, "--precision", "bf16").findings["cache version"]
-    assert "1 version there; the one in use differs in precision: float32, not bf16" in other["detail"]
-    each("tiles/*/s0[0-2]_*", Path.unlink)(patient.root)
-    loss = patient.examine("--cache", cache, "--precision", "float32")
-    assert loss.states() == {"cache version": "fail", "cache space": "skipped", "estimate": "skipped"}
-    assert "12 of the 32 tiles" in loss.findings["cache version"]["detail"]
-    assert "--yes" in loss.findings["cache version"]["remedy"]
-    assert patient.examine("--cache", cache, "--precision", "float32", "--yes").states() == {}
-
-
-def test_a_disk_too_small(patient: Patient, python_env: dict[str, str]) -> None:
-    """In a mount namespace of its own, on a file system of 8 KiB."""
-    isolated = ["unshare", "--user", "--map-root-user", "--mount"]
-    try:
-        may = subprocess.run([*isolated, "true"], capture_output=True, timeout=20, check=False).returncode == 0
-    except FileNotFoundError:
-        may = False
-    if not may:
-        pytest.skip("this machine does not let its users make mount namespaces")
-    (patient.root / "disk").mkdir()
-    doctor = f"{sys.executable} -m extract doctor --tiles tiles --backbone small --device cpu --cache disk/c --json"
-    command = [*isolated, "bash", "-c", f"mount -t tmpfs -o size=8k tmpfs disk && {doctor}"]
-    result = subprocess.run(
-        command, env=python_env, cwd=patient.root, capture_output=True, text=True, timeout=120, check=False
-    )
-    report = read_report(Finished(result.returncode, result.stdout, result.stderr))
-    assert report.states() == {"cache space": "fail"}
-    assert report.findings["cache space"]["detail"].startswith("too little room for the cache; 0.0 MiB to write")
-    assert "set CACHE to another disk" in report.findings["cache space"]["remedy"]
 
 
 # Buckets
