@@ -128,6 +128,25 @@ def test_a_listing_cut_short_judges_only_what_both_halves_reached(tmp_path: Path
     assert len(unordered.value.table) == 5
 
 
+@pytest.mark.parametrize(
+    "without_label, without_tile, missing, orphans",
+    # The first five names of either folder: labels reach 0_5, so whether 1_0 has one is not known; images reach 1_0.
+    [({"0_3"}, {"0_4", "0_5", "0_6"}, 1, 2), ({"0_0", "0_1", "0_2"}, {"0_9"}, 3, 1)],
+    ids=["labels lag", "images lag"],
+)
+def test_of_a_listing_cut_short_the_half_that_lags_is_not_blamed(
+    tmp_path: Path, without_label: set[str], without_tile: set[str], missing: int, orphans: int
+) -> None:
+    names = {f"{i // 4}_{i % 4}" for i in range(24)}
+    write(tmp_path, *(f"images/{name}.png" for name in names))
+    write(tmp_path, *(f"labels/{name}.txt" for name in (names | without_tile) - without_label))
+    cut = check_layout(InOrder(str(tmp_path)), unlabelled=False, seconds=-1)
+    assert [concern.detail.split(",")[0] for concern in cut.concerns] == [
+        f"{missing} tiles have no label file and are left out",
+        f"{orphans} label files have no tile",
+    ]
+
+
 def test_a_long_listing_of_a_real_bucket(bucket: storage.Bucket) -> None:
     names = [f"{i:04}_0" for i in range(1100)]
     upload(bucket, {f"{folder}/{name}.{suffix}": b"" for name in names for folder, suffix in (("images", "png"),)})
