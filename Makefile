@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo tile extract train-head sweep finetune ladder evaluate predict export info check test soak bench
+.PHONY: help help-all demo tile doctor extract train-head sweep finetune ladder evaluate predict export info check test soak bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
@@ -24,6 +24,8 @@ LAUNCH = $(PYTHON) -m extract.launch $(if $(NPROC),--nproc-per-node=$(NPROC)) \
 	$(if $(RDZV),--nnodes=$(NNODES) --node-rank=$(NODE_RANK) --rdzv-backend=c10d --rdzv-endpoint=$(RDZV),--standalone)
 TRAIN = $(if $(CACHE_USED),--cache '$(CACHE_USED)') $(if $(BACKBONE),--backbone '$(BACKBONE)') \
 	$(if $(VAL_CACHE),--val-cache '$(VAL_CACHE)') $(if $(TEST_CACHE),--test-cache '$(TEST_CACHE)') $(ARGS)
+EXTRACT = --tiles '$(if $(DEMO),demo://train,$(TILES))' --backbone '$(if $(DEMO),demo,$(or $(BACKBONE),vitl16))' \
+	$(if $(CACHE_USED),--cache '$(CACHE_USED)') $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE))
 TARGET = --run-dir '$(or $(RUN),$(RUNS)/head)' $(if $(TILES),--tiles '$(TILES)',$(if $(CACHE),--cache '$(CACHE)')) $(ARGS)
 
 help: ## show this help
@@ -33,7 +35,7 @@ help: ## show this help
 
 help-all: ## (more) show every target and every command's options
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
-	@for command in "extract tile" "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train export" "train triage" \
+	@for command in "extract tile" "extract doctor" "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train export" "train triage" \
 		"cache_schema info" "cache_schema verify" "cache_schema diff" "cache_schema gc"; do \
 		echo; $(PYTHON) -m $$command --help; done
 
@@ -43,10 +45,11 @@ demo: $(READY) ## the whole pipeline on a generated bucket: no account, no GPU
 tile: $(READY) ## cut raw xView into tiles: IMAGES=train_images LABELS=xView_train.geojson OUT=gs://bucket/prefix
 	@$(PYTHON) -m extract tile --images '$(IMAGES)' --labels '$(LABELS)' --out '$(OUT)' $(ARGS)
 
+doctor: $(READY) ## in seconds, whether an extraction of TILES can work and what it takes [BACKBONE IMAGE_SIZE CACHE NPROC]
+	@$(SERVED) $(PYTHON) -m extract doctor $(EXTRACT) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
 extract: $(READY) ## embed every tile under TILES=gs://bucket/prefix once [BACKBONE=vitl16 IMAGE_SIZE=512 LIMIT=500 NPROC=8]
-	@$(SERVED) $(LAUNCH) -m extract run --tiles '$(if $(DEMO),demo://train,$(TILES))' \
-		--backbone '$(if $(DEMO),demo,$(or $(BACKBONE),vitl16))' $(if $(CACHE_USED),--cache '$(CACHE_USED)') \
-		$(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
+	@$(SERVED) $(LAUNCH) -m extract run $(EXTRACT) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 
 train-head: $(READY) ## fit the head on cached vectors [CACHE VAL_CACHE TEST_CACHE]
 	@$(LAUNCH) -m train head --run-dir '$(or $(RUN),$(RUNS)/head)' $(TRAIN)

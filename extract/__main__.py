@@ -1,4 +1,4 @@
-"""python -m extract run|tile|sample|demo"""
+"""python -m extract run|tile|doctor|sample|demo"""
 
 import sys
 from typing import Any
@@ -86,6 +86,34 @@ def tile_command(
 
     cutting = Cutting(size, size if stride is None else stride, min_visibility)
     run_tiling(TileConfig(images, labels, out, cutting, workers, dry_run))
+
+
+_DOCTOR_ASKS = (
+    *("tiles", "backbone", "image_size", "cache", "precision", "batch_size", "workers", "device"),
+    *("scene_regex", "unlabelled", "max_quarantined", "yes"),
+)
+"""Options of an extraction that decide whether it can work."""
+
+
+@main.command("doctor", params=[param for param in run_command.params if param.name in _DOCTOR_ASKS])
+@click.option("--sample", type=int, default=24, help="Tiles to fetch and decode, drawn at random.")
+@click.option("--seed", type=int, default=0, help="Of that draw.")
+@click.option("--nproc", type=int, help="Ranks the extraction will have.  [default: GPUs, else 1]")
+@click.option(
+    "--taxonomy",
+    type=click.Path(dir_okay=False),
+    help="CSV of your own classes: class_id,name or class_id,type_id,name.",
+)
+@click.option("--price-per-hour", type=float, help="Of everything that computes, in any currency, for the estimate.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of {check, status, detail, remedy} instead.")
+def doctor_command(as_json: bool, **options: Any) -> None:
+    """Say in seconds whether an extraction, and training after it, can work, and what it would take. Nothing is
+    embedded or kept; the status is 1 if anything failed."""
+    from .doctor import DoctorConfig, run_doctor
+
+    names = DoctorConfig.__dataclass_fields__.keys() & options.keys()
+    own = {name: options.pop(name) for name in names}
+    sys.exit(0 if run_doctor(DoctorConfig(ExtractConfig(**options), **own), as_json=as_json) else 1)
 
 
 @main.command("sample", hidden=True)

@@ -140,7 +140,7 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
     """
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = _choose_device(device, local_rank, local_world)
+    chosen = choose_device(device, local_rank, local_world)
     store: dist.Store
     if "RANK" in os.environ:
         shared, rank, world_size = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
@@ -169,7 +169,12 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _choose_device(device: str, local_rank: int, local_world: int) -> torch.device:
+def choose_device(device: str, local_rank: int, local_world: int) -> torch.device:
+    """The device of one of `local_world` ranks on this machine: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")

@@ -69,7 +69,7 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
         notes.append(f"LIMIT={config.limit}: {len(table):,} of {len(listing.table):,} tiles, whole scenes")
     cache = config.cache_url(checkpoint.image_size)
     root = CacheRoot(cache)
-    provenance = _choose_provenance(config.precision, checkpoint, root, table, device)
+    provenance = choose_provenance(config.precision, checkpoint, root, table, device)
     recorded = record_environment(follow_links(config.backbone), source, config.batch_size, device)
     earlier, changes = find_earlier(root, table, provenance, source.identity) or (None, None)
     if earlier and changes:
@@ -101,7 +101,7 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
     return Plan(cache, version.id, checkpoint, earlier_id, pending, to_do, len(listing.table), tuple(notes))
 
 
-def _choose_provenance(
+def choose_provenance(
     asked: PrecisionChoice, checkpoint: Checkpoint, root: CacheRoot, table: TileTable, device: torch.device
 ) -> Provenance:
     """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on; for a

@@ -21,14 +21,12 @@ from cache_schema import (
     open_cache,
 )
 from cache_schema.layout import LABEL_IDS_DTYPE, STATUS_DTYPE, BoolArray, UInt8Array, UInt16Array
+from cache_schema.taxonomy import MAX_MEANINGLESS
 from extract.scenes import find_scenes
 
 from .config import DataConfig
 from .errors import TrainError
 from .vectors import Residence, Vectors
-
-MAX_MEANINGLESS = 0.01
-"""Largest share of label lines that are malformed or name an unknown id."""
 
 
 @dataclass(frozen=True, eq=False)
