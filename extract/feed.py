@@ -3,6 +3,7 @@
 Each worker fetches its next batch while it decodes the present one, so it waits for the bucket only at the beginning.
 """
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -69,7 +70,14 @@ class TileFeed:
                 if isinstance(item, TileprobeError):
                     raise item
                 yield item
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
+            if os.strerror(errno.EMFILE) in str(error):
+                raise RunError(
+                    "too many open files: raise the limit with `ulimit -n 4096`, or lower --workers; the same command "
+                    "goes on from the last committed block"
+                ) from error
+            if isinstance(error, OSError) and not isinstance(error, (ConnectionError, FileNotFoundError)):
+                raise
             # Most often the loader notices; but a worker may also die while this process takes over its shared memory.
             in_transfer = self._loader.num_workers > 0 and not isinstance(error, RuntimeError)
             if "DataLoader worker" not in str(error) and not in_transfer:
