@@ -1,5 +1,6 @@
 """Ranks: the process group, what one rank does for all, and the counter that shares out blocks."""
 
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from cache_schema import TileprobeError
 
 from .errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Counter = Callable[[int], int]
@@ -40,14 +43,15 @@ def get_job_id() -> str | None:
 
 
 def exit_with(error: TileprobeError) -> NoReturn:
-    """End this rank with one line and status 1.
+    """End this rank with one line and the error's status.
 
     The first rank to end makes torchrun end the rest, so one with nothing to say lets the one that has speak first.
     """
     if isinstance(error, (ToldByMainError, PeerLostError)):
         time.sleep(5)
-        sys.exit(1 if isinstance(error, ToldByMainError) else f"error: {error}")
-    sys.exit(f"error: {error}")
+    if not isinstance(error, ToldByMainError):
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.status)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def draws_bars(self) -> bool:
+        """Whether this rank draws progress bars: the main one, unless its command is quiet, or logs every batch."""
+        return self.is_main and _log.getEffectiveLevel() == logging.WARNING
+
+    @property
     def cores(self) -> int:
         """CPU cores that are this rank's share."""
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size) if hasattr(os, "sched_getaffinity") else 1
@@ -91,6 +100,7 @@ class Ranks:
             try:
                 outcome[0] = work()
             except TileprobeError as error:
+                _log.debug("where the error arose:", exc_info=True)
                 outcome[0] = error.with_traceback(None)
         dist.broadcast_object_list(outcome, src=0, device=self.device)
         result = outcome[0]
@@ -104,6 +114,7 @@ class Ranks:
         try:
             result = work()
         except TileprobeError as error:
+            _log.debug("where the error arose:", exc_info=True)
             failure = error.with_traceback(None)
         failures: list[TileprobeError | None] = [None] * self.world_size
         dist.all_gather_object(failures, failure)

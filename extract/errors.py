@@ -8,6 +8,7 @@ TileprobeError
     │   └── TileGoneError    a listed object is no longer there
     ├── BackboneError    the checkpoint
     └── RunError         a run that must not be sealed
+        └── QuarantineError  too many of its tiles cannot be read
 """
 
 from cache_schema import TileprobeError
@@ -39,3 +40,9 @@ class BackboneError(ExtractError):
 
 class RunError(ExtractError):
     """A run that must not be sealed."""
+
+
+class QuarantineError(RunError):
+    """Too many of its tiles cannot be read; the others are committed."""
+
+    status = 3

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import numpy.typing as npt
 
-from cache_schema import Status, Version
+from cache_schema import LABEL_ID_COLUMNS, Layout, Status, Version
 
 from .batch import LabelBatch, TileBatch
 
@@ -149,11 +149,16 @@ def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str
 def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) -> str:
     """What the whole bucket would take, from this trial."""
     seconds = all_tiles * max(t.wall_s for t in timings) / sum(t.tiles for t in timings)
-    size = all_tiles * (version.layout.width * 2 * len(version.layout.pooling) + 256)
+    size = estimate_bytes(version.layout, all_tiles)
     return (
         f"all {all_tiles:,} tiles: about {_format_duration(seconds)} on this hardware and {size / 2**20:,.0f} MiB "
         "of cache (the same command without LIMIT)"
     )
+
+
+def estimate_bytes(layout: Layout, rows: int) -> int:
+    """Of a cache that holds so many rows."""
+    return rows * (layout.width * 2 * len(layout.pooling) + LABEL_ID_COLUMNS * 2)
 
 
 def show_name(name: str) -> str:

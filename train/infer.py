@@ -116,7 +116,7 @@ class LoadedRun:
         return classifier.eval()
 
 
-def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers: int | None) -> None:
+def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers: int | None) -> dict[str, Any] | None:
     """Print the metrics of a run on labelled tiles: the same figures and per-class table as in training.
 
     Args:
@@ -124,13 +124,18 @@ def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers
         target: what to score it on; labels are read by the run's own rules.
         tta: `d4` averages each tile's logits over its eight symmetries.
         device, workers: as in training.
+
+    Returns:
+        on the main rank the metrics, as in a run's metrics.json; and `run`, `tiles`, `notes`.
     """
     with join_ranks(device) as ranks:
         loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
         inference = infer(loaded, target, ranks, workers=workers, labels=True, tta=tta)
-        report = ranks.run_on_main(lambda: _score(loaded, inference, tta))
-        if ranks.is_main:
-            print(report)
+        report, values = ranks.run_on_main(lambda: _score(loaded, inference, tta))
+        if not ranks.is_main:
+            return None
+        print(report)
+        return values
 
 
 def run_prediction(run: str, target: Target, out: Path, *, tta: Views, device: str, workers: int | None) -> None:
@@ -210,7 +215,7 @@ def _infer_streamed(
     label_ids = np.zeros((len(table), LABEL_ID_COLUMNS), np.uint16)
     status = np.zeros(len(table), np.uint8)
     amp = use_amp(loaded.config, ranks)
-    with tqdm(total=len(share), unit="tile", desc="predict", disable=not ranks.is_main) as bar:
+    with tqdm(total=len(share), unit="tile", desc="predict", disable=not ranks.draws_bars) as bar:
         for batch in feed.read(requests):
             with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
                 pixels = transform(batch.images, device=ranks.device, dtype=backbone.dtype)
@@ -236,7 +241,7 @@ def _gather(mine: Inference, ranks: Ranks) -> Inference | None:
     return mine
 
 
-def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> str:
+def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[str, dict[str, Any]]:
     assert inference is not None
     data = loaded.config.data
     rows = label_rows(inference.table, inference.label_ids, inference.status, data, reading=loaded.meta.reading)
@@ -255,7 +260,8 @@ def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> str:
         *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted]),
         *_describe_views(tta),
     ]
-    return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)])
+    values = {"run": str(loaded.directory), "tiles": inference.tiles, "notes": notes, **evaluation.to_json()}
+    return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)]), values
 
 
 def _warn_of_training_tiles(loaded: LoadedRun, tiles: str, names: npt.NDArray[np.str_]) -> list[str]:

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from cache_schema import open_cache
+from cache_schema.settings import isolate
 from extract.stop import Stopped, act_on_signals
 
 from .bucket import is_bucket
@@ -230,6 +231,7 @@ class Ladder:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=[self._lock.fileno()],
+            env=isolate(os.environ),
         )
         self._child = process.pid
         leg = Leg(process.pid, began)

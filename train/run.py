@@ -50,8 +50,11 @@ class Start:
     notes: tuple[str, ...]
 
 
-def run_training(config: TrainConfig) -> None:
+def run_training(config: TrainConfig) -> dict[str, Any] | None:
     """Train as configured and leave a run directory.
+
+    Returns:
+        on the main rank `run`, where it lies, `best_epoch`, and what its `metrics` and `test_metrics` files hold.
 
     Raises:
         TileprobeError: whatever a user can mend; nothing of an earlier run is touched.
@@ -68,14 +71,16 @@ def run_training(config: TrainConfig) -> None:
             for line in (*sets.notes, *notes, *start.notes):
                 _say(ranks, line)
             with deterministic_algorithms(config.deterministic):
-                _train(config, start, head, sets, ranks)
+                return _train(config, start, head, sets, ranks)
         except Stopped as stop:
             if ranks.is_main:
                 print(_describe_stop(stop, start, config.epochs), file=sys.stderr, flush=True)
             raise
 
 
-def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks) -> None:
+def _train(
+    config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks
+) -> dict[str, Any] | None:
     """From the state decided on to a finished run."""
     trainer, make_tiles = prepare_training(config, start.run, sets, ranks)
     if start.resume is not None:
@@ -89,7 +94,8 @@ def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, set
         from .folds import cross_validate  # which trains its heads by what is in this room
 
         folds = cross_validate(config, sets.whole, start.run, ranks, lambda line: _say(ranks, line))
-    finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks, folds.describe() if folds else ())
+    lines = folds.describe() if folds else ()
+    return finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks, lines)
 
 
 def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
@@ -314,8 +320,12 @@ def finish_run(
     make_tiles: MakeTiles,
     ranks: Ranks,
     folds: Sequence[str] = (),
-) -> None:
-    """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
+) -> dict[str, Any] | None:
+    """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary.
+
+    Returns:
+        what `run_training` does.
+    """
     best = ranks.run_on_main(lambda: load_best(run.path))
     load_tensors(classifier, best.tensors)
     amp = use_amp(config, ranks)
@@ -324,7 +334,7 @@ def finish_run(
     if sets.test is not None:
         test_logits = predict_logits(classifier, make_tiles(sets.test), ranks, amp=amp)
     if val_logits is None:
-        return
+        return None
     beside = None if config.unfreeze else compare(sets, ranks.device, config.seed)
     rarest = tuple(find_rarest(sets.train.rows.labels, sets.val.rows.labels[sets.counted]).tolist())
     val = evaluate_rows(
@@ -350,8 +360,9 @@ def finish_run(
             rarest=rarest,
         )
         results["test, scored once"] = test.beside(beside.test if beside else {})
-    for name, evaluation in zip(("metrics.json", "test_metrics.json"), results.values(), strict=False):
-        run.write_json(name, evaluation.to_json())
+    written = dict(zip(("metrics", "test_metrics"), (each.to_json() for each in results.values()), strict=False))
+    for name, metrics in written.items():
+        run.write_json(f"{name}.json", metrics)
     if beside and beside.audit:
         run.write_json("audit.json", beside.audit.to_json())
     notes = beside.notes if beside else ()
@@ -364,3 +375,4 @@ def finish_run(
     for line in (*folds, *notes, *compare_with_plain(run, config, sets, val_logits)):
         print(line)
     print(f"\nrun: {run} (best/, metrics.json, report.html)", flush=True)
+    return {"run": str(run), "best_epoch": best.meta.epoch, **written}
