@@ -219,7 +219,7 @@ def _tell_settings(ctx: click.Context) -> None:
     """One line with the settings that are in force and stand on no command line."""
     settings: dict[str, Setting] = ctx.meta.get(_SETTINGS, {})
     used = [
-        f"--{_name(param)} {setting.value} ({setting.origin})"
+        f"--{_name(param)} {setting} ({setting.origin})"
         for param in ctx.command.get_params(ctx)
         if isinstance(param, click.Option)
         and (setting := settings.get(str(param.name)))

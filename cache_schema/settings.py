@@ -45,6 +45,9 @@ class Setting:
     value: Any
     origin: str
 
+    def __str__(self) -> str:
+        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
+
 
 def isolate(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a command that another one runs, and that takes settings from its line alone."""

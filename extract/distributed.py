@@ -36,6 +36,11 @@ class PeerLostError(TileprobeError):
     """Another rank ended in the middle of what all do together; it has said why, or torchrun will."""
 
 
+def shows_bars() -> bool:
+    """Whether progress bars are wanted: not if the command is quiet, or logs every batch."""
+    return _log.getEffectiveLevel() == logging.WARNING
+
+
 def get_job_id() -> str | None:
     """torchrun's id of this job, the same after its restarts; None without one that no other job has."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -77,8 +82,8 @@ class Ranks:
 
     @property
     def draws_bars(self) -> bool:
-        """Whether this rank draws progress bars: the main one, unless its command is quiet, or logs every batch."""
-        return self.is_main and _log.getEffectiveLevel() == logging.WARNING
+        """Whether this rank draws progress bars."""
+        return self.is_main and shows_bars()
 
     @property
     def cores(self) -> int:

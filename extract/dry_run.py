@@ -67,10 +67,11 @@ def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[st
         "image_size": provenance.image_size,
         "backbone": survey.recorded.backbone,
     }
+    blocks = f"{len(pending):,} of {count_blocks(layout.blocks)}"
     lines = [
         *survey.notes,
         f"would embed {to_do:,} tiles at {provenance.image_size} px in {provenance.precision} and keep "
-        f"{rows - to_do:,}: {len(pending):,} of {count_blocks(layout.blocks)} of {survey.cache} (version {survey.version_id})",
+        f"{rows - to_do:,}: {blocks} of {survey.cache} (version {survey.version_id})",
         f"would read {values['bytes_to_read'] / _MIB:,.1f} MiB of tiles, for a cache of "
         f"{values['cache_bytes'] / _MIB:,.1f} MiB",
         "dry run: nothing was written",

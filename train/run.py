@@ -63,7 +63,7 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
     with stop_on_signals(), join_ranks(config.device) as ranks:
         start = None
         try:
-            config, head, notes = ranks.run_on_main(lambda: _resolve(config))
+            config, head, notes = ranks.run_on_main(lambda: resolve_config(config))
             config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
             sets = ranks.run_everywhere(lambda: read_sets(config, ranks.device))
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
@@ -115,7 +115,7 @@ def _say(ranks: Ranks, line: str) -> None:
         print(line, flush=True)
 
 
-def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
+def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
     """The settings a run really uses: a resumed run's own, or completed from the head it starts from."""
     if config.resume:
         run = RunDirectory.resume(config.run)
@@ -164,8 +164,12 @@ def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
     return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
 
 
-def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
-    """Rank 0: check what would fail later, then make or reopen the run directory."""
+def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> tuple[str, ...]:
+    """Refuse what would fail later, before anything is written; returns what to say of the room on disk.
+
+    Raises:
+        TileprobeError: the run cannot be made.
+    """
     version = sets.train.version
     if config.backbone and follow_links(config.backbone) != follow_links(version.recorded.backbone):
         raise ProvenanceError(
@@ -176,11 +180,16 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
         check_head(head.meta, sets.train)
     if config.unfreeze:
         check_finetuning([cache for cache in (sets.train, sets.val, sets.test) if cache is not None], config.unfreeze)
-    room: tuple[str, ...] = ()
-    if config.cache_prefix and config.unfreeze:
-        views = config.make_augmentation().count_views()
-        prefixes = plan_prefixes(sets.train, sets.val, config.scratch, config.unfreeze, views)
-        room = (check_room(prefixes, agreed=config.large_prefix),)
+    if not (config.cache_prefix and config.unfreeze):
+        return ()
+    views = config.make_augmentation().count_views()
+    prefixes = plan_prefixes(sets.train, sets.val, config.scratch, config.unfreeze, views)
+    return (check_room(prefixes, agreed=config.large_prefix),)
+
+
+def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
+    """Rank 0: check what would fail later, then make or reopen the run directory."""
+    room = check_run(config, head, sets)
     if config.resume:
         run = RunDirectory.resume(config.run)
         _refuse_other_tiles(run, config.cache, sets)
@@ -194,7 +203,7 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
     # The settings last: with them the directory is a run, which can be resumed.
-    write_settings(run, config, version)
+    write_settings(run, config, sets.train.version)
     run.finish()
     return Start(
         run,
