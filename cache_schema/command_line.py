@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import click
@@ -178,6 +179,18 @@ def exit_interrupted() -> NoReturn:
     sys.exit(128 + signal.SIGINT)
 
 
+def _end_quietly(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Ctrl-C before a command runs: while its modules are imported, torch among them, which takes seconds."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    try:
+        exit_interrupted()
+    except SystemExit as stop:
+        sys.stderr.flush()
+        os._exit(int(stop.code or 0))  # else the interpreter ends by the signal itself
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for its job: the only one, or the first that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
@@ -306,3 +319,6 @@ _JSON_OPTION = click.Option(
     callback=_note(_JSON),
     help="Print one JSON object on stdout, and everything for people on stderr.",
 )
+
+# By being imported: between the imports of a `__main__` there is no place for a call.
+sys.excepthook = _end_quietly
