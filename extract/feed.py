@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.forkserver import ensure_running
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -146,9 +146,10 @@ def _make_forkserver() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["extract.feed"])
     # Ctrl-C goes to every process of a terminal. The rank answers it; its workers end with it, and keep quiet.
+    resource_tracker.ensure_running()  # whose start, later, would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        ensure_running()  # inherits the mask, and its workers from it
+        forkserver.ensure_running()  # inherits the mask, and its workers from it
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
