@@ -20,6 +20,7 @@ from cache_schema import TileprobeError
 from .batch import PendingBatch, TileBatch, TileRequest
 from .errors import RunError
 from .source import CONCURRENT_READS, Source
+from .stop import put_off_signals
 
 PREFETCHED_BATCHES = 2
 """Finished batches per worker that may wait to be used; one more is being decoded, and one fetched."""
@@ -64,7 +65,9 @@ class TileFeed:
         """
         self._batches.current = batches
         try:
-            for item in self._loader:
+            with put_off_signals():  # a worker still on its way when its rank is gone would leave a traceback
+                items = iter(self._loader)
+            for item in items:
                 if isinstance(item, TileprobeError):
                     raise item
                 yield item

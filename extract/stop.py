@@ -2,10 +2,13 @@
 
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+_ANSWERED = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
@@ -38,12 +41,29 @@ def act_on_signals(act: Callable[[int], None]) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         act(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in _ANSWERED}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def put_off_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGINT wait until this is over, then be answered as before. Only the main thread can."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in _ANSWERED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 @contextmanager
