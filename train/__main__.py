@@ -88,8 +88,8 @@ def sweep(lrs: str, weight_decays: str, losses: str, features: str, heads: str, 
     run_sweep(_make_config(options), grid, seeds)
 
 
-_OF_LADDER = ("unfreeze", "head_run", "head")
-"""Options of a trainer that differ from rung to rung."""
+_OF_LADDER = ("unfreeze", "head_run", "head", "dry_run")
+"""Options of a trainer that differ from rung to rung, or that none can have."""
 
 
 @main.command(
@@ -244,6 +244,7 @@ def _read_rung_options(
         raise TrainError(
             f"{name} {text}: {str(reason).rstrip('.')}: see `python -m train {command.name} -h`"
         ) from error
+    options.pop("dry_run", None)
     _make_training_config(options)
     return tuple(given)
 
