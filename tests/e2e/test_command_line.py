@@ -342,6 +342,7 @@ def test_a_dry_extraction_writes_nothing_and_says_what_the_real_one_does(made: P
     (tiles / "labels/s11_4.txt").unlink()
     dry = foretell()
     assert dry["changes"] == {"new": 1, "changed": 1, "removed": 1, "relabelled": 1, "kept": 57}
+    assert dry["bytes_to_read"] == sum((tiles / f"images/{name}.png").stat().st_size for name in ("s99_0", "s00_1"))
     real = do()
     assert (
         (dry["version"], dry["to_do"], dry["kept"])
