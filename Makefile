@@ -8,12 +8,13 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
 READY := $(if $(VENV),$(VENV)/.ready)
-UNFREEZE ?= 3
 NNODES ?= 1
 NODE_RANK ?= 0
 
+# Settings of the user's own, in a file or in the environment: the commands read them where no variable is set here.
+SETTINGS := $(wildcard tileprobe.toml)$(filter TILEPROBE_%,$(.VARIABLES))
 # With nothing set and nothing of the user's own extracted yet, targets run on the demo's bucket and backbone.
-DEMO := $(if $(TILES)$(CACHE)$(BACKBONE)$(wildcard cache/last),,yes)
+DEMO := $(if $(TILES)$(CACHE)$(BACKBONE)$(wildcard cache/last)$(SETTINGS),,yes)
 RUNS := $(if $(DEMO),runs/demo,runs)
 CACHE_USED := $(if $(DEMO),cache/demo/train,$(CACHE))
 SERVED := $(if $(DEMO),$(PYTHON) -m extract demo --)
@@ -24,9 +25,12 @@ LAUNCH = $(PYTHON) -m extract.launch $(if $(NPROC),--nproc-per-node=$(NPROC)) \
 	$(if $(RDZV),--nnodes=$(NNODES) --node-rank=$(NODE_RANK) --rdzv-backend=c10d --rdzv-endpoint=$(RDZV),--standalone)
 TRAIN = $(if $(CACHE_USED),--cache '$(CACHE_USED)') $(if $(BACKBONE),--backbone '$(BACKBONE)') \
 	$(if $(VAL_CACHE),--val-cache '$(VAL_CACHE)') $(if $(TEST_CACHE),--test-cache '$(TEST_CACHE)') $(ARGS)
-EXTRACT = --tiles '$(if $(DEMO),demo://train,$(TILES))' --backbone '$(if $(DEMO),demo,$(or $(BACKBONE),vitl16))' \
-	$(if $(CACHE_USED),--cache '$(CACHE_USED)') $(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE))
-TARGET = --run-dir '$(or $(RUN),$(RUNS)/head)' $(if $(TILES),--tiles '$(TILES)',$(if $(CACHE),--cache '$(CACHE)')) $(ARGS)
+EXTRACT = $(if $(DEMO),--tiles demo://train --backbone demo) $(if $(TILES),--tiles '$(TILES)') \
+	$(if $(BACKBONE),--backbone '$(BACKBONE)') $(if $(CACHE_USED),--cache '$(CACHE_USED)') \
+	$(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE))
+# A run's place: as RUN says, else the demo's or the command's own.
+PLACE = $(if $(or $(RUN),$(DEMO)),--run-dir '$(or $(RUN),$(RUNS)/$(1))')
+TARGET = $(call PLACE,head) $(if $(TILES),--tiles '$(TILES)',$(if $(CACHE),--cache '$(CACHE)')) $(ARGS)
 
 help: ## show this help
 	@echo "tileprobe: embed tiles once with DINOv3, train classifiers on the cached vectors"
@@ -52,18 +56,18 @@ extract: $(READY) ## embed every tile under TILES=gs://bucket/prefix once [BACKB
 	@$(SERVED) $(LAUNCH) -m extract run $(EXTRACT) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 
 train-head: $(READY) ## fit the head on cached vectors [CACHE VAL_CACHE TEST_CACHE]
-	@$(LAUNCH) -m train head --run-dir '$(or $(RUN),$(RUNS)/head)' $(TRAIN)
+	@$(LAUNCH) -m train head $(call PLACE,head) $(TRAIN)
 
 sweep: $(READY) ## fit heads of 64 settings together, rank them, keep the best [CACHE VAL_CACHE TEST_CACHE]
-	@$(if $(NPROC),$(LAUNCH),$(PYTHON)) -m train sweep --run-dir '$(or $(RUN),$(RUNS)/sweep)' $(TRAIN)
+	@$(if $(NPROC),$(LAUNCH),$(PYTHON)) -m train sweep $(call PLACE,sweep) $(TRAIN)
 
 finetune: $(READY) ## train the last UNFREEZE=3 layers on streamed tiles, from the cached head
-	@$(SERVED) $(LAUNCH) -m train finetune --run-dir '$(or $(RUN),$(RUNS)/finetune)' --unfreeze $(UNFREEZE) \
+	@$(SERVED) $(LAUNCH) -m train finetune $(call PLACE,finetune) $(if $(UNFREEZE),--unfreeze $(UNFREEZE)) \
 		$(if $(DEMO),$(DEMO_FINETUNE)) $(TRAIN)
 
 ladder: $(READY) ## was it worth it? nearest neighbours, heads, 1, 3, 6, all layers on one split: one table
 	@$(if $(RDZV),$(error a ladder runs on one machine: leave RDZV and NNODES unset))
-	@$(SERVED) $(PYTHON) -m train ladder --run-dir '$(or $(RUN),$(RUNS)/ladder)' $(if $(NPROC),--nproc $(NPROC)) \
+	@$(SERVED) $(PYTHON) -m train ladder $(call PLACE,ladder) $(if $(NPROC),--nproc $(NPROC)) \
 		$(if $(DEMO),--finetune-options '$(DEMO_FINETUNE)') $(TRAIN)
 
 predict: $(READY) ## write what RUN=runs/head says of TILES, or of INPUT='a.png dir scene.tif' [OUT=predictions.geojson]
@@ -73,7 +77,7 @@ evaluate: $(READY) ## score RUN on labelled TILES or a CACHE
 	@$(SERVED) $(LAUNCH) -m train evaluate $(TARGET)
 
 export: $(READY) ## write RUN=runs/finetune as a checkpoint for transformers (and BACKBONE), its head, and ONNX
-	@$(PYTHON) -m train export --run-dir '$(or $(RUN),$(RUNS)/finetune)' $(ARGS)
+	@$(PYTHON) -m train export $(call PLACE,finetune) $(ARGS)
 
 info: $(READY) ## (more) say what CACHE holds
 	@$(PYTHON) -m cache_schema info '$(or $(CACHE_USED),$(shell cat cache/last 2>/dev/null))'

@@ -203,6 +203,15 @@ class Backbone(nn.Module):
             )
         return cls(vit.to(device))
 
+    @classmethod
+    def outline(cls, checkpoint: Checkpoint) -> Self:
+        """The architecture alone, on torch's meta device: to count parameters without reading or holding any."""
+        from transformers import AutoConfig, AutoModel
+
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        with torch.device("meta"):
+            return cls(AutoModel.from_config(config, attn_implementation=ATTENTION))
+
     @property
     def layers(self) -> nn.ModuleList:
         """The transformer layers, wherever this release of transformers keeps them."""

@@ -1,7 +1,6 @@
 """Whether an extraction and the training after it can work, and what it would take: said in seconds, before an hour is
 spent."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,23 +53,15 @@ class DoctorConfig:
             raise ConfigError(f"--price-per-hour {self.price_per_hour}: a price, 0 or more")
 
 
-def run_doctor(config: DoctorConfig, *, as_json: bool) -> bool:
-    """Examine, and print each finding as it comes, or all of them as one JSON list of
-    {check, status, detail, remedy}.
-
-    Returns:
-        whether nothing failed.
-    """
+def run_doctor(config: DoctorConfig) -> list[Finding]:
+    """Examine, print each finding as it comes, and a verdict at the end."""
     with stop_on_signals():
-        findings = examine(config, (lambda finding: None) if as_json else (lambda finding: print(finding, flush=True)))
+        findings = examine(config, lambda finding: print(finding, flush=True))
     failed = [finding.check for finding in findings if finding.status == "fail"]
-    if as_json:
-        print(json.dumps([finding.to_json() for finding in findings], indent=2))
-    else:
-        count = [sum(finding.status == status for finding in findings) for status in ("ok", "warning", "skipped")]
-        verdict = f"this extraction cannot work yet: mend {', '.join(failed)}" if failed else "this extraction can work"
-        print(f"{verdict} ({len(failed)} failed, {count[1]} warnings, {count[0]} ok, {count[2]} skipped)")
-    return not failed
+    count = [sum(finding.status == status for finding in findings) for status in ("ok", "warning", "skipped")]
+    verdict = f"this extraction cannot work yet: mend {', '.join(failed)}" if failed else "this extraction can work"
+    print(f"{verdict} ({len(failed)} failed, {count[1]} warnings, {count[0]} ok, {count[2]} skipped)")
+    return findings
 
 
 def examine(config: DoctorConfig, say: Callable[[Finding], None]) -> list[Finding]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from cache_schema import TileTable
 
+from ..distributed import shows_bars
 from ..errors import SourceError
 from ..listing import build_table, is_tile, label_name
 from ..source import GcsSource, ListedPage, Source, open_source
@@ -147,7 +148,10 @@ def check_layout(source: Source, *, unlabelled: bool, seconds: float = LISTING_S
     Raises:
         SourceError: nothing that could be embedded.
     """
-    with tqdm(desc="listing", unit=" objects", leave=False) as bar, ThreadPoolExecutor(1) as thread:
+    with (
+        tqdm(desc="listing", unit=" objects", leave=False, disable=not shows_bars()) as bar,
+        ThreadPoolExecutor(1) as thread,
+    ):
         deadline = time.monotonic() + seconds
         listed_labels = thread.submit(_list, source, "labels", deadline, bar)
         images, all_images = _list(source, "images", deadline, bar)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from google.cloud import storage
 
+from cache_schema.command_line import DONE, FOUND
 from extract.__main__ import run as run_command_line
 from tests.checkpoints import make_checkpoint
 from tests.hub import Hub, refuse
@@ -45,13 +46,13 @@ class Report:
 def read_report(finished: Finished) -> Report:
     assert "Traceback" not in finished.err
     assert not finished.errors
-    found = json.loads(finished.out)
+    found = json.loads(finished.out)["checks"]
     for finding in found:
         assert list(finding) == ["check", "status", "detail", "remedy"]
         assert bool(finding["remedy"]) == (finding["status"] != "ok"), finding
         assert "\n" not in finding["detail"] + finding["remedy"], finding
     failed = any(finding["status"] == "fail" for finding in found)
-    assert finished.status == int(failed)
+    assert finished.status == (FOUND if failed else DONE)
     return Report({finding["check"]: finding for finding in found}, finished.status)
 
 
@@ -131,7 +132,7 @@ def test_lines_for_people(patient: Patient) -> None:
     assert lines[-1] == "this extraction can work (0 failed, 1 warnings, 16 ok, 0 skipped)"
     assert "\x1b" not in finished.out
     finished = run_here(run_command_line, patient.root, *common, "./nowhere")
-    assert finished.status == 1
+    assert finished.status == FOUND
     assert finished.out.splitlines()[-1].startswith("this extraction cannot work yet: mend backbone (1 failed, 1 warn")
     assert "Traceback" not in finished.err
 
@@ -293,7 +294,7 @@ def test_one_thing_broken(
     assert re.search(remedy, report.findings[check]["remedy"]), report.findings[check]
     assert report.states() == {check: status} | dict.fromkeys(skipped, "skipped")
     assert list(report.findings) == CHECKS
-    assert report.status == int(status == "fail")
+    assert report.status == (FOUND if status == "fail" else DONE)
 
 
 def test_tiles_without_labels_are_asked_for(patient: Patient) -> None:

@@ -59,7 +59,7 @@ def test_raw_xview_to_a_report(tmp_path: Path, bucket: storage.Bucket, make: Mak
     cut = read_labels(bucket, "xview/train")
     assert {name.split("_")[0] for name in cut} == set(raw.scenes)
 
-    checks = json.loads(make("doctor", f"TILES={tiles}", "BACKBONE=demo", "ARGS=--json"))
+    checks = json.loads(make("doctor", f"TILES={tiles}", "BACKBONE=demo", "ARGS=--json"))["checks"]
     assert {check["status"] for check in checks} <= {"ok", "warning"}, checks
 
     said = make("extract", f"TILES={tiles}", "BACKBONE=demo", "CACHE=cache/tiles")
