@@ -1,4 +1,4 @@
-"""python -m train head|sweep|finetune|ladder|evaluate|predict|export|triage"""
+"""python -m train head|sweep|finetune|ladder|evaluate|predict|report|export|triage"""
 
 import shlex
 import sys
@@ -111,6 +111,16 @@ def predict(
     from .infer import Target, run_prediction
 
     run_prediction(run, Target(tiles, cache), out, tta=tta, device=device, workers=workers)
+
+
+@main.command()
+@click.option("--run-dir", "run", default="runs/head", help="The run to report on.")
+@click.option("--no-images", is_flag=True, help="Leave every picture of a tile out, for imagery that may not be shared.")
+def report(run: str, no_images: bool) -> None:
+    """Write a run's report.html and model_card.md anew, with a map of its embeddings and thumbnails of its tiles."""
+    from .report.rewrite import run_report
+
+    run_report(run, images=not no_images)
 
 
 @main.command()
