@@ -115,7 +115,7 @@ def predict(
 
 @main.command()
 @click.option("--run-dir", "run", default="runs/head", help="The run to report on.")
-@click.option("--no-images", is_flag=True, help="Leave every picture of a tile out, for imagery that may not be shared.")
+@click.option("--no-images", is_flag=True, help="Leave every picture out, for imagery that may not be shared.")
 def report(run: str, no_images: bool) -> None:
     """Write a run's report.html and model_card.md anew, with a map of its embeddings and thumbnails of its tiles."""
     from .report.rewrite import run_report

@@ -93,4 +93,5 @@ def bin_decisions(probs: FloatArray, labels: BoolArray, bins: int = BINS) -> lis
 def measure_distance(bins: Sequence[Bin]) -> float | None:
     """The expected calibration error of binned decisions; None where there are none."""
     total = sum(part["count"] for part in bins)
-    return sum(part["count"] * abs(part["prob"] - part["positive"]) for part in bins if part["count"]) / total if total else None
+    far = sum(part["count"] * abs(part["prob"] - part["positive"]) for part in bins if part["count"])
+    return far / total if total else None

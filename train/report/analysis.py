@@ -1,4 +1,4 @@
-"""What follows from probabilities and labels: precision-recall curves, errors by co-occurrence, best and worst tiles."""
+"""What follows from probabilities and labels: curves, errors by co-occurrence, best and worst tiles."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .commands import list_commands
 from .facts import Facts
-from .licences import Licences, find_licences
+from .licences import DINOV3_URL, XVIEW_SITE, XVIEW_URL, Licences, find_licences
 
 _SCORED = (("f1", "F1 weighted", "f1_weighted"), ("f1", "F1 macro", "f1_macro"), ("mAP", "mAP", "map_macro"))
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&$])")
@@ -18,9 +18,16 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&$])")
 def write_card(facts: Facts) -> None:
     """Write model_card.md beside the report."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("train.report", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=jinja2.PackageLoader("train.report", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters |= {"md": escape_markdown, "figure": lambda value: "n/a" if value is None else f"{value:.3f}"}
+    environment.filters |= {
+        "md": escape_markdown,
+        "note": _link_notes,
+        "figure": lambda value: "n/a" if value is None else f"{value:.3f}",
+    }
     licences = find_licences(facts)
     text = environment.get_template("model_card.md.jinja").render(
         facts=facts, front=_make_front(facts, licences), licences=licences, commands=list_commands(facts)
@@ -31,6 +38,14 @@ def write_card(facts: Facts) -> None:
 def escape_markdown(text: object) -> str:
     """Text from outside as Markdown that shows it on one line, and nothing else: a class may be named `|<script>`."""
     return _MARKUP.sub(r"\\\1", " ".join(str(text).split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def _link_notes(note: str) -> str:
+    """A note on licences, where the addresses that this program knows stay links."""
+    text = escape_markdown(note)
+    for url in (DINOV3_URL, XVIEW_SITE, XVIEW_URL):
+        text = text.replace(escape_markdown(url), f"<{url}>")
+    return text
 
 
 def _make_front(facts: Facts, licences: Licences) -> str:

@@ -33,7 +33,13 @@ def describe_extraction(settings: Json, cache: str) -> str:
         "cache": cache,
     }
     return shlex.join(
-        ["python", "-m", "extract", "run", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+        [
+            "python",
+            "-m",
+            "extract",
+            "run",
+            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+        ]
     )
 
 

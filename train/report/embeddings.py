@@ -67,8 +67,8 @@ def make_map(version: Version, rows: npt.NDArray[np.int64], features: str, seed:
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)
     drawn = "" if len(chosen) == len(rows) else f" drawn from {len(rows):,}, at most {MOST_OF_A_BLOCK} of a block"
     method = (
-        f"scikit-learn's t-SNE (perplexity {perplexity:.3g}, seed {seed}) of the {components} main components of the "
-        f"vectors at length 1; {len(chosen):,} validation tiles{drawn}"
+        f"The t-SNE of scikit-learn (perplexity {perplexity:.3g}, seed {seed}) of the {components} main components of "
+        f"the vectors at length 1; {len(chosen):,} validation tiles{drawn}"
     )
     return EmbeddingMap(chosen, np.asarray(points, np.float64), method)
 

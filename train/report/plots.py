@@ -51,12 +51,12 @@ class Axes:
             parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
             parts.append(f'<text class="mid" x="{x:.1f}" y="{floor + 16}">{format_tick(tick)}</text>')
         parts.append(f'<line class="axis" x1="{self.left}" x2="{right}" y1="{floor}" y2="{floor}"/>')
-        parts.append(f'<text class="mid" x="{(self.left + right) / 2:.1f}" y="{self.height - 4}">{escape(x_label)}</text>')
+        parts.append(
+            f'<text class="mid" x="{(self.left + right) / 2:.1f}" y="{self.height - 4}">{escape(x_label)}</text>'
+        )
         middle = (self.top + floor) / 2
         if y_label:
-            parts.append(
-                f'<text class="mid" transform="rotate(-90)" x="{-middle:.1f}" y="11">{escape(y_label)}</text>'
-            )
+            parts.append(f'<text class="mid" transform="rotate(-90)" x="{-middle:.1f}" y="11">{escape(y_label)}</text>')
         return Markup("".join(parts))
 
     def draw_line(self, points: Points, name: str) -> Markup:
@@ -91,7 +91,11 @@ def choose_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def draw_history(
-    history: Sequence[Mapping[str, Any]], series: Mapping[str, tuple[str, str]], best: int | None, y_label: str, text: str
+    history: Sequence[Mapping[str, Any]],
+    series: Mapping[str, tuple[str, str]],
+    best: int | None,
+    y_label: str,
+    text: str,
 ) -> Markup | None:
     """Figures of every epoch as lines, and the best epoch as an upright one.
 
@@ -104,9 +108,7 @@ def draw_history(
     Returns:
         None where there is nothing to draw.
     """
-    lines = {
-        key: [(line["epoch"], line[key]) for line in history if line.get(key) is not None] for key in series
-    }
+    lines = {key: [(line["epoch"], line[key]) for line in history if line.get(key) is not None] for key in series}
     values = [y for points in lines.values() for _, y in points]
     if not values:
         return None
@@ -129,23 +131,27 @@ def draw_intervals(rows: Sequence[Mapping[str, Any]], text: str) -> Markup:
     """Figures of a model as dots with their intervals, and those of baselines beside them, a line each.
 
     Args:
-        rows: `name`, `value`, `interval` (None where unknown) and `baselines`, pairs of a class of the style sheet and a
-            figure.
+        rows: `name`, `value`, `interval` (None where unknown) and `baselines`, pairs of a class of the style sheet and
+            a figure.
         text: what is to be seen.
     """
-    known = [value for row in rows for value in (row["value"], *(row["interval"] or ()), *(v for _, v in row["baselines"]))]
+    known = [
+        value for row in rows for value in (row["value"], *(row["interval"] or ()), *(v for _, v in row["baselines"]))
+    ]
     high = min(1.0, max([0.1, *known]) * 1.08)
-    axes = Axes((0, high), (0, len(rows)), height=44 * len(rows) + 44, left=86)
+    axes = Axes((0, high), (0, len(rows)), height=36 * len(rows) + 40, left=86)
     parts = [axes.draw_frame("", "", choose_ticks(0, high), [])]
     for i, row in enumerate(reversed(rows)):
         y = axes.y(i + 0.5)
         parts.append(Markup('<text class="end" x="78" y="{:.1f}">{}</text>').format(y + 4, row["name"]))
-        parts.append(Markup(f'<line class="grid" x1="{axes.left}" x2="{axes.width - axes.right}" y1="{y:.1f}" y2="{y:.1f}"/>'))
+        parts.append(
+            Markup(f'<line class="grid" x1="{axes.left}" x2="{axes.width - axes.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        )
         if row["interval"]:
             low, top = (axes.x(value) for value in row["interval"])
             parts.append(Markup(f'<line class="bar" x1="{low:.1f}" x2="{top:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'))
         parts += [draw_marker(name, axes.x(value), y) for name, value in row["baselines"]]
-        parts.append(axes.draw_dot(row["value"], i + 0.5, "own", 5))
+        parts.append(axes.draw_dot(row["value"], i + 0.5, "own", 4))
     return make_svg(axes, text, *parts)
 
 

@@ -16,10 +16,11 @@ from ..errors import TrainError
 from ..rundir import RunDirectory
 from ..triage import COLUMNS
 from .analysis import choose_extremes
+from .classes import count_of_a_kind
 from .embeddings import LEAST_POINTS, EmbeddingMap, make_map
 from .facts import Evidence, Facts
-from .page import MOST_DOUBTS, Extras, LeftOut, count_of_a_kind, write_report
-from .tiles import MOST_IMAGES, Thumbnails, read_thumbnails
+from .page import MOST_DOUBTS, Extras, LeftOut, write_report
+from .tiles import MOST_IMAGES, Thumbnail, Thumbnails, read_thumbnails
 
 DOUBTS = "doubts.csv"
 _SHOWN_DOUBTS = 24
@@ -48,7 +49,7 @@ def run_report(run: str, *, images: bool) -> None:
     except OSError as error:
         raise TrainError(f"cannot write {directory}/report.html: {error.strerror}: make room or access") from error
     size = (directory.path / "report.html").stat().st_size / 2**20
-    print(f"{directory}/report.html ({size:.1f} MB, {len(extras.uris):,} thumbnails), {directory}/model_card.md")
+    print(f"{directory}/report.html ({size:.1f} MB, {len(extras.pictures):,} thumbnails), {directory}/model_card.md")
     for part in extras.left_out:
         print(f"left out: {part.part}: {part.why}")
 
@@ -60,7 +61,7 @@ def gather_extras(facts: Facts, *, images: bool) -> Extras:
     if evidence is None:
         why = LeftOut("thumbnails and map", facts.lacking)
         return Extras(doubts=doubts, left_out=[*left_out, why])
-    uris: dict[str, str] = {}
+    pictures: dict[str, Thumbnail] = {}
     drawn = None
     try:
         version = _open_version(facts, evidence)
@@ -73,13 +74,13 @@ def gather_extras(facts: Facts, *, images: bool) -> Extras:
     if images:
         try:
             found = _read_tiles(facts, evidence, version, [line["tile"] for line in doubts[:_SHOWN_DOUBTS]])
-            uris = found.uris
+            pictures = found.pictures
             left_out += [LeftOut("some thumbnails", reason) for reason in found.lacking]
         except TileprobeError as error:
             left_out.append(LeftOut("thumbnails", str(error)))
     else:
         left_out.append(LeftOut("thumbnails", "--no-images"))
-    return Extras(uris, drawn, doubts, left_out)
+    return Extras(pictures, drawn, doubts, left_out)
 
 
 def _open_version(facts: Facts, evidence: Evidence) -> Version:
@@ -110,9 +111,7 @@ def _read_tiles(facts: Facts, evidence: Evidence, version: Version, doubted: lis
     shown = [
         int(evidence.rows[i])
         for c in range(len(classes))
-        for i in choose_extremes(
-            evidence.calibrated[:, c], evidence.labels[:, c], evidence.preds[:, c], most=most
-        )
+        for i in choose_extremes(evidence.calibrated[:, c], evidence.labels[:, c], evidence.preds[:, c], most=most)
     ][: MOST_IMAGES - _SHOWN_DOUBTS]
     table = version.read_table()
     names = np.array(sorted(set(doubted)), np.dtypes.StringDType())
@@ -131,8 +130,12 @@ def _read_doubts(facts: Facts) -> tuple[list[dict[str, str]], list[LeftOut]]:
             lines = list(islice(reader, MOST_DOUBTS))
         if any(None in line.values() or None in line for line in lines):
             raise ValueError("a line of it is cut short, or too long")
+        for line in lines:
+            for name in ("doubt", "out_of_fold_probability"):
+                float(line[name])
     except FileNotFoundError:
-        why = f"no {DOUBTS} in the run: `python -m train triage --run-dir {facts.run} --out {facts.run}/{DOUBTS}` makes it"
+        command = f"python -m train triage --run-dir {facts.run} --out {facts.run}/{DOUBTS}"
+        why = f"no {DOUBTS} in the run: `{command}` makes it"
         return [], [] if facts.config.unfreeze else [LeftOut("label doubts", why)]
     except (OSError, ValueError, csv.Error) as error:
         return [], [LeftOut("label doubts", f"{path} cannot be read: {error}")]

@@ -28,15 +28,21 @@ _READERS = 8
 """A tile may be 192 MB once it is decoded, so not as many at once as an extraction reads."""
 
 
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture as data URI, and its size in pixels."""
+
+    uri: str
+    width: int
+    height: int
+
+
 @dataclass(frozen=True, eq=False)
 class Thumbnails:
-    """Data URIs by the name of their tile, and a line for each reason why others are lacking."""
+    """Pictures by the name of their tile, and a line for each reason why others are lacking."""
 
-    uris: dict[str, str]
+    pictures: dict[str, Thumbnail]
     lacking: tuple[str, ...]
-
-    def describe(self) -> str:
-        return "; ".join(self.lacking)
 
 
 def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Thumbnails:
@@ -52,45 +58,45 @@ def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Th
     """
     wanted = list(dict.fromkeys(rows))
     limit = min(_MOST_EACH, MOST_BYTES * 3 // 4 // max(len(rows), 1))
-    uris: dict[str, str] = {}
+    pictures: dict[str, Thumbnail] = {}
     problems: dict[str, list[str]] = {}
 
-    def read(row: int) -> tuple[str, str, str]:
-        """Name, data URI, and what went wrong."""
+    def read(row: int) -> tuple[str, Thumbnail | None, str]:
+        """Name, picture, and what went wrong."""
         name = str(table.tile[row])
         try:
             data = source.read(name, int(table.generation[row]))
             if len(data) != table.size[row] or len(data) > MAX_FILE_BYTES:
-                return name, "", "changed since the extraction"
+                return name, None, "changed since the extraction"
             return name, encode_thumbnail(decode_tile(data), limit), ""
         except UndecodableTileError:
-            return name, "", "cannot be decoded"
+            return name, None, "cannot be decoded"
 
-    def read_rest(row: int) -> tuple[str, str, str]:
+    def read_rest(row: int) -> tuple[str, Thumbnail | None, str]:
         try:
             return read(row)
         except TileprobeError:
-            return str(table.tile[row]), "", "cannot be read any more"
+            return str(table.tile[row]), None, "cannot be read any more"
 
-    def results() -> Iterator[tuple[str, str, str]]:
+    def results() -> Iterator[tuple[str, Thumbnail | None, str]]:
         # Where nothing can be reached, one tile takes a reader's patience, and 600 would take it all day.
         yield from map(read, wanted[:1])
         with ThreadPoolExecutor(_READERS) as threads:
             yield from threads.map(read_rest, wanted[1:])
 
-    for name, uri, problem in tqdm(results(), total=len(wanted), unit="tile", desc="thumbnails"):
-        if uri:
-            uris[name] = uri
+    for name, picture, problem in tqdm(results(), total=len(wanted), unit="tile", desc="thumbnails"):
+        if picture:
+            pictures[name] = picture
         else:
             problems.setdefault(problem, []).append(name)
     lacking = [
         f"{len(names):,} of {len(wanted):,} tiles {problem}, such as {names[0]}" for problem, names in problems.items()
     ]
-    return Thumbnails(uris, tuple(lacking))
+    return Thumbnails(pictures, tuple(lacking))
 
 
-def encode_thumbnail(image: npt.NDArray[np.uint8], limit: int) -> str:
-    """A (H, W, 3) tile as data URI of a WebP of 144 pixels' longer side, in the best quality that fits `limit` bytes."""
+def encode_thumbnail(image: npt.NDArray[np.uint8], limit: int) -> Thumbnail:
+    """A (H, W, 3) tile as WebP of 144 pixels' longer side, in the best quality that fits `limit` bytes."""
     small = Image.fromarray(image)
     small.thumbnail((SIDE, SIDE))
     data = b""
@@ -100,4 +106,4 @@ def encode_thumbnail(image: npt.NDArray[np.uint8], limit: int) -> str:
         data = stream.getvalue()
         if len(data) <= limit:
             break
-    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"
+    return Thumbnail(f"data:image/webp;base64,{base64.b64encode(data).decode()}", *small.size)
