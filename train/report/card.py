@@ -12,7 +12,7 @@ from .facts import Facts
 from .licences import DINOV3_URL, XVIEW_SITE, XVIEW_URL, Licences, find_licences
 
 _SCORED = (("f1", "F1 weighted", "f1_weighted"), ("f1", "F1 macro", "f1_macro"), ("mAP", "mAP", "map_macro"))
-_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&$])")
+_MARKUP = re.compile(r"([\\`*_\[\]()#|<>~&$])")
 
 
 def write_card(facts: Facts) -> None:
@@ -55,7 +55,8 @@ def _make_front(facts: Facts, licences: Licences) -> str:
             task_type="image-classification",
             task_name="multi-label classification of tiles",
             dataset_type="tiles",
-            dataset_name=name,
+            dataset_name="tiles of this run",
+            dataset_split=name,
             metric_type=kind,
             metric_name=title,
             metric_value=round(metrics[key], 4),

@@ -69,10 +69,7 @@ def _make_tile(
     evidence: Evidence, names: Sequence[str], i: int, c: int, pictures: Mapping[str, Thumbnail]
 ) -> dict[str, Any]:
     tile = str(evidence.tiles[i])
-    truth, said = (
-        ", ".join(names[d] for d in np.flatnonzero(side[i]).tolist()) or "nothing"
-        for side in (evidence.labels, evidence.preds)
-    )
+    truth, said = (_join_names(names, side[i]) for side in (evidence.labels, evidence.preds))
     return {
         "name": tile,
         "picture": pictures.get(tile),
@@ -87,6 +84,7 @@ def _join_names(names: Sequence[str], chosen: BoolArray) -> str:
 
 
 def name_swaps(facts: Facts) -> list[tuple[str, str, int]]:
+    """Missed class, class that is predicted instead, tiles."""
     assert facts.evidence is not None
     names = facts.class_names
     return [(names[c], names[d], tiles) for c, d, tiles in list_swaps(facts.evidence.labels, facts.evidence.preds)]

@@ -138,9 +138,10 @@ def _read_evidence(run: RunDirectory, config: TrainConfig, metrics: Json) -> Evi
         return f"{VAL_LOGITS} holds no labels: it is an earlier release's; train anew"
     logits, labels = kept["logits"], kept["labels"].astype(bool)
     tiles = np.array(run.read_json("split.json")["val"], np.dtypes.StringDType())
-    if not len(tiles) == len(logits) == len(labels) or logits.shape[1] != len(metrics["per_class"]):
-        return f"{VAL_LOGITS}, split.json and metrics.json are not of one run"
     counted = labels.any(axis=1) if config.data.empty == "drop" else np.ones(len(labels), bool)
+    support = [row["support"] for row in metrics["per_class"]]
+    if not len(tiles) == len(logits) == len(labels) or labels[counted].sum(axis=0).tolist() != support:
+        return f"{VAL_LOGITS}, split.json and metrics.json are not of one run"
     logits, labels, tiles = logits[counted], labels[counted], tiles[counted]
     thresholds = np.array([row["threshold"] for row in metrics["per_class"]], np.float32)
     decisions = Decisions(metrics["calibration"]["temperature"], thresholds)

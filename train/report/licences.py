@@ -72,8 +72,8 @@ def _describe_imagery(tiles: str) -> str:
         return (
             f"The name of the tiles' place, {tiles}, suggests xView, {XVIEW_SITE}, whose images and labels are under "
             f"CC BY-NC-SA 4.0, {XVIEW_URL}, that is: name the source, no commercial use, and pass on what you make of "
-            "them under the same licence. Thumbnails in a report are such copies. If the tiles are not xView's, check the "
-            "licence of your own imagery."
+            "them under the same licence. Thumbnails in a report are such copies. If the tiles are not xView's, check "
+            "the licence of your own imagery."
         )
     return (
         f"Check the licence of your own imagery, {tiles}, before you share pictures of it; `--no-images` leaves every "
