@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo tile doctor extract train-head sweep finetune ladder evaluate predict export info check test soak bench
+.PHONY: help help-all demo tile doctor extract train-head sweep finetune ladder evaluate predict report export info check test soak bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
@@ -39,7 +39,7 @@ help: ## show this help
 
 help-all: ## (more) show every target and every command's options
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
-	@for command in "extract tile" "extract doctor" "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train export" "train triage" \
+	@for command in "extract tile" "extract doctor" "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train report" "train export" "train triage" \
 		"cache_schema info" "cache_schema verify" "cache_schema diff" "cache_schema gc"; do \
 		echo; $(PYTHON) -m $$command --help; done
 
@@ -75,6 +75,9 @@ predict: $(READY) ## write what RUN=runs/head says of TILES, or of INPUT='a.png 
 
 evaluate: $(READY) ## score RUN on labelled TILES or a CACHE
 	@$(SERVED) $(LAUNCH) -m train evaluate $(TARGET)
+
+report: $(READY) ## write report.html and a model card of RUN=runs/head, with thumbnails [ARGS=--no-images]
+	@$(SERVED) $(PYTHON) -m train report --run-dir '$(or $(RUN),$(RUNS)/head)' $(ARGS)
 
 export: $(READY) ## write RUN=runs/finetune as a checkpoint for transformers (and BACKBONE), its head, and ONNX
 	@$(PYTHON) -m train export $(call PLACE,finetune) $(ARGS)

@@ -1,4 +1,4 @@
-"""python -m train head|sweep|finetune|ladder|evaluate|predict|export|triage"""
+"""python -m train head|sweep|finetune|ladder|evaluate|predict|report|export|triage"""
 
 import shlex
 import sys
@@ -182,6 +182,20 @@ def predict(
 
     target = Target(tiles, cache, inputs, window, stride)
     return Outcome(run_prediction(run, target, out, tta=tta, device=device, workers=workers) or {})
+
+
+@main.command(
+    examples=["python -m train report --run-dir runs/head", "python -m train report --run-dir runs/head --no-images"]
+)
+@heading("Data")
+@click.option("--run-dir", "run", default="runs/head", help="The run to report on.")
+@heading("Output")
+@click.option("--no-images", is_flag=True, help="Leave every picture out, for imagery that may not be shared.")
+def report(run: str, no_images: bool) -> None:
+    """Write a run's report.html and model_card.md anew, with a map of its embeddings and thumbnails of its tiles."""
+    from .report.rewrite import run_report
+
+    run_report(run, images=not no_images)
 
 
 @main.command(examples=["python -m train export --run-dir runs/finetune --out exported"])

@@ -375,13 +375,14 @@ def finish_run(
     if beside and beside.audit:
         run.write_json("audit.json", beside.audit.to_json())
     notes = beside.notes if beside else ()
-    from .report import write_report  # matplotlib and tensorboard take a second that only rank 0 has to spend
+    from .report import write_events, write_report  # which take a second that only rank 0 has to spend
 
-    write_report(run, config, results, notes, folds)
+    write_events(run)
+    write_report(run)
     run.finish()
     for title, evaluation in results.items():
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
     for line in (*folds, *notes, *compare_with_plain(run, config, sets, val_logits)):
         print(line)
-    print(f"\nrun: {run} (best/, metrics.json, report.html)", flush=True)
+    print(f"\nrun: {run} (best/, metrics.json, report.html, model_card.md)", flush=True)
     return {"run": str(run), "best_epoch": best.meta.epoch, **written}
