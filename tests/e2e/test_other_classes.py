@@ -124,3 +124,15 @@ def test_without_the_class_list_a_run_is_refused(work: Path) -> None:
     assert len(done.errors) == 1
     assert "of all label lines are ignored" in done.errors[0]
     assert "--taxonomy" in done.errors[0]
+
+
+def test_a_class_list_that_changed_after_training_scores_nothing(work: Path) -> None:
+    classes = work / "classes.csv"
+    before = classes.read_text()
+    try:
+        classes.write_text(before.replace("4,small vehicle", "4,ship").replace("6,ship", "6,small vehicle"))
+        done = train(work, "evaluate", "--run-dir", "runs/head", "--cache", "cache", "--device", "cpu")
+    finally:
+        classes.write_text(before)
+    assert (done.status, len(done.errors)) == (1, 1)
+    assert "classes.csv does not name the classes that runs/head" in done.errors[0]
