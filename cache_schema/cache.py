@@ -38,7 +38,7 @@ from .version import Version
 class Cache(Version):
     """One version, opened for reading, with its labels under a class list.
 
-    Everything is read when it is asked for, its digests checked; tables, status and labels are kept (400 bytes a tile),
+    Everything is read when it is asked for, its digests checked; table, status and labels are kept (some 500 bytes a tile),
     vectors are not. The first look at status or labels reads the whole version once, a few blocks in memory at a time,
     since a block's digest covers its vectors too.
 
@@ -73,10 +73,11 @@ class Cache(Version):
         """The tile table, see `TileTable`."""
         return self.read_table()
 
-    @property
-    def tiles(self) -> npt.NDArray[np.str_]:
-        """(N,) names below TILES, ascending, such as `images/1052_3_7.png`."""
-        return self.table.tile
+    @cached_property
+    def tiles(self) -> npt.NDArray[np.object_]:
+        """(N,) names below TILES, ascending, such as `images/1052_3_7.png`: of Python's own strings, since pandas,
+        xarray and scikit-learn do not all take NumPy's StringDType."""
+        return self.table.tile.astype(object)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ class Cache(Version):
         label_ids = self._settled[1]
         reading = self._label_ids or self.taxonomy.detect_label_ids(label_ids.sum(axis=0, dtype=np.int64))
         decoded = self.taxonomy.decode(label_ids, reading)
-        refuse_meaningless(label_ids, self.tiles, decoded, reading)
+        refuse_meaningless(label_ids, self.table.tile, decoded, reading)
         return decoded
 
     @cached_property
