@@ -38,9 +38,9 @@ from .version import Version
 class Cache(Version):
     """One version, opened for reading, with its labels under a class list.
 
-    Everything is read when it is asked for, its digests checked; table, status and labels are kept (some 500 bytes a tile),
-    vectors are not. The first look at status or labels reads the whole version once, a few blocks in memory at a time,
-    since a block's digest covers its vectors too.
+    Everything is read when it is asked for, its digests checked. Table, status and labels are kept (some 500 bytes a
+    tile), vectors are not. The first look at status or labels reads the whole version once, a few blocks in memory at a
+    time, since a block's digest covers its vectors too.
 
     Attributes:
         taxonomy: the class list.

@@ -127,7 +127,8 @@ def expand(command: str, cwd: Path, extra: str = "") -> list[list[str]]:
     make = ["make", "-n", "-s", "-f", str(ROOT / "Makefile"), "VENV=", *given, f"ARGS={args} {extra}"]
     done = subprocess.run(make, cwd=cwd, env=clean_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines() if line.startswith("python3 -m")]
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("python3 -m")]
 
 
 def clean_environment() -> dict[str, str]:
