@@ -20,7 +20,7 @@ from .layout import LABEL_ID_COLUMNS, BoolArray, UInt16Array
 
 LabelIds = Literal["type", "class"]
 MAX_MEANINGLESS = 0.01
-"""Largest share of label lines that are malformed or name an unknown id."""
+"""Largest share of label lines that are malformed or name an unknown id, for a set to be trained on."""
 
 
 @dataclass(frozen=True)
