@@ -79,7 +79,7 @@ RULES = (
     Rule(
         "python -m cache_schema verify CACHE --sample .*", parsed="starts `python -m extract`, which has its own tests"
     ),
-    Rule("python -m cache_schema diff .*", status=(0, 1)),
+    Rule("python -m cache_schema diff .*", status=(0, 1, 3)),
     Rule("python -m cache_schema (info|verify|gc)( .*)?"),
     Rule("python -m train triage", extra="--device cpu"),
     Rule("python -m train head …", parsed="stands for what a sweep prints"),
