@@ -71,7 +71,10 @@ class Rule:
 RULES = (
     Rule("make demo", parsed="3.5 minutes; its parts have tests of their own"),
     Rule("make (ladder|test|check|bench|soak|help-all)( .*)?", parsed="minutes, or many processes"),
-    Rule("make (tile|extract|export|finetune|predict|report)", parsed="names the target; it is run with its variables"),
+    Rule(
+        "make (tile|extract|export|finetune|predict|report|doctor)",
+        parsed="names the target; it is run with its variables",
+    ),
     Rule("make tile .*", extra="--size 128 --stride 128"),
     Rule("make extract .*", extra=STREAMED),
     Rule("make train-head( .*)?", extra=EPOCHS),
@@ -79,6 +82,7 @@ RULES = (
     Rule("make finetune( .*)?", extra=f"--epochs 1 {STREAMED}"),
     Rule("make (predict|evaluate)( .*)?", extra=STREAMED),
     Rule("make report .*"),
+    Rule("make doctor .*", extra="--device cpu"),
     Rule("python -m train triage --run-dir runs/head --out runs/head/doubts.csv", extra="--device cpu"),
     Rule("make export .*", extra="--no-onnx"),
     Rule("make (info|help)"),
@@ -216,7 +220,7 @@ def stand_in(command: str, work: Path) -> str:
     last = work / "cache" / "last"
     command = re.sub(r"\b(CACHE|OTHER)\b(?!=)", last.read_text().strip() if last.exists() else "none", command)
     command = command.replace("TILES=…", "TILES=tiles").replace("K", "20") if "…" in command else command
-    return f"{command} IMAGE_SIZE=64" if command.startswith("make extract") else command
+    return f"{command} IMAGE_SIZE=64" if command.startswith(("make extract", "make doctor")) else command
 
 
 def test_every_command_is_covered() -> None:
