@@ -231,7 +231,7 @@ def test_every_command_is_covered() -> None:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = {"sh", "python", "text", "diff", "mermaid"}
+    known = {"sh", "python", "text", "diff", "mermaid", "toml"}
     blocks = [block for text in ("README.md", "extract/README.md", "train/README.md") for block in read_blocks(text)]
     assert [block.where for block in blocks if block.language not in known] == []
 
