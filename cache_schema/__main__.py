@@ -12,13 +12,14 @@ from typing import Any
 import click
 import numpy as np
 
+from .cache import open_cache
 from .collect import MIB, find_references, list_versions, remove_versions
 from .command_line import DONE, FOUND, Group, Outcome, heading, run_group
 from .compare import compare_versions
 from .errors import TileprobeError
 from .layout import Status, UInt8Array, count_blocks
 from .owner import own_version
-from .root import CacheRoot, open_cache
+from .root import CacheRoot
 from .settings import isolate
 from .taxonomy import format_histogram
 from .verify import repair_version, verify_version

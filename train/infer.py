@@ -323,6 +323,11 @@ def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[
     assert inference is not None
     data = loaded.config.data
     rows = label_rows(inference.table, inference.label_ids, inference.status, data, reading=loaded.meta.reading)
+    if rows.class_names != loaded.meta.class_names:
+        raise TrainError(
+            f"{data.taxonomy} does not name the classes that {loaded.directory} was trained on: it has changed since, "
+            "so give it back as it was"
+        )
     counted = ~rows.empty if data.empty == "drop" else np.ones(len(rows), bool)
     if not counted.any():
         raise TrainError("no labelled tile shows a class of this run: there is nothing to score")
