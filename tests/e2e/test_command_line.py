@@ -297,7 +297,7 @@ def test_quiet_head_names_its_run(made: Path, work: Path) -> None:
     result = run_train(work, "head", "--cache", made / "cache", *QUICK, "-q")
     assert (result.status, result.out, result.err) == (
         0,
-        "run: runs/head-002 (best/, metrics.json, report.html)\n",
+        "run: runs/head-002 (best/, metrics.json, report.html, model_card.md)\n",
         "",
     )
 

@@ -282,7 +282,7 @@ def test_every_option_the_texts_name_exists() -> None:
     known = {
         name
         for _, command in find_commands()
-        for param in command.params
+        for param in command.get_params(click.Context(command))
         for name in (*param.opts, *param.secondary_opts)
     }
     for text in TEXTS:
