@@ -27,8 +27,7 @@ STORAGE_USD_GB_MONTH = 0.020
 
 # Measured, see README.md; the product is of an H100, its efficiency that of the forward pass on a CPU, taken over.
 MATMUL_FLOPS, EFFICIENCY = 798e12, 0.80
-TILE_FLOP = {224: 125.5e9, 512: 727e9}
-"""vitl16, by image size."""
+TILE_FLOP = {"vitl16 at 224": 125.5e9, "vitl16 at 512": 727e9, "vit7b16 at 224": 2.72e12, "vit7b16 at 512": 14.5e12}
 TILE_BYTES = 340_000
 DECODE_S = 0.005
 """Of such a tile, a PNG of 512 px, on one core."""
@@ -164,13 +163,13 @@ class Ramp:
         return seconds + left / rate
 
 
-def tiles_per_s(image_size: int) -> float:
+def tiles_per_s(model: str) -> float:
     """Of one H100, its feed keeping up."""
-    return MATMUL_FLOPS * EFFICIENCY / TILE_FLOP[image_size]
+    return MATMUL_FLOPS * EFFICIENCY / TILE_FLOP[model]
 
 
-def gpu_hours(tiles: int, image_size: int) -> float:
-    return tiles / tiles_per_s(image_size) / 3600
+def gpu_hours(tiles: int, model: str) -> float:
+    return tiles / tiles_per_s(model) / 3600
 
 
 def most_rows(seconds_a_row: float) -> float:

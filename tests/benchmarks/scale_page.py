@@ -1,6 +1,7 @@
 """The tables of extract/SCALE.md: `python -m tests.benchmarks.scale_page` writes them anew."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cache_schema.layout import LABEL_ID_COLUMNS, LABEL_IDS_DTYPE, POOLED_DTYPE, STATUS_DTYPE
@@ -59,6 +60,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def _describe_hours(tiles: int, model: str) -> str:
+    return _number(gpu_hours(tiles, model))
+
+
 def _by_size(title: str, columns: dict[str, Callable[[int], str]]) -> str:
     rows = [[_number(tiles), *(column(tiles) for column in columns.values())] for tiles in SIZES]
     return _tabulate([title, *columns], rows)
@@ -66,7 +71,7 @@ def _by_size(title: str, columns: dict[str, Callable[[int], str]]) -> str:
 
 def make_tables() -> dict[str, str]:
     """Per name the Markdown that stands between `<!-- NAME -->` and `<!-- end -->` in the page."""
-    pace = {size: tiles_per_s(size) for size in TILE_FLOP}
+    pace = {model: tiles_per_s(model) for model in TILE_FLOP}
     held = {rows: rows * 1024 * POOLED_DTYPE.itemsize for rows in SIZES}
     labels = LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize + STATUS_DTYPE.itemsize + CLASSES
     reads, writes = Ramp(READS_PER_S), Ramp(WRITES_PER_S)
@@ -103,23 +108,17 @@ def make_tables() -> dict[str, str]:
                 "writes, ramped up": lambda n: _duration(writes.time(Requests.of(Cache(n)).cache_writes)),
             },
         ),
-        "compute": _by_size(
-            "tiles",
-            {
-                f"H100-hours at {size}": lambda n, size=size: _number(gpu_hours(n, size))  # type: ignore[misc]
-                for size in TILE_FLOP
-            }
-            | {f"64 H100s at {size}": lambda n, size=size: _duration(n / pace[size] / 64) for size in TILE_FLOP},  # type: ignore[misc]
-        ),
+        "compute": _by_size("tiles, H100-hours", {model: partial(_describe_hours, model=model) for model in TILE_FLOP}),
         "feed": _tabulate(
-            ["vitl16 on one H100", *(f"at {size}" for size in pace)],
+            ["of one H100", *pace],
             [
-                ["tiles a second", *(_number(rate) for rate in pace.values())],
+                ["tiles a second", *map(_number, pace.values())],
                 ["GETs a second", *(_number(2 * rate) for rate in pace.values())],
                 ["bytes a second", *(_bytes(rate * TILE_BYTES) for rate in pace.values())],
-                ["cores that decode a 512 px PNG", *(_number(rate * DECODE_S) for rate in pace.values())],
-                ["H100s that ask 5,000 GETs a second", *(_number(READS_PER_S / 2 / rate) for rate in pace.values())],
-                ["PUTs a second, blocks of 256", *(_number(5 * rate / 256) for rate in pace.values())],
+                ["cores that decode tiles", *(_number(rate * DECODE_S) for rate in pace.values())],
+                ["as many ask 5,000 GETs a second", *(_number(READS_PER_S / 2 / rate) for rate in pace.values())],
+                ["seconds to compute a block of 256", *(_number(256 / rate) for rate in pace.values())],
+                ["of 4,096", *(_number(4096 / rate) for rate in pace.values())],
             ],
         ),
         "memory": _by_size(
@@ -129,7 +128,6 @@ def make_tables() -> dict[str, str]:
                 "`cls` held, float16": lambda n: _bytes(held[n]),
                 "`cls` and `patch_mean` held": lambda n: _bytes(2 * held[n]),
                 "labels while a trainer reads, every rank": lambda n: _bytes(n * labels),
-                "head's weights": lambda n: "2.2 MB",
             },
         ),
         "alone": _tabulate(

@@ -23,6 +23,8 @@ from extract.feed import PREFETCHED_BATCHES
 
 from .arithmetic import Ramp
 
+Restart = Literal["rank", "job"]
+RESTARTS: tuple[Restart, ...] = ("job", "rank")
 Samples = npt.NDArray[np.float64]
 _DRAWS = 4096
 """Samples drawn at a time, since drawing one costs more than all else that is done for a batch."""
@@ -73,7 +75,7 @@ class Setting:
     workers: int = 1
     kills_per_hour: float = 0.0
     back_s: float = 60.0
-    restart: Literal["rank", "job"] = "job"
+    restart: Restart = "job"
     reads: Ramp | None = None
     writes: Ramp | None = None
     most_kills: int = 10_000
