@@ -31,7 +31,9 @@ TILE_FLOP = {"vitl16 at 224": 125.5e9, "vitl16 at 512": 727e9, "vit7b16 at 224":
 TILE_BYTES = 340_000
 DECODE_S = 0.005
 """Of such a tile, a PNG of 512 px, on one core."""
-TABLE_BYTES_A_ROW = 186
+LISTING_BYTES_A_ROW = 186
+TABLE_BYTES_A_ROW = 93
+"""Of the tile table as each rank reads it, with names of 22 bytes."""
 CLASSES = 60
 """Bool labels of a row that a trainer keeps."""
 

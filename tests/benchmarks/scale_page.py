@@ -10,6 +10,7 @@ from .arithmetic import (
     CLASSES,
     DECODE_S,
     LIST_PAGE,
+    LISTING_BYTES_A_ROW,
     READS_PER_S,
     STORAGE_USD_GB_MONTH,
     TABLE_BYTES_A_ROW,
@@ -124,10 +125,11 @@ def make_tables() -> dict[str, str]:
         "memory": _by_size(
             "tiles",
             {
-                "tile table while listing, rank 0": lambda n: _bytes(n * TABLE_BYTES_A_ROW),
+                "listing, rank 0": lambda n: _bytes(n * LISTING_BYTES_A_ROW),
+                "tile table, every rank": lambda n: _bytes(n * TABLE_BYTES_A_ROW),
                 "`cls` held, float16": lambda n: _bytes(held[n]),
                 "`cls` and `patch_mean` held": lambda n: _bytes(2 * held[n]),
-                "labels while a trainer reads, every rank": lambda n: _bytes(n * labels),
+                "labels, every trainer's rank": lambda n: _bytes(n * labels),
             },
         ),
         "alone": _tabulate(
@@ -140,11 +142,11 @@ def make_tables() -> dict[str, str]:
 def fill_page(text: str) -> str:
     """The page with its tables made anew; the text between them stays."""
     for name, table in make_tables().items():
-        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)
         if not found or end not in rest:
             raise ValueError(f"the page has no place for the table {name}")
-        text = before + start + table + rest[rest.index(end) :]
+        text = f"{before}{start}{table}\n{rest[rest.index(end) :]}"
     return text
 
 
