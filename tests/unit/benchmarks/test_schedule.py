@@ -47,6 +47,12 @@ def test_a_feed_that_draws_whole_blocks_ahead_keeps_them_from_others() -> None:
     assert outcome.finish.tolist() == pytest.approx([9.0, 3.0, 0.0, 0.0])
 
 
+def test_a_feed_draws_one_batch_for_every_batch_taken() -> None:
+    """Were it two, the first of two ranks would end up with seven blocks and the other with five."""
+    outcome = simulate(replace(STEADY, tiles=256 * 12, ranks=2), Costs.constant(device=1.0))
+    assert outcome.finish.tolist() == pytest.approx([6.0, 6.0])
+
+
 def test_slow_writes_and_slow_feeds_bound_a_rank() -> None:
     one = replace(STEADY, ranks=1)
     # A write waits for the one before, so all forty follow each other.
@@ -151,6 +157,15 @@ def test_a_job_restart_loses_all_ranks_blocks_and_waits_for_all() -> None:
     assert job.lost / job.kills > 3 * rank.lost / rank.kills
     assert job.makespan > rank.makespan
     check_books(base, job)
+
+
+def test_others_take_what_a_killed_rank_leaves() -> None:
+    """Of three blocks one rank does two, while the other has nothing to do: killed then, it is not waited for."""
+    setting = Setting(768, block_rows=256, batch=64, ranks=2, kills_per_hour=20, back_s=1e5, restart="rank")
+    outcomes = [simulate(setting, Costs.constant(device=10.0), seed) for seed in range(60)]
+    killed_once = [outcome for outcome in outcomes if outcome.kills == 1]
+    assert len(killed_once) > 5
+    assert max(outcome.makespan for outcome in killed_once) < 200
 
 
 def test_a_job_that_never_lives_long_enough_is_given_up() -> None:
