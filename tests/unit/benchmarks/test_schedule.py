@@ -161,8 +161,8 @@ def test_a_job_restart_loses_all_ranks_blocks_and_waits_for_all() -> None:
 
 def test_others_take_what_a_killed_rank_leaves() -> None:
     """Of three blocks one rank does two, while the other has nothing to do: killed then, it is not waited for."""
-    setting = Setting(768, block_rows=256, batch=64, ranks=2, kills_per_hour=20, back_s=1e5, restart="rank")
-    outcomes = [simulate(setting, Costs.constant(device=10.0), seed) for seed in range(60)]
+    setting = Setting(768, block_rows=256, batch=64, ranks=2, kills_per_hour=3, back_s=300, restart="rank")
+    outcomes = [simulate(setting, Costs.constant(device=10.0), seed) for seed in range(200)]
     killed_once = [outcome for outcome in outcomes if outcome.kills == 1]
     assert len(killed_once) > 5
     assert max(outcome.makespan for outcome in killed_once) < 200
