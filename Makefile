@@ -87,7 +87,7 @@ test: $(READY) ## run the tests
 soak: $(READY) ## (more) kills, network faults and odd bytes by the thousand; figures go to runs/soak.json
 	@$(PYTHON) -m tests.faults.soak $(ARGS)
 
-bench: $(READY) ## (more) measure against the way this replaces: ratios of what runs side by side [AREA=extract|head|finetune|scale]
+bench: $(READY) ## (more) measure against the way this replaces: ratios of what runs side by side [AREA=extract]
 	@$(PYTHON) -m tests.benchmarks $(if $(AREA),--area '$(AREA)') $(ARGS)
 
 $(VENV)/.ready: constraints.txt pyproject.toml

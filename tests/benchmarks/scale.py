@@ -38,8 +38,8 @@ START_S, BACK_S = 30.0, 60.0
 
 
 def measure_prediction(fixtures: Fixtures) -> list[Figure]:
-    """Costs from two jobs of one rank that know nothing of each other, a core each; from them the makespan of one job of
-    two ranks is predicted, and then it is run."""
+    """Costs from two jobs of one rank that know nothing of each other, a core each; from them the makespan of one job
+    of two ranks is predicted, and then it is run."""
     tiles, backbone = _make_tiles(fixtures), _make_backbone(fixtures)
     setting = Setting(RUN_TILES, block_rows=256, batch=BATCH, ranks=2, workers=WORKERS)
     runs = {
