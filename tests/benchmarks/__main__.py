@@ -8,7 +8,7 @@ import click
 
 from .measure import format_table, write_figures
 
-AREAS = {area: f"tests.benchmarks.{area}" for area in ("extract", "head", "finetune")}
+AREAS = {area: f"tests.benchmarks.{area}" for area in ("extract", "head", "finetune", "scale")}
 """Per area a module with `MEASURES`: by short name, functions that take a working directory's `Fixtures` and return
 figures."""
 RESULTS = Path("runs", "bench")

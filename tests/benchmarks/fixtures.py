@@ -126,14 +126,7 @@ class Fixtures:
     def small_tiles(self) -> Path:
         """`SMALL_TILES` tiles of 48 px and their labels, in a local directory."""
         click.echo(f"preparing {SMALL_TILES:,} small tiles", err=True)
-        directory = _make_folders(self.directory / "small")
-        rng = np.random.default_rng(0)
-        for number in range(SMALL_TILES):
-            name = f"{number // 100:04d}_{number // 10 % 10}_{number % 10}"
-            pixels = rng.integers(0, 256, (_SMALL_SIZE, _SMALL_SIZE, 3), np.uint8)
-            Image.fromarray(pixels).save(directory / "images" / f"{name}.png", compress_level=1)
-            (directory / "labels" / f"{name}.txt").write_text(f"{11 + number % 80} 0.5 0.5 0.1 0.1\n")
-        return directory
+        return make_small_tiles(self.directory / "small", SMALL_TILES)
 
     def first_small_tiles(self, tiles: int) -> Path:
         """A directory of the first so many of them."""
@@ -185,6 +178,18 @@ def read_run(output: str) -> ExtractRun:
         raise ValueError(f"no speed in: {output}")
     tiles, seconds, write = summary.groups()
     return ExtractRun(int(tiles.replace(",", "")) / float(seconds), float(write) / 100)
+
+
+def make_small_tiles(directory: Path, tiles: int) -> Path:
+    """Random tiles of 48 px and their labels in a new directory."""
+    _make_folders(directory)
+    rng = np.random.default_rng(0)
+    for number in range(tiles):
+        name = f"{number // 100:04d}_{number // 10 % 10}_{number % 10}"
+        pixels = rng.integers(0, 256, (_SMALL_SIZE, _SMALL_SIZE, 3), np.uint8)
+        Image.fromarray(pixels).save(directory / "images" / f"{name}.png", compress_level=1)
+        (directory / "labels" / f"{name}.txt").write_text(f"{11 + number % 80} 0.5 0.5 0.1 0.1\n")
+    return directory
 
 
 def _make_folders(root: Path) -> Path:
