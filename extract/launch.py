@@ -51,8 +51,8 @@ def main() -> None:
         sys.exit(f"error: the job at {args.rdzv_endpoint} is over, or has failed on another node, which has said why")
     except (RendezvousError, DistError):
         sys.exit(
-            f"error: the nodes of this job ({args.nnodes}) did not all meet at {args.rdzv_endpoint}, or one was lost: see "
-            "the messages of the others, check RDZV, NNODES and that the port is open between them, then start all again"
+            f"error: the nodes of this job ({args.nnodes}) did not all meet at {args.rdzv_endpoint}, or one was lost: "
+            "see what the others say, check RDZV, NNODES and that the port is open between them, then start all again"
         )
 
 
