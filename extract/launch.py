@@ -34,7 +34,8 @@ def main() -> None:
         sys.argv = [args.training_script, *args.training_script_args]
         runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
         return
-    if ":" in args.nnodes:
+    least, _, most = args.nnodes.partition(":")
+    if most not in ("", least):
         # With one store for launcher and ranks, torch 2.13 gives its address to those of the first round alone; a node
         # that joins later waits for it until all fail (dynamic_rendezvous.py, next_rendezvous).
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

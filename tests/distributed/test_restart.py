@@ -26,7 +26,7 @@ def test_a_restarted_job_finds_nothing_of_the_attempt_before(tmp_path: Path, pyt
 
 
 def test_a_node_joins_a_job_that_runs(tmp_path: Path, python_env: dict[str, str]) -> None:
-    """The first round's node and the newcomer meet in the second: torchrun alone leaves both waiting until they fail."""
+    """The first round's node and the newcomer meet in the second: by torchrun alone both wait until they fail."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     meet = ["--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
