@@ -3,17 +3,18 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help help-all demo tile extract train-head sweep finetune ladder evaluate predict export info check test soak bench
+.PHONY: help help-all demo tile doctor extract train-head sweep finetune ladder evaluate predict report export info check test soak bench
 
 VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
 READY := $(if $(VENV),$(VENV)/.ready)
-UNFREEZE ?= 3
 NNODES ?= 1
 MAX_RESTARTS ?= 3
 
+# Settings of the user's own, in a file or in the environment: the commands read them where no variable is set here.
+SETTINGS := $(wildcard tileprobe.toml)$(filter TILEPROBE_%,$(.VARIABLES))
 # With nothing set and nothing of the user's own extracted yet, targets run on the demo's bucket and backbone.
-DEMO := $(if $(TILES)$(CACHE)$(BACKBONE)$(wildcard cache/last),,yes)
+DEMO := $(if $(TILES)$(CACHE)$(BACKBONE)$(wildcard cache/last)$(SETTINGS),,yes)
 RUNS := $(if $(DEMO),runs/demo,runs)
 CACHE_USED := $(if $(DEMO),cache/demo/train,$(CACHE))
 SERVED := $(if $(DEMO),$(PYTHON) -m extract demo --)
@@ -32,7 +33,12 @@ NODES = --nnodes=$(NNODES) --rdzv-endpoint=$(RDZV) --rdzv-id=$(or $(RDZV_ID),$(R
 LAUNCH = $(PYTHON) -m extract.launch $(if $(NPROC),--nproc-per-node=$(NPROC)) $(if $(RDZV),$(NODES),--standalone)
 TRAIN = $(if $(CACHE_USED),--cache '$(CACHE_USED)') $(if $(BACKBONE),--backbone '$(BACKBONE)') \
 	$(if $(VAL_CACHE),--val-cache '$(VAL_CACHE)') $(if $(TEST_CACHE),--test-cache '$(TEST_CACHE)') $(ARGS)
-TARGET = --run-dir '$(or $(RUN),$(RUNS)/head)' $(if $(TILES),--tiles '$(TILES)',$(if $(CACHE),--cache '$(CACHE)')) $(ARGS)
+EXTRACT = $(if $(DEMO),--tiles demo://train --backbone demo) $(if $(TILES),--tiles '$(TILES)') \
+	$(if $(BACKBONE),--backbone '$(BACKBONE)') $(if $(CACHE_USED),--cache '$(CACHE_USED)') \
+	$(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE))
+# A run's place: as RUN says, else the demo's or the command's own.
+PLACE = $(if $(or $(RUN),$(DEMO)),--run-dir '$(or $(RUN),$(RUNS)/$(1))')
+TARGET = $(call PLACE,head) $(if $(TILES),--tiles '$(TILES)',$(if $(CACHE),--cache '$(CACHE)')) $(ARGS)
 
 help: ## show this help
 	@echo "tileprobe: embed tiles once with DINOv3, train classifiers on the cached vectors"
@@ -41,7 +47,7 @@ help: ## show this help
 
 help-all: ## (more) show every target and every command's options
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (\(more\) )?(.*)/  make \1|\3/' | column -t -s '|'
-	@for command in "extract tile" "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train export" "train triage" \
+	@for command in "extract tile" "extract doctor" "extract run" "train head" "train sweep" "train finetune" "train ladder" "train evaluate" "train predict" "train report" "train export" "train triage" \
 		"cache_schema info" "cache_schema verify" "cache_schema diff" "cache_schema gc"; do \
 		echo; $(PYTHON) -m $$command --help; done
 
@@ -51,24 +57,25 @@ demo: $(READY) ## the whole pipeline on a generated bucket: no account, no GPU
 tile: $(READY) ## cut raw xView into tiles: IMAGES=train_images LABELS=xView_train.geojson OUT=gs://bucket/prefix
 	@$(PYTHON) -m extract tile --images '$(IMAGES)' --labels '$(LABELS)' --out '$(OUT)' $(ARGS)
 
+doctor: $(READY) ## in seconds, whether an extraction of TILES can work and what it takes [BACKBONE IMAGE_SIZE CACHE NPROC]
+	@$(SERVED) $(PYTHON) -m extract doctor $(EXTRACT) $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
+
 extract: $(READY) ## embed every tile under TILES=gs://bucket/prefix once [BACKBONE=vitl16 IMAGE_SIZE=512 LIMIT=500 NPROC=8]
-	@$(SERVED) $(LAUNCH) -m extract run --tiles '$(if $(DEMO),demo://train,$(TILES))' \
-		--backbone '$(if $(DEMO),demo,$(or $(BACKBONE),vitl16))' $(if $(CACHE_USED),--cache '$(CACHE_USED)') \
-		$(if $(IMAGE_SIZE),--image-size $(IMAGE_SIZE)) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
+	@$(SERVED) $(LAUNCH) -m extract run $(EXTRACT) $(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 
 train-head: $(READY) ## fit the head on cached vectors [CACHE VAL_CACHE TEST_CACHE]
-	@$(LAUNCH) -m train head --run-dir '$(or $(RUN),$(RUNS)/head)' $(TRAIN)
+	@$(LAUNCH) -m train head $(call PLACE,head) $(TRAIN)
 
 sweep: $(READY) ## fit heads of 64 settings together, rank them, keep the best [CACHE VAL_CACHE TEST_CACHE]
-	@$(if $(NPROC),$(LAUNCH),$(PYTHON)) -m train sweep --run-dir '$(or $(RUN),$(RUNS)/sweep)' $(TRAIN)
+	@$(if $(NPROC),$(LAUNCH),$(PYTHON)) -m train sweep $(call PLACE,sweep) $(TRAIN)
 
 finetune: $(READY) ## train the last UNFREEZE=3 layers on streamed tiles, from the cached head
-	@$(SERVED) $(LAUNCH) -m train finetune --run-dir '$(or $(RUN),$(RUNS)/finetune)' --unfreeze $(UNFREEZE) \
+	@$(SERVED) $(LAUNCH) -m train finetune $(call PLACE,finetune) $(if $(UNFREEZE),--unfreeze $(UNFREEZE)) \
 		$(if $(DEMO),$(DEMO_FINETUNE)) $(TRAIN)
 
 ladder: $(READY) ## was it worth it? nearest neighbours, heads, 1, 3, 6, all layers on one split: one table
 	@$(if $(RDZV),$(error a ladder runs on one machine: leave RDZV and NNODES unset))
-	@$(SERVED) $(PYTHON) -m train ladder --run-dir '$(or $(RUN),$(RUNS)/ladder)' $(if $(NPROC),--nproc $(NPROC)) \
+	@$(SERVED) $(PYTHON) -m train ladder $(call PLACE,ladder) $(if $(NPROC),--nproc $(NPROC)) \
 		$(if $(DEMO),--finetune-options '$(DEMO_FINETUNE)') $(TRAIN)
 
 predict: $(READY) ## write what RUN=runs/head says of TILES, or of INPUT='a.png dir scene.tif' [OUT=predictions.geojson]
@@ -77,8 +84,11 @@ predict: $(READY) ## write what RUN=runs/head says of TILES, or of INPUT='a.png 
 evaluate: $(READY) ## score RUN on labelled TILES or a CACHE
 	@$(SERVED) $(LAUNCH) -m train evaluate $(TARGET)
 
+report: $(READY) ## write report.html and a model card of RUN=runs/head, with thumbnails [ARGS=--no-images]
+	@$(SERVED) $(PYTHON) -m train report --run-dir '$(or $(RUN),$(RUNS)/head)' $(ARGS)
+
 export: $(READY) ## write RUN=runs/finetune as a checkpoint for transformers (and BACKBONE), its head, and ONNX
-	@$(PYTHON) -m train export --run-dir '$(or $(RUN),$(RUNS)/finetune)' $(ARGS)
+	@$(PYTHON) -m train export $(call PLACE,finetune) $(ARGS)
 
 info: $(READY) ## (more) say what CACHE holds
 	@$(PYTHON) -m cache_schema info '$(or $(CACHE_USED),$(shell cat cache/last 2>/dev/null))'

@@ -1,13 +1,14 @@
 """What a cache of embeddings is: layout, provenance, label ids, and the Zarr versions that hold them.
 
-from cache_schema import Taxonomy, open_cache
+from cache_schema import open_cache
 
-version = open_cache("cache/train-vitl16-512")
-rows = version.read_rows()                    # rows.pooled["cls"]: (N, D) float16, digests checked
-labels = Taxonomy.xview().decode(rows.label_ids, "type").labels[rows.embedded]
+cache = open_cache("cache/train-vitl16-512")
+x = cache["cls"][cache.usable]                # (n, D) float16, digests checked
+y = cache.labels[cache.usable]                # (n, C) bool, columns named by cache.classes
 """
 
 from .block import BlockValues
+from .cache import Cache, Embeddings, open_cache
 from .errors import (
     CacheError,
     CacheFormatError,
@@ -22,7 +23,7 @@ from .errors import (
 from .layout import LABEL_ID_COLUMNS, Layout, Status
 from .owner import own_version
 from .provenance import Provenance, Recorded
-from .root import CacheRoot, open_cache
+from .root import CacheRoot
 from .table import NO_LABEL, TileTable
 from .taxonomy import DecodedLabels, LabelIds, Taxonomy, format_histogram
 from .version import CacheRows, Version
@@ -31,12 +32,14 @@ __all__ = [
     "LABEL_ID_COLUMNS",
     "NO_LABEL",
     "BlockValues",
+    "Cache",
     "CacheError",
     "CacheFormatError",
     "CacheNotFoundError",
     "CacheRoot",
     "CacheRows",
     "DecodedLabels",
+    "Embeddings",
     "IntegrityError",
     "LabelIds",
     "Layout",

@@ -1,37 +1,47 @@
 """python -m cache_schema info|verify|diff|gc"""
 
-import json
+import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import click
 import numpy as np
 
+from .cache import open_cache
 from .collect import MIB, find_references, list_versions, remove_versions
+from .command_line import DONE, FOUND, Group, Outcome, heading, run_group
 from .compare import compare_versions
 from .errors import TileprobeError
 from .layout import Status, UInt8Array, count_blocks
 from .owner import own_version
-from .root import CacheRoot, open_cache
+from .root import CacheRoot
+from .settings import isolate
 from .taxonomy import format_histogram
 from .verify import repair_version, verify_version
 from .version import Version
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("cache_schema", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
     """Look after a cache of embeddings."""
 
 
-@main.command()
+@main.command(
+    gives_json=True,
+    examples=[
+        "python -m cache_schema info cache/train-vitl16-512",
+        "python -m cache_schema info gs://bucket/cache --json",
+    ],
+)
 @click.argument("cache")
-@click.option("--version", "version_id", help="Another version than the one in use.")
-@click.option("--json", "as_json", is_flag=True, help="Print attributes and counts as JSON.")
-def info(cache: str, version_id: str | None, as_json: bool) -> None:
+@heading("Data")
+@click.option("--version", "version_id", help="Another version than the one in use.  [default: the one in use]")
+def info(cache: str, version_id: str | None) -> Outcome:
     """Say what CACHE holds and what it was made from."""
     version = open_cache(cache, version=version_id, allow_unsealed=True)
     rows = version.read_rows()
@@ -50,21 +60,32 @@ def info(cache: str, version_id: str | None, as_json: bool) -> None:
         "recorded": version.recorded.to_json(),
         "other_versions": [other for other in version.root.versions() if other != version.id],
     }
-    click.echo(json.dumps(summary, indent=2) if as_json else _describe(summary))
+    click.echo(_describe(summary))
+    return Outcome(summary)
 
 
-@main.command()
+@main.command(
+    gives_json=True,
+    examples=[
+        "python -m cache_schema verify cache/train-vitl16-512",
+        "python -m cache_schema verify cache/train-vitl16-512 --sample 64",
+    ],
+)
 @click.argument("cache")
-@click.option("--version", "version_id", help="Another version than the one in use.")
+@heading("Data")
+@click.option("--version", "version_id", help="Another version than the one in use.  [default: the one in use]")
+@heading("Output")
 @click.option("--repair", is_flag=True, help="Take back the commits of damaged blocks, for `make extract` to redo.")
+@heading("Data")
 @click.option("--sample", type=click.IntRange(min=1), metavar="K", help="Embed K random rows again and compare them.")
-@click.option("--seed", type=int, help="Draw the rows of an earlier --sample.")
+@click.option("--seed", type=int, help="Draw the rows of an earlier --sample.  [default: other rows each time]")
 @click.option("--tiles", help="Where the tiles are now, for --sample.  [default: where they were]")
+@heading("Model")
 @click.option("--backbone", help="Where the checkpoint is now, for --sample.  [default: as it was named]")
-def verify(cache: str, version_id: str | None, repair: bool, sample: int | None, **now: Any) -> None:
+def verify(cache: str, version_id: str | None, repair: bool, sample: int | None, **now: Any) -> Outcome:
     """Recompute every digest of CACHE, and name what is damaged by array, block and rows.
 
-    Ends with status 1 if anything is wrong or unfinished, repaired or not: `make extract` has to run then. So it does
+    Ends with status 3 if anything is wrong or unfinished, repaired or not: `make extract` has to run then. So it does
     if vectors of --sample are not what the backbone gives today.
     """
     version = open_cache(cache, version=version_id, allow_unsealed=True)
@@ -86,22 +107,38 @@ def verify(cache: str, version_id: str | None, repair: bool, sample: int | None,
         )
     elif not repair:
         click.echo(f"{cache}: no block is damaged: `make extract` mends or finishes the rest")
-    agrees = sample is None or _embed_sample(version, sample, now)
-    sys.exit(0 if agrees and not findings.lines else 1)
+    sampled = DONE if sample is None else _embed_sample(version, sample, now)
+    values = {
+        "cache": cache,
+        "version": version.id,
+        "sound": not findings.lines,
+        "findings": findings.lines,
+        "damaged_blocks": findings.damaged,
+        "repaired": repair and bool(findings.lines),
+        "sample_agrees": None if sample is None else sampled == DONE,
+    }
+    return Outcome(values, FOUND if findings.lines and sampled in (DONE, FOUND) else sampled)
 
 
-@main.command()
+@main.command(
+    gives_json=True,
+    examples=[
+        "python -m cache_schema diff cache/train-vitl16-512 cache/train-vitl16-224",
+        "python -m cache_schema diff cache/a cache/a@0123456789abcdef0123 --json",
+    ],
+)
 @click.argument("a")
 @click.argument("b")
-def diff(a: str, b: str) -> None:
+def diff(a: str, b: str) -> Outcome:
     """Say how cache A differs from cache B: provenance, tiles, and how far the vectors moved.
 
     Either is a cache, compared by its version in use, or CACHE@VERSION. Vectors are compared for tiles that both hold
-    with the same bytes. Ends with status 0 if nothing differs, 1 if something does.
+    with the same bytes. Ends with status 0 if nothing differs, 3 if something does.
     """
     comparison = compare_versions(*map(_open_named_version, (a, b)))
     click.echo("\n".join(comparison.lines))
-    sys.exit(1 if comparison.differs else 0)
+    values = {"differs": comparison.differs, **asdict(comparison)}
+    return Outcome(values, FOUND if comparison.differs else DONE)
 
 
 def _check_places(ctx: click.Context, option: click.Parameter, places: tuple[str, ...]) -> tuple[str, ...]:
@@ -110,8 +147,14 @@ def _check_places(ctx: click.Context, option: click.Parameter, places: tuple[str
     return tuple(place if place.startswith("gs://") else str(folder.convert(place, option, ctx)) for place in places)
 
 
-@main.command()
+@main.command(
+    examples=[
+        "python -m cache_schema gc cache/train-vitl16-512 --keep 2",
+        "python -m cache_schema gc cache/train-vitl16-512 --runs runs --runs gs://bucket/runs --yes",
+    ]
+)
 @click.argument("cache")
+@heading("Data")
 @click.option("--keep", type=click.IntRange(min=0), default=0, metavar="N", help="Keep the N newest of these, too.")
 @click.option(
     "--runs",
@@ -121,6 +164,7 @@ def _check_places(ctx: click.Context, option: click.Parameter, places: tuple[str
     help="Directory or gs://bucket/prefix with runs whose versions stay; may be given again.  [default: runs]",
 )
 @click.option("--unsealed", is_flag=True, help="Remove unfinished versions, too, unless an extraction runs.")
+@heading("Output")
 @click.option("--yes", is_flag=True, help="Remove them; otherwise they are only listed.")
 def gc(cache: str, keep: int, runs: tuple[str, ...], unsealed: bool, yes: bool) -> None:
     """Remove versions of CACHE that are not in use and that no run was trained on.
@@ -141,12 +185,15 @@ def gc(cache: str, keep: int, runs: tuple[str, ...], unsealed: bool, yes: bool) 
         click.echo(f"{what} to remove: --yes removes them" if doomed else "nothing to remove")
 
 
-def _embed_sample(version: Version, rows: int, now: dict[str, Any]) -> bool:
-    """Have `extract`, which alone can embed and which this package does not import, compare rows in its own process."""
-    sys.stdout.flush()
+def _embed_sample(version: Version, rows: int, now: dict[str, Any]) -> int:
+    """Have `extract`, which alone can embed and which this package does not import, compare rows in its own process;
+    returns its status."""
     command = [sys.executable, "-m", "extract", "sample", "--version", version.id, "--rows", str(rows)]
     command += [f"--{name}={value}" for name, value in now.items() if value is not None]
-    return subprocess.run([*command, "--", version.root.url], check=False).returncode == 0
+    command += ["--", version.root.url]
+    sampling = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=isolate(os.environ))
+    click.echo(sampling.stdout, nl=False)
+    return sampling.returncode
 
 
 def _open_named_version(name: str) -> Version:
@@ -191,11 +238,12 @@ def _describe(summary: dict[str, Any]) -> str:
 
 
 def run() -> None:
-    """Run the command line; an error a user can act on is one line and status 1."""
+    """Run the command line; an error a user can act on is one line and its status."""
     try:
-        main()
+        run_group(main)
     except TileprobeError as error:
-        sys.exit(f"error: {error}")
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.status)
 
 
 if __name__ == "__main__":

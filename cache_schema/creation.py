@@ -23,6 +23,9 @@ from .layout import (
 from .provenance import Provenance, Recorded
 from .table import COLUMN_DTYPES, TileTable
 
+Dims = tuple[str, ...]
+"""Names of an array's axes: what xarray wants, and nothing here reads."""
+
 
 def create_arrays(store: Store, path: str, table: TileTable, provenance: Provenance, recorded: Recorded) -> None:
     """All arrays of a version, the table filled in; `commit` last, since its presence says that creation finished.
@@ -40,7 +43,7 @@ def create_arrays(store: Store, path: str, table: TileTable, provenance: Provena
     }
     group = zarr.create_group(store, path=path, overwrite=True, attributes={ATTRIBUTE: attributes})
 
-    def create(name: str, shape: tuple[int, ...], dtype: Any, chunks: tuple[int, ...], fill: Any) -> Any:
+    def create(name: str, dims: Dims, shape: tuple[int, ...], dtype: Any, chunks: tuple[int, ...], fill: Any) -> Any:
         return group.create_array(
             name,
             shape=shape,
@@ -49,16 +52,18 @@ def create_arrays(store: Store, path: str, table: TileTable, provenance: Provena
             fill_value=fill,
             filters=None,
             compressors=[Crc32cCodec()],
+            dimension_names=dims,
             config={"order": "C", "write_empty_chunks": True},
         )
 
+    vector, counts, digests = ("tile", "embedding"), ("tile", "raw_id"), ("block", "digest")
     for name in layout.pooling:
-        create(name, (rows, layout.width), POOLED_DTYPE, (layout.block_rows, layout.width), np.nan)
-    create("label_ids", (rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE, (layout.block_rows, LABEL_ID_COLUMNS), 0)
-    create("status", (rows,), STATUS_DTYPE, (layout.block_rows,), int(Status.PENDING))
+        create(name, vector, (rows, layout.width), POOLED_DTYPE, (layout.block_rows, layout.width), np.nan)
+    create("label_ids", counts, (rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE, (layout.block_rows, LABEL_ID_COLUMNS), 0)
+    create("status", ("tile",), (rows,), STATUS_DTYPE, (layout.block_rows,), int(Status.PENDING))
     chunk = min(rows, TABLE_CHUNK_ROWS)
-    create("tile", (rows,), str, (chunk,), "")[:] = table.tile
+    create("tile", ("tile",), (rows,), str, (chunk,), "")[:] = table.tile
     for name, dtype in COLUMN_DTYPES.items():
-        create(name, (rows,), dtype, (chunk,), 0)[:] = getattr(table, name)
-    create("seal", (DIGEST_BYTES,), np.dtype("u1"), (DIGEST_BYTES,), 0)
-    create("commit", (layout.blocks, DIGEST_BYTES), np.dtype("u1"), (1, DIGEST_BYTES), 0)
+        create(name, ("tile",), (rows,), dtype, (chunk,), 0)[:] = getattr(table, name)
+    create("seal", ("digest",), (DIGEST_BYTES,), np.dtype("u1"), (DIGEST_BYTES,), 0)
+    create("commit", digests, (layout.blocks, DIGEST_BYTES), np.dtype("u1"), (1, DIGEST_BYTES), 0)

@@ -13,7 +13,9 @@ TileprobeError
 
 
 class TileprobeError(Exception):
-    """Base of every error that ends a command with one line and a non-zero status."""
+    """Base of every error that ends a command with one line and `status`, see `command_line.STATUSES`."""
+
+    status = 1
 
 
 class CacheError(TileprobeError):

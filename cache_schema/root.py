@@ -127,18 +127,8 @@ class CacheRoot:
             sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(value)))
 
 
-def open_cache(url: str, *, version: str | None = None, allow_unsealed: bool = False) -> Version:
-    """The version in use of the cache at `url`, for reading.
-
-    Args:
-        url: directory or `gs://bucket/prefix`.
-        version: another version's id instead of the one in use.
-        allow_unsealed: accept a version whose extraction has not finished; its missing rows read as pending.
-
-    Raises:
-        CacheNotFoundError: nothing finished there; says how far an unfinished extraction came.
-        CacheFormatError: not a cache, or of a format this program does not read.
-    """
+def choose_version(url: str, *, version: str | None = None, allow_unsealed: bool = False) -> Version:
+    """What `open_cache` opens, and refuses."""
     root = CacheRoot(url, read_only=True)
     chosen = version or root.current()
     if chosen is None:

@@ -19,6 +19,8 @@ from .errors import TaxonomyError
 from .layout import LABEL_ID_COLUMNS, BoolArray, UInt16Array
 
 LabelIds = Literal["type", "class"]
+MAX_MEANINGLESS = 0.01
+"""Largest share of label lines that are malformed or name an unknown id, for a set to be trained on."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class DecodedLabels:
     unknown: dict[int, int]
     malformed: int
     instances: int
+
+    @property
+    def meaningless(self) -> int:
+        """Lines that are malformed or name an unknown id."""
+        return sum(self.unknown.values()) + self.malformed
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,35 @@ class Taxonomy:
             malformed=int(totals[-1]),
             instances=int(totals.sum()),
         )
+
+
+def describe_meaningless(
+    label_ids: UInt16Array, tiles: npt.NDArray[np.str_], decoded: DecodedLabels, reading: LabelIds
+) -> str:
+    """Which label lines of N tiles mean nothing, where the first of them are, and what to do."""
+    rows = np.flatnonzero(label_ids[:, [*decoded.unknown, LABEL_ID_COLUMNS - 1]].any(axis=1))[:3].tolist()
+    ids = ", ".join(f"{label_id} ({count:,}x)" for label_id, count in decoded.unknown.items())
+    parts = [f"no {reading} ids of this class list: {ids}"] if ids else []
+    parts += (
+        [f"{decoded.malformed:,} malformed or with an id above {LABEL_ID_COLUMNS - 2}"] if decoded.malformed else []
+    )
+    return (
+        f"{decoded.meaningless / decoded.instances:.2%} of all label lines are ignored: {'; '.join(parts)} (first in "
+        f"the labels of {', '.join(str(tiles[row]) for row in rows)}); above {MAX_MEANINGLESS:.0%} a run ends here: "
+        "mend the files, set --label-ids, or give a --taxonomy"
+    )
+
+
+def refuse_meaningless(
+    label_ids: UInt16Array, tiles: npt.NDArray[np.str_], decoded: DecodedLabels, reading: LabelIds
+) -> None:
+    """Check that these are the right class list and reading for the labels of N tiles.
+
+    Raises:
+        TaxonomyError: more than 1 % of all lines mean nothing.
+    """
+    if decoded.meaningless > MAX_MEANINGLESS * decoded.instances:
+        raise TaxonomyError(describe_meaningless(label_ids, tiles, decoded, reading))
 
 
 def format_histogram(histogram: npt.NDArray[np.integer]) -> str:

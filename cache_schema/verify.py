@@ -1,5 +1,6 @@
 """What is wrong with a stored version, and how to take back exactly the blocks that are."""
 
+import logging
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from .layout import TABLE_CHUNK_ROWS, count_blocks
 from .store import storage_errors
 from .table import COLUMN_DTYPES
 from .version import DIGEST_CONTRADICTED, Version
+
+_log = logging.getLogger(__name__)
 
 _CHECKED_TOGETHER = 4
 _MISSING = "its chunk is missing"
@@ -54,7 +57,9 @@ def verify_version(version: Version) -> Findings:
     sealed, committed = version.sealed, version.committed()
 
     def check(block: int) -> list[str]:
-        return _check_values(version, block) if committed[block] else _check_commit(version, block, sealed)
+        found = _check_values(version, block) if committed[block] else _check_commit(version, block, sealed)
+        _log.debug("block %d: %s", block, "damaged" if found else "sound" if committed[block] else "not committed")
+        return found
 
     with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:  # in a bucket a block takes longer to arrive than to check
         by_block = list(threads.map(check, range(version.layout.blocks)))

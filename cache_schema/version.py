@@ -219,13 +219,14 @@ class Version:
         self.scan(take)
         return status
 
-    def scan(self, take: Callable[[int, BlockValues], None]) -> None:
+    def scan(self, take: Callable[[int, BlockValues], None], blocks: npt.ArrayLike | None = None) -> None:
         """Hand over every block that can be trusted, a few of them in memory at a time.
 
         A block that is not committed, cannot be read or contradicts its commit is passed over.
 
         Args:
             take: gets a block's number and values, which it must not keep; called from several threads, in any order.
+            blocks: ascending numbers of those to read, None for all.
         """
         commits = self._commits()
         try:
@@ -233,6 +234,7 @@ class Version:
         except IntegrityError:
             return
         committed = np.flatnonzero(commits.any(axis=1))
+        committed = committed if blocks is None else np.intersect1d(committed, blocks)
         together = max(1, _SCAN_BYTES // (self.layout.block_rows * self.layout.width * POOLED_DTYPE.itemsize))
         cuts = np.flatnonzero((np.diff(committed) > 1) | (np.diff(committed // together) > 0)) + 1
 

@@ -1,4 +1,4 @@
-"""python -m extract run|tile|sample|demo"""
+"""python -m extract run|tile|doctor|sample|demo"""
 
 import sys
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from cache_schema import TileprobeError
+from cache_schema.command_line import DONE, FOUND, Group, Outcome, heading, run_group
 
 from .config import ExtractConfig
 from .distributed import exit_with
@@ -14,48 +15,77 @@ from .scenes import DEFAULT_SCENE_REGEX
 from .stop import Stopped
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group("extract", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
     """Tiles in a bucket to embeddings in a cache."""
 
 
-@main.command("run")
+@main.command(
+    "run",
+    gives_json=True,
+    examples=[
+        "python -m extract run --tiles gs://bucket/xview_tiled/train",
+        "python -m extract run --tiles tiles --backbone vitl16 --image-size 224 --cache cache/small --dry-run",
+        "python -m extract.launch --nproc-per-node=8 -m extract run --tiles gs://bucket/train --limit 500",
+    ],
+)
+@heading("Data")
 @click.option("--tiles", default="", help="gs://bucket/prefix or a directory holding images/ and labels/.")
+@heading("Model")
 @click.option("--backbone", default="vitl16", help="vitl16, vit7b16, demo, a checkpoint directory or a hub id.")
 @click.option(
     "--image-size",
     type=int,
     help="Pixels a side, a multiple of 16.  [default: 512 for the satellite backbones, else the checkpoint's own]",
 )
+@heading("Output")
 @click.option("--cache", help="Directory or gs://… to write to.  [default: cache/<tiles>-<backbone>-<size>]")
+@heading("Model")
 @click.option(
     "--precision",
     type=click.Choice(["auto", *DTYPES]),
     default="auto",
     help="Dtype of weights and forward pass; auto is bf16 where the device multiplies it, else float32.",
 )
+@heading("Machine")
 @click.option("--batch-size", type=int, default=32, help="Tiles per forward pass.")
 @click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--limit", type=int, help="A trial: whole scenes up to about this many tiles.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto is cuda where there is a GPU."
+)
+@heading("Data")
+@click.option("--limit", type=int, help="A trial: whole scenes up to about this many tiles.  [default: all tiles]")
 @click.option("--scene-regex", default=DEFAULT_SCENE_REGEX, help="Group (?P<scene>…) of a tile's name, for --limit.")
 @click.option("--unlabelled", is_flag=True, help="Embed tiles without a label file too.")
+@heading("Output")
 @click.option("--max-quarantined", type=float, default=0.01, help="Largest share of unreadable tiles to accept.")
 @click.option("--retry-quarantined", is_flag=True, help="Try tiles again that were quarantined before.")
 @click.option("--yes", is_flag=True, help="Go on though more than a tenth of the tiles of the version in use are gone.")
 @click.option("--profile", help="Write a torch profiler trace of a few batches to this file (JSON, for Perfetto).")
-def run_command(**options: Any) -> None:
+@click.option("--dry-run", is_flag=True, help="Print what would be embedded, kept and read; write nothing.")
+def run_command(dry_run: bool, **options: Any) -> Outcome:
     """Embed every tile once and commit the vectors block by block. Run again, it goes on where it stopped; after a
     change of the bucket it embeds what is new or changed, and keeps the rest."""
+    from .dry_run import describe_extraction
     from .run import run_extraction
 
-    run_extraction(ExtractConfig(**options))
+    config = ExtractConfig(**options)
+    if dry_run:
+        return Outcome(describe_extraction(config) or {})
+    finished = run_extraction(config)
+    return Outcome(finished.values, line=finished.line) if finished else Outcome()
 
 
-@main.command("tile")
+@main.command(
+    "tile",
+    examples=[
+        "python -m extract tile --images train_images --labels xView_train.geojson --out gs://bucket/train --dry-run",
+        "python -m extract tile --images train_images --labels xView_train.geojson --out tiles --size 256 --stride 200",
+    ],
+)
+@heading("Data")
 @click.option("--images", default="", help="Directory of GeoTIFFs, such as xView's train_images.")
 @click.option("--labels", default="", help="xView_train.geojson.")
-@click.option("--out", default="", help="gs://bucket/prefix or a directory: what make extract takes as TILES.")
 @click.option("--size", type=int, default=512, help="Pixels a side of a tile.")
 @click.option(
     "--stride", type=int, help="Pixels from one tile to the next; less than the size overlaps.  [default: the size]"
@@ -66,8 +96,11 @@ def run_command(**options: Any) -> None:
     default=0.25,
     help="Share of a box's area (of a larger one: of what a tile can show of it) that a tile must show to name it.",
 )
-@click.option("--workers", type=int, help="Scenes cut at a time, each in a process.  [default: cores]")
+@heading("Output")
+@click.option("--out", default="", help="gs://bucket/prefix or a directory: what make extract takes as TILES.")
 @click.option("--dry-run", is_flag=True, help="Say what would be cut and what would be dropped; write nothing.")
+@heading("Machine")
+@click.option("--workers", type=int, help="Scenes cut at a time, each in a process.  [default: cores]")
 def tile_command(
     images: str,
     labels: str,
@@ -88,6 +121,45 @@ def tile_command(
     run_tiling(TileConfig(images, labels, out, cutting, workers, dry_run))
 
 
+_DOCTOR_ASKS = (
+    *("tiles", "backbone", "image_size", "cache", "precision", "batch_size", "workers", "device"),
+    *("scene_regex", "unlabelled", "max_quarantined", "yes"),
+)
+"""Options of an extraction that decide whether it can work."""
+
+
+@main.command(
+    "doctor",
+    params=[param for param in run_command.params if param.name in _DOCTOR_ASKS],
+    gives_json=True,
+    examples=[
+        "python -m extract doctor --tiles gs://bucket/xview_tiled/train",
+        "python -m extract doctor --tiles tiles --backbone vitl16 --image-size 224 --nproc 8 --price-per-hour 12",
+    ],
+)
+@heading("Data")
+@click.option("--sample", type=int, default=24, help="Tiles to fetch and decode, drawn at random.")
+@click.option("--seed", type=int, default=0, help="Of that draw.")
+@click.option(
+    "--taxonomy",
+    type=click.Path(dir_okay=False),
+    help="CSV of your own classes: class_id,name or class_id,type_id,name.  [default: xView's]",
+)
+@heading("Machine")
+@click.option("--nproc", type=int, help="Ranks the extraction will have.  [default: GPUs, else 1]")
+@click.option("--price-per-hour", type=float, help="Of everything that computes, in any currency, for the estimate.")
+def doctor_command(**options: Any) -> Outcome:
+    """Say in seconds whether an extraction, and training after it, can work, and what it would take. Nothing is
+    embedded or kept; the status is 3 if a check failed."""
+    from .doctor import DoctorConfig, run_doctor
+
+    names = DoctorConfig.__dataclass_fields__.keys() & options.keys()
+    own = {name: options.pop(name) for name in names}
+    findings = run_doctor(DoctorConfig(ExtractConfig(**options), **own))
+    failed = any(finding.status == "fail" for finding in findings)
+    return Outcome({"checks": [finding.to_json() for finding in findings]}, status=FOUND if failed else DONE)
+
+
 @main.command("sample", hidden=True)
 @click.argument("cache")
 @click.option("--version", "version_id", required=True)
@@ -95,31 +167,35 @@ def tile_command(
 @click.option("--seed", type=int)
 @click.option("--tiles")
 @click.option("--backbone")
-def sample_command(cache: str, version_id: str, rows: int, **now: Any) -> None:
+def sample_command(cache: str, version_id: str, rows: int, **now: Any) -> Outcome:
     """Embed random rows of CACHE again and compare: `python -m cache_schema verify --sample` runs this."""
     from .sample import compare_sample
 
     comparison = compare_sample(cache, version_id, rows, **now)
     click.echo("\n".join(comparison.lines))
-    sys.exit(0 if comparison.agrees else 1)
+    return Outcome(status=DONE if comparison.agrees else FOUND)
 
 
-@main.command("demo", context_settings={"ignore_unknown_options": True})
+@main.command(
+    "demo",
+    context_settings={"ignore_unknown_options": True},
+    examples=["python -m extract demo -- python -m extract run --tiles demo://train --backbone demo --dry-run"],
+)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
-def demo_command(command: tuple[str, ...]) -> None:
+def demo_command(command: tuple[str, ...]) -> Outcome:
     """Run COMMAND while the generated demo bucket is served on loopback.
 
     Every demo:// in COMMAND becomes the bucket's address.
     """
     from .demo import run_with_demo_bucket
 
-    sys.exit(run_with_demo_bucket(command))
+    return Outcome(status=run_with_demo_bucket(command))
 
 
 def run() -> None:
-    """Run the command line; an error a user can act on is one line and status 1, a signal 128 and its number."""
+    """Run the command line; an error a user can act on is one line and its status, a signal 128 and its number."""
     try:
-        main(prog_name="python -m extract", standalone_mode=True)
+        run_group(main)
     except TileprobeError as error:
         exit_with(error)
     except Stopped as stop:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .errors import BackboneError
+from .hub import CONFIGURATION, download, measure_download, no_checkpoint
 from .precision import DTYPES, Precision
 
 POOLING = ("cls", "patch_mean")
@@ -41,6 +43,7 @@ class Checkpoint:
         depth, width: transformer layers, embedding length.
         image_size: effective pixels a side, a multiple of the patch size.
         tokens: CLS, registers and patches of a tile of that size.
+        flop: floating-point operations of one tile's forward pass.
         mean, std: the preprocessor's, per channel.
     """
 
@@ -50,6 +53,7 @@ class Checkpoint:
     width: int
     image_size: int
     tokens: int
+    flop: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -77,19 +81,41 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     Raises:
         BackboneError: not found, gated, not a DINOv3 ViT, no safetensors, or an image size it cannot take.
     """
-    path = _locate(name)
+    path = _find_local(name) or download(_name_on_hub(name))
+    if not _weight_files(path):
+        raise BackboneError(f"{path} has no model*.safetensors: save the checkpoint with safe serialization")
+    return _read_configuration(name, path, image_size)
+
+
+def find_configuration(name: str, image_size: int | None = None) -> tuple[Checkpoint, int]:
+    """As `find_checkpoint`, but of what lies on the hub no weight is fetched.
+
+    Returns:
+        the checkpoint, and bytes of it still to be downloaded; as long as there are any, weights may be missing.
+
+    Raises:
+        BackboneError: as `find_checkpoint`.
+    """
+    if _find_local(name):
+        return find_checkpoint(name, image_size), 0
+    missing = measure_download(hub_id := _name_on_hub(name))
+    if not missing:
+        return find_checkpoint(name, image_size), 0
+    return _read_configuration(name, download(hub_id, CONFIGURATION), image_size), missing
+
+
+def _read_configuration(name: str, path: Path, image_size: int | None) -> Checkpoint:
     config = _read_json(path / "config.json")
     if config.get("model_type") != "dinov3_vit":
         raise BackboneError(f"{name} is a {config.get('model_type')!r} checkpoint: BACKBONE must be a DINOv3 ViT")
-    if not _weight_files(path):
-        raise BackboneError(f"{path} has no model*.safetensors: save the checkpoint with safe serialization")
     processor = _read_json(path / "preprocessor_config.json")
     try:
         mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
         size = _TRAINED_SIZE.get(name) or int(processor["size"]["height"])
         size = size if image_size is None else image_size
         patch, depth, width = config["patch_size"], config["num_hidden_layers"], config["hidden_size"]
-        special = 1 + config["num_register_tokens"]
+        tokens = 1 + config["num_register_tokens"] + (size // patch) ** 2
+        flop = count_flop(config, size)
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(f"{len(mean)} means and {len(std)} deviations for 3 channels")
     except (KeyError, TypeError, ValueError) as error:
@@ -101,7 +127,21 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
         raise BackboneError(
             f"IMAGE_SIZE {size} is not a multiple of the {patch} px patch: try {below} or {below + patch}"
         )
-    return Checkpoint(name, path, depth, width, size, special + (size // patch) ** 2, mean, std)
+    return Checkpoint(name, path, depth, width, size, tokens, flop, mean, std)
+
+
+def count_flop(config: Mapping[str, Any], image_size: int) -> float:
+    """Floating-point operations of one tile's forward pass, from a checkpoint's config.json; a multiply-add is two.
+
+    Counted are patch embedding, projections, attention and MLP; norms, activations and biases are well below 1 %.
+    """
+    patches = (image_size // config["patch_size"]) ** 2
+    tokens = 1 + config["num_register_tokens"] + patches
+    width, hidden = config["hidden_size"], config["intermediate_size"]
+    projections = 4 * width * width + (3 if config.get("use_gated_mlp") else 2) * width * hidden
+    attention = 2 * tokens * width  # scores and weighted sum, of one token with all
+    embedding = patches * 3 * config["patch_size"] ** 2 * width
+    return float(2 * (config["num_hidden_layers"] * tokens * (projections + attention) + embedding))
 
 
 def follow_links(name: str) -> str:
@@ -162,6 +202,15 @@ class Backbone(nn.Module):
                 "it does not belong to this architecture"
             )
         return cls(vit.to(device))
+
+    @classmethod
+    def outline(cls, checkpoint: Checkpoint) -> Self:
+        """The architecture alone, on torch's meta device: to count parameters without reading or holding any."""
+        from transformers import AutoConfig, AutoModel
+
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        with torch.device("meta"):
+            return cls(AutoModel.from_config(config, attn_implementation=ATTENTION))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -270,57 +319,20 @@ class Backbone(nn.Module):
         return self
 
 
-def _locate(name: str) -> Path:
+def _find_local(name: str) -> Path | None:
+    """The directory of a checkpoint that need not come from the hub."""
     if name == "demo":
         return Path(str(resources.files("extract.demo").joinpath("backbone")))
     local = Path(name)
     if (local / "config.json").is_file():
         return local
     if local.is_dir() or name.startswith((".", "/")) or (name.count("/") != 1 and name not in _HUB_IDS):
-        raise _no_checkpoint(name)
-    return _download(_HUB_IDS.get(name, name))
+        raise no_checkpoint(name)
+    return None
 
 
-def _no_checkpoint(name: str) -> BackboneError:
-    return BackboneError(
-        f"no checkpoint at {name}: BACKBONE is vitl16, vit7b16, demo, a directory with config.json, or a hub id"
-    )
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        files = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
-        return Path(snapshot_download(hub_id, allow_patterns=files))
-    except GatedRepoError as error:
-        token = "the token in HF_TOKEN has no access" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set"
-        raise BackboneError(
-            f"{hub_id} is gated and {token}: accept its licence at https://huggingface.co/{hub_id}, "
-            "then set HF_TOKEN to a token of that account"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise BackboneError(
-            f"no model {hub_id} on the hub, or it is private: check BACKBONE, and set HF_TOKEN for a private model"
-        ) from error
-    except HFValidationError as error:
-        raise _no_checkpoint(hub_id) from error
-    # A connection that breaks during the download comes as an exception of the hub client's own HTTP library.
-    except Exception as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
-            raise BackboneError(
-                f"the hub does not accept the token in HF_TOKEN for {hub_id}: set HF_TOKEN to a valid one, or unset it"
-            ) from error
-        raise BackboneError(
-            f"cannot download {hub_id} ({type(error).__name__}): check the network, or download it elsewhere "
-            "and set BACKBONE to the directory"
-        ) from error
+def _name_on_hub(name: str) -> str:
+    return _HUB_IDS.get(name, name)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -336,7 +348,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} is missing: copy the checkpoint's configuration files beside its weights"
         ) from error
     except (OSError, ValueError) as error:
-        raise BackboneError(f"{path} cannot be read: {error}") from error
+        raise BackboneError(f"{path} cannot be read ({error}): save the checkpoint again") from error
     if not isinstance(value, dict):
-        raise BackboneError(f"{path} is not a JSON object")
+        raise BackboneError(f"{path} is not a JSON object: save the checkpoint again")
     return value

@@ -43,14 +43,20 @@ class Changes:
         """Rows of which only the label changed."""
         return int((self.same_tile & ~self.same_label).sum())
 
+    def count(self) -> dict[str, int]:
+        """How many rows are `new`, `changed`, `removed`, `relabelled` and `kept`."""
+        new = int((self.row < 0).sum())
+        return {
+            "new": new,
+            "changed": len(self.row) - new - self.relabelled - self.kept,
+            "removed": self.removed,
+            "relabelled": self.relabelled,
+            "kept": self.kept,
+        }
+
     def describe(self) -> str:
         """`12 new, 3 changed, 1 removed, 2 relabelled, 14,982 kept`."""
-        new = int((self.row < 0).sum())
-        changed = len(self.row) - new - self.relabelled - self.kept
-        return (
-            f"{new:,} new, {changed:,} changed, {self.removed:,} removed, "
-            f"{self.relabelled:,} relabelled, {self.kept:,} kept"
-        )
+        return ", ".join(f"{number:,} {what}" for what, number in self.count().items())
 
     def refuse_loss(self, earlier: Version, tiles: str) -> None:
         """Check that no more than a tenth of the earlier rows is gone: most often that is another prefix, or an

@@ -1,5 +1,6 @@
 """Ranks: the process group, what one rank does for all, and the counter that shares out blocks."""
 
+import logging
 import os
 import sys
 import time
@@ -17,6 +18,8 @@ from cache_schema import TileprobeError
 
 from .errors import ConfigError
 
+_log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Counter = Callable[[int], int]
 """`add(n)` gives the total of all ranks after adding n."""
@@ -33,6 +36,11 @@ class PeerLostError(TileprobeError):
     """Another rank ended in the middle of what all do together; it has said why, or torchrun will."""
 
 
+def shows_bars() -> bool:
+    """Whether progress bars are wanted: not if the command is quiet, or logs every batch."""
+    return _log.getEffectiveLevel() == logging.WARNING
+
+
 def get_job_id() -> str | None:
     """torchrun's id of this job, the same after its restarts; None without one that no other job has."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
@@ -40,14 +48,15 @@ def get_job_id() -> str | None:
 
 
 def exit_with(error: TileprobeError) -> NoReturn:
-    """End this rank with one line and status 1.
+    """End this rank with one line and the error's status.
 
     The first rank to end makes torchrun end the rest, so one with nothing to say lets the one that has speak first.
     """
     if isinstance(error, (ToldByMainError, PeerLostError)):
         time.sleep(5)
-        sys.exit(1 if isinstance(error, ToldByMainError) else f"error: {error}")
-    sys.exit(f"error: {error}")
+    if not isinstance(error, ToldByMainError):
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.status)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def draws_bars(self) -> bool:
+        """Whether this rank draws progress bars."""
+        return self.is_main and shows_bars()
+
+    @property
     def cores(self) -> int:
         """CPU cores that are this rank's share."""
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size) if hasattr(os, "sched_getaffinity") else 1
@@ -91,6 +105,7 @@ class Ranks:
             try:
                 outcome[0] = work()
             except TileprobeError as error:
+                _log.debug("where the error arose:", exc_info=True)
                 outcome[0] = error.with_traceback(None)
         dist.broadcast_object_list(outcome, src=0, device=self.device)
         result = outcome[0]
@@ -104,6 +119,7 @@ class Ranks:
         try:
             result = work()
         except TileprobeError as error:
+            _log.debug("where the error arose:", exc_info=True)
             failure = error.with_traceback(None)
         failures: list[TileprobeError | None] = [None] * self.world_size
         dist.all_gather_object(failures, failure)
@@ -140,7 +156,7 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
     """
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = _choose_device(device, local_rank, local_world)
+    chosen = choose_device(device, local_rank, local_world)
     store: dist.Store
     if "RANK" in os.environ:
         shared, rank, world_size = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
@@ -169,7 +185,12 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _choose_device(device: str, local_rank: int, local_world: int) -> torch.device:
+def choose_device(device: str, local_rank: int, local_world: int) -> torch.device:
+    """The device of one of `local_world` ranks on this machine: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")

@@ -11,6 +11,7 @@ TileprobeError
     ├── PlaceError       where tiles are written
     ├── BackboneError    the checkpoint
     └── RunError         a run that must not be sealed
+        └── QuarantineError  too many of its tiles cannot be read
 """
 
 from cache_schema import TileprobeError
@@ -54,3 +55,9 @@ class BackboneError(ExtractError):
 
 class RunError(ExtractError):
     """A run that must not be sealed."""
+
+
+class QuarantineError(RunError):
+    """Too many of its tiles cannot be read; the others are committed."""
+
+    status = 3

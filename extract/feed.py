@@ -3,6 +3,7 @@
 Each worker fetches its next batch while it decodes the present one, so it waits for the bucket only at the beginning.
 """
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.forkserver import ensure_running
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +21,7 @@ from cache_schema import TileprobeError
 from .batch import PendingBatch, Request, TileBatch
 from .errors import RunError
 from .source import CONCURRENT_READS, Source
+from .stop import put_off_signals
 from .windows import WindowReader
 
 PREFETCHED_BATCHES = 2
@@ -65,11 +67,20 @@ class TileFeed:
         """
         self._batches.current = batches
         try:
-            for item in self._loader:
+            with put_off_signals():  # a worker still on its way when its rank is gone would leave a traceback
+                items = iter(self._loader)
+            for item in items:
                 if isinstance(item, TileprobeError):
                     raise item
                 yield item
-        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
+            if os.strerror(errno.EMFILE) in str(error):
+                raise RunError(
+                    "too many open files: raise the limit with `ulimit -n 4096`, or lower --workers; the same command "
+                    "goes on from the last committed block"
+                ) from error
+            if isinstance(error, OSError) and not isinstance(error, (ConnectionError, FileNotFoundError)):
+                raise
             # Most often the loader notices; but a worker may also die while this process takes over its shared memory.
             in_transfer = self._loader.num_workers > 0 and not isinstance(error, RuntimeError)
             if "DataLoader worker" not in str(error) and not in_transfer:
@@ -152,9 +163,10 @@ def _make_forkserver() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["extract.feed"])
     # Ctrl-C goes to every process of a terminal. The rank answers it; its workers end with it, and keep quiet.
+    resource_tracker.ensure_running()  # whose start, later, would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        ensure_running()  # inherits the mask, and its workers from it
+        forkserver.ensure_running()  # inherits the mask, and its workers from it
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context

@@ -11,16 +11,24 @@ import runpy
 import signal
 import sys
 
-import torch
-from torch.distributed import DistError
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
-from torch.distributed.run import parse_args, run
-
 
 def main() -> None:
     """Run torchrun with this process's arguments; exit with the status of the first rank that failed."""
+    try:
+        _launch()
+    except KeyboardInterrupt:  # before torchrun answers signals, above all while torch is imported
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _launch() -> None:
+    import torch
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
+    from torch.distributed.run import parse_args, run
+
     for name in ("torch.distributed.run", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     for name in list(logging.root.manager.loggerDict):

@@ -111,7 +111,7 @@ def label_name(tile: str) -> str:
     return f"labels/{tile.split('/', 1)[1].rsplit('.', 1)[0]}.txt"
 
 
-def _is_tile(name: str) -> bool:
+def is_tile(name: str) -> bool:
     """An image's suffix, in whatever case, after something: `a/.png` is a hidden file without a suffix."""
     stem, _, suffix = name.rpartition(".")
     return f".{suffix.lower()}" in IMAGE_SUFFIXES and not stem.endswith("/")
@@ -121,7 +121,7 @@ def _gather_tiles(images: Iterable[ListedPage]) -> tuple[ListedPage, int]:
     """The tiles of all pages, and how many other objects there were."""
     parts, other = [], 0
     for page in images:
-        mask = np.array([_is_tile(name) for name in page.name.tolist()], bool)
+        mask = np.array([is_tile(name) for name in page.name.tolist()], bool)
         parts.append(page if mask.all() else page.select(mask))
         other += len(page) - len(parts[-1])
     return ListedPage.concatenate(parts), other

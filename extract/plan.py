@@ -10,11 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_schema import CacheRoot, Provenance, ProvenanceError, Recorded, Status, TileTable, Version, own_version
+from cache_schema import (
+    CacheRoot,
+    Layout,
+    Provenance,
+    ProvenanceError,
+    Recorded,
+    Status,
+    TileTable,
+    Version,
+    own_version,
+)
 from cache_schema.layout import BoolArray
 
 from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint, follow_links
-from .changes import find_earlier, open_in_use
+from .changes import Changes, find_earlier, open_in_use
 from .config import ExtractConfig
 from .distributed import get_job_id
 from .listing import list_tiles
@@ -50,11 +60,35 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) -> Plan:
-    """List the bucket, read the checkpoint's files, and open or create the version they lead to.
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """Which version an extraction fills, found out without writing anything.
 
-    What is not finished is owned from here on, until `at_end` closes.
+    Attributes:
+        cache: where it lies.
+        checkpoint: of the backbone.
+        table, provenance, recorded: what the version is made from.
+        earlier, changes: a version beside it whose rows can be taken over, and what changed since; both or none.
+        all_tiles, notes: as of a `Plan`.
     """
+
+    cache: str
+    checkpoint: Checkpoint
+    table: TileTable
+    provenance: Provenance
+    recorded: Recorded
+    earlier: Version | None
+    changes: Changes | None
+    all_tiles: int
+    notes: tuple[str, ...]
+
+    @property
+    def version_id(self) -> str:
+        return self.provenance.version_id(self.table.identity_digest())
+
+
+def make_survey(config: ExtractConfig, device: torch.device) -> Survey:
+    """List the bucket and read the checkpoint's files, to which a hub id's are downloaded first."""
     checkpoint = find_checkpoint(config.backbone, config.image_size)
     source = open_source(config.tiles)
     listing = list_tiles(source, unlabelled=config.unlabelled)
@@ -68,8 +102,8 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
         table = table.select(choose_whole_scenes(find_scenes(table.tile, config.scene_regex), config.limit))
         notes.append(f"LIMIT={config.limit}: {len(table):,} of {len(listing.table):,} tiles, whole scenes")
     cache = config.cache_url(checkpoint.image_size)
-    root = CacheRoot(cache)
-    provenance = _choose_provenance(config.precision, checkpoint, root, table, device)
+    root = CacheRoot(cache, read_only=True)
+    provenance = choose_provenance(config.precision, checkpoint, root, table, device)
     recorded = record_environment(follow_links(config.backbone), source, config.batch_size, device)
     earlier, changes = find_earlier(root, table, provenance, source.identity) or (None, None)
     if earlier and changes:
@@ -79,7 +113,19 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
         notes += [f"differs from the run that made it: {d}" for d in earlier.recorded.differences(recorded)]
         # Rows that are computed must not differ from rows that are kept by the size of their batches.
         recorded = replace(recorded, batch_size=earlier.recorded.batch_size)
-    version_id = provenance.version_id(table.identity_digest())
+    all_tiles = len(listing.table)
+    return Survey(cache, checkpoint, table, provenance, recorded, earlier, changes, all_tiles, tuple(notes))
+
+
+def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) -> Plan:
+    """Survey the bucket, and open or create the version it leads to.
+
+    What is not finished is owned from here on, until `at_end` closes.
+    """
+    survey = make_survey(config, device)
+    table, provenance, recorded, version_id = survey.table, survey.provenance, survey.recorded, survey.version_id
+    earlier, changes, notes = survey.earlier, survey.changes, list(survey.notes)
+    root = CacheRoot(survey.cache)
     if config.retry_quarantined or root.current() != version_id or not root.is_sealed(version_id):
         at_end.enter_context(own_version(root.url, version_id, job=get_job_id()))
     version = root.create_version(table, provenance, recorded)
@@ -91,17 +137,17 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
     if config.retry_quarantined:
         notes.append(_reopen_quarantined(version, table))
     pending = tuple(np.flatnonzero(~version.committed()).tolist())
-    to_do = _count_rows(version, pending, ~changes.same_tile if changes else np.ones(len(table), bool))
+    to_do = count_rows(version.layout, pending, ~changes.same_tile if changes else np.ones(len(table), bool))
     if pending:
         precision = provenance.precision
-        notes.append(f"{to_do:,} to do in {precision} -> {cache} (version {version.id})")
+        notes.append(f"{to_do:,} to do in {precision} -> {survey.cache} (version {version.id})")
         if precision == "bf16" and not multiplies_bf16(device):
             notes.append("this device has no bf16 instructions: --precision float32 would be many times as fast")
     earlier_id = earlier.id if earlier else None
-    return Plan(cache, version.id, checkpoint, earlier_id, pending, to_do, len(listing.table), tuple(notes))
+    return Plan(survey.cache, version.id, survey.checkpoint, earlier_id, pending, to_do, survey.all_tiles, tuple(notes))
 
 
-def _choose_provenance(
+def choose_provenance(
     asked: PrecisionChoice, checkpoint: Checkpoint, root: CacheRoot, table: TileTable, device: torch.device
 ) -> Provenance:
     """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on; for a
@@ -116,9 +162,9 @@ def _choose_provenance(
     return next((known for known in candidates if known.version_id(digest) in there), kept)
 
 
-def _count_rows(version: Version, blocks: Sequence[int], mask: BoolArray) -> int:
+def count_rows(layout: Layout, blocks: Sequence[int], mask: BoolArray) -> int:
     """Rows of `blocks` that are in `mask`, (N,) bool."""
-    return sum(int(mask[version.layout.block_slice(block)].sum()) for block in blocks)
+    return sum(int(mask[layout.block_slice(block)].sum()) for block in blocks)
 
 
 def _reopen_quarantined(version: Version, table: TileTable) -> str:

@@ -4,12 +4,13 @@ There is no collective between the first block and the last: ranks draw blocks f
 takes fewer, and what a block holds does not depend on who computed it.
 """
 
+import logging
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from .config import ExtractConfig, remember_cache
 from .distributed import Counter as SharedCounter
 from .distributed import Ranks, join_ranks
 from .embed import TileEmbedder
-from .errors import RunError
+from .errors import QuarantineError, RunError
 from .feed import TileFeed
 from .plan import Plan, make_plan
 from .reuse import EarlierRows
@@ -44,12 +45,32 @@ from .summary import (
 from .transform import describe_scale
 from .writer import BlockWriter
 
+_log = logging.getLogger(__name__)
+
 _ATTEMPTS = 2
 """Times that a run computes a block: once more if it is found damaged when the run is about to seal."""
 
 
-def run_extraction(config: ExtractConfig) -> None:
+@dataclass(frozen=True)
+class Finished:
+    """What a finished extraction says.
+
+    Attributes:
+        line: where the embeddings are.
+        text: all that a person is told, with that line.
+        values: the same for scripts.
+    """
+
+    line: str
+    text: str
+    values: dict[str, Any]
+
+
+def run_extraction(config: ExtractConfig) -> Finished | None:
     """Bring the cache of `config.tiles` up to date with the bucket; what is committed already is not redone.
+
+    Returns:
+        what there is now, printed already; None on other ranks than the main one.
 
     Raises:
         TileprobeError: whatever a user can mend; committed blocks stay.
@@ -71,10 +92,10 @@ def run_extraction(config: ExtractConfig) -> None:
                 torch.distributed.all_gather_object(timings, timing)
                 elapsed = time.perf_counter() - started
                 outcome = ranks.run_on_main(partial(_finish, config, plan, timings, ranks, elapsed, tried))
-                if isinstance(outcome, str):
+                if isinstance(outcome, Finished):
                     if ranks.is_main:
-                        print(outcome, flush=True)
-                    return
+                        print(outcome.text, flush=True)
+                    return outcome if ranks.is_main else None
                 plan = outcome
         except Stopped as stop:
             if ranks.is_main:
@@ -94,7 +115,7 @@ def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
     timing, started = Timing(), time.perf_counter()
     with (
         _profiler(config.profile if ranks.is_main else None) as note_step,
-        tqdm(total=plan.to_do, unit="tile", desc="extract", disable=not ranks.is_main) as bar,
+        tqdm(total=plan.to_do, unit="tile", desc="extract", disable=not ranks.draws_bars) as bar,
         BlockWriter(version) as writer,
     ):
         blocks = _BlockDraw(version, plan, source, writer, timing)
@@ -105,6 +126,8 @@ def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
                 bar.write(describe_scale(batch.images[embedded[0]].shape[0], plan.checkpoint.image_size))
                 described = True
             writer.add(batch, embedder.embed(batch))
+            first, last = int(batch.rows[0]), int(batch.rows[-1])
+            _log.debug("rows %d-%d: fetched in %.2f s, decoded in %.2f s", first, last, batch.fetch_s, batch.decode_s)
             note_step()
             timing.note_batch(batch)
             timing.feed_s += got - asked - (timing.copy_s - copied)
@@ -226,7 +249,7 @@ def _finish(
     ranks: Ranks,
     elapsed: float,
     tried: Mapping[int, int],
-) -> str | Plan:
+) -> Finished | Plan:
     """Recheck; refuse or seal, move `current`, and say what there is now, or plan what is to be computed again.
 
     Args:
@@ -241,7 +264,7 @@ def _finish(
     if missing:
         return replace(plan, pending=_reopen_damaged(version, status, tried), to_do=missing)
     if quarantined > config.max_quarantined * len(status):
-        raise RunError(
+        raise QuarantineError(
             f"{quarantined:,} of {len(status):,} tiles are quarantined, more than --max-quarantined "
             f"{config.max_quarantined} allows: mend them and run again with --retry-quarantined, or raise it\n"
             + describe_quarantined(version, status)
@@ -251,7 +274,8 @@ def _finish(
     if root.current() != version.id:
         root.set_current(version.id)
     remember_cache(plan.cache)
-    lines = [f"{plan.cache}: {len(status) - quarantined:,} embeddings, sealed (version {version.id})"]
+    line = f"{plan.cache}: {len(status) - quarantined:,} embeddings, sealed (version {version.id})"
+    lines = [line]
     if quarantined:
         lines.append(describe_quarantined(version, status))
     kept = sum(timing.kept for timing in timings)
@@ -259,11 +283,23 @@ def _finish(
         lines.append(f"{kept:,} rows kept from version {plan.earlier_id}")
     if plan.pending:
         lines.append(describe_labels(timings))
-    if not any(timing.tiles for timing in timings):
-        return "\n".join([f"0 to do, {elapsed:.0f} s", *lines])
+    computed = sum(timing.tiles for timing in timings)
+    values = {
+        "cache": plan.cache,
+        "version": version.id,
+        "rows": len(status),
+        "embedded": len(status) - quarantined,
+        "quarantined": quarantined,
+        "computed": computed,
+        "kept": len(status) - computed,
+        "malformed_lines": sum(timing.malformed for timing in timings),
+        "seconds": round(elapsed, 3),
+    }
+    if not computed:
+        return Finished(line, "\n".join([f"0 to do, {elapsed:.0f} s", *lines]), values)
     workers = ranks.choose_workers(config.workers)
     lines.append(describe_speed(timings, elapsed))
     lines.append(advise(timings, workers, ranks.cores, on_cpu=ranks.device.type == "cpu"))
     if config.limit is not None:
         lines.append(estimate_whole(version, plan.all_tiles, timings))
-    return "\n".join(lines)
+    return Finished(line, "\n".join(lines), values)

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from .errors import ConfigError
 
 DEFAULT_SCENE_REGEX = r"^(?P<scene>.+?)(?:_\d+)+$"
+MIN_SCENES = 5
+"""Fewer cannot be split by scene into tiles that train and tiles that validate."""
 
 
 def find_scenes(tiles: npt.NDArray[np.str_], scene_regex: str = DEFAULT_SCENE_REGEX) -> npt.NDArray[np.str_]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import numpy.typing as npt
 
-from cache_schema import Status, Version
+from cache_schema import LABEL_ID_COLUMNS, Status, Version
+from cache_schema.layout import LABEL_IDS_DTYPE, POOLED_DTYPE
 
+from .backbone import POOLING
 from .batch import LabelBatch, TileBatch
 
 _MALFORMED = ": malformed line"
@@ -150,11 +152,16 @@ def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str
 def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) -> str:
     """What the whole bucket would take, from this trial."""
     seconds = all_tiles * max(t.wall_s for t in timings) / sum(t.tiles for t in timings)
-    size = all_tiles * (version.layout.width * 2 * len(version.layout.pooling) + 256)
+    size = estimate_cache_bytes(all_tiles, version.layout.width)
     return (
-        f"all {all_tiles:,} tiles: about {_format_duration(seconds)} on this hardware and {size / 2**20:,.0f} MiB "
+        f"all {all_tiles:,} tiles: about {format_duration(seconds)} on this hardware and {size / 2**20:,.0f} MiB "
         "of cache (the same command without LIMIT)"
     )
+
+
+def estimate_cache_bytes(tiles: int, width: int) -> int:
+    """Bytes of a cache of so many tiles and `width` numbers a vector; the tile table adds a few per cent."""
+    return tiles * (width * POOLED_DTYPE.itemsize * len(POOLING) + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize)
 
 
 def show_name(name: str) -> str:
@@ -169,7 +176,7 @@ def show_first(items: Sequence[str], *, separator: str = ", ", limit: int = 5, o
     return separator.join(items[:limit]) + "".join(more)
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

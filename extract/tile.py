@@ -12,6 +12,7 @@ from contextlib import closing
 from tqdm import tqdm
 
 from .cutters import run_cutters
+from .distributed import shows_bars
 from .errors import RunError
 from .place import open_place
 from .stop import Stopped, stop_on_signals
@@ -73,10 +74,11 @@ def _cut(config: TileConfig, plan: TilePlan, done: list[str]) -> None:
     before = len(plan.scenes) - len(to_do)
     started, tiles = time.perf_counter(), 0
     if to_do:
+        total = sum(scene.count.tiles for scene in to_do.values())
         workers = min(config.workers or _count_cores(), len(to_do))
         outcomes = run_cutters([scene.job for scene in to_do.values()], workers)
         with (
-            tqdm(total=sum(scene.count.tiles for scene in to_do.values()), unit="tile", desc="tile") as bar,
+            tqdm(total=total, unit="tile", desc="tile", disable=not shows_bars()) as bar,
             closing(outcomes),
         ):
             for outcome in outcomes:

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .cut import DONE, Cutting, SceneCount, SceneJob, count_scene, encode_png, list_windows, name_tile, read_stat
+from .distributed import shows_bars
 from .errors import ConfigError, PlaceError, RasterError
 from .place import Place
 from .raster import RASTER_SUFFIXES, Raster
@@ -104,7 +105,7 @@ def make_plan(config: TileConfig, place: Place) -> TilePlan:
     plan = TilePlan(annotations, missing=missing, other_files=other_files)
     there = _list_there(place)
     plan.gone = sorted(set(there) - set(files))
-    for name, path in tqdm(sorted(files.items()), unit="scene", desc="scenes", leave=False):
+    for name, path in tqdm(sorted(files.items()), unit="scene", desc="scenes", leave=False, disable=not shows_bars()):
         boxes = annotations.boxes.get(name)
         if boxes is None:
             plan.unlabelled.append(name)

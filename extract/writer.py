@@ -1,5 +1,6 @@
 """Blocks on their way to the cache."""
 
+import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from torch import Tensor
 from cache_schema import BlockValues, Status, Version
 
 from .batch import TileBatch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,4 +98,9 @@ class BlockWriter:
             started = time.perf_counter()
             self._writing.result()
             self.wait_s += time.perf_counter() - started
-        self._writing = self._pool.submit(self._version.write_block, block, values)
+        self._writing = self._pool.submit(self._store, block, values)
+
+    def _store(self, block: int, values: BlockValues) -> None:
+        started = time.perf_counter()
+        self._version.write_block(block, values)
+        _log.debug("block %d: %d rows committed in %.2f s", block, len(values.status), time.perf_counter() - started)

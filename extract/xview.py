@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from cache_schema.taxonomy import Taxonomy
 
+from .distributed import shows_bars
 from .errors import AnnotationError
 from .raster import RASTER_SUFFIXES
 
@@ -151,7 +152,9 @@ def read_features(path: str | Path) -> Iterator[Any]:
     try:
         with open(path, "rb") as file, io.TextIOWrapper(file, "utf-8-sig") as text:
             size = Path(path).stat().st_size
-            with tqdm(total=size, unit="B", unit_scale=True, desc="labels", leave=False) as bar:
+            with tqdm(
+                total=size, unit="B", unit_scale=True, desc="labels", leave=False, disable=not shows_bars()
+            ) as bar:
                 yield from _scan_collection(_Scanner(text), lambda: bar.update(file.tell() - bar.n))
     except OSError as error:
         raise AnnotationError(f"cannot read {path}: {error.strerror}: LABELS is xView_train.geojson") from error

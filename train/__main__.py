@@ -1,4 +1,4 @@
-"""python -m train head|sweep|finetune|ladder|evaluate|predict|export|triage"""
+"""python -m train head|sweep|finetune|ladder|evaluate|predict|report|export|triage"""
 
 import shlex
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from cache_schema import CacheNotFoundError, TileprobeError
+from cache_schema.command_line import Group, Outcome, heading, is_given, run_group
 from extract.config import LAST_CACHE
 from extract.distributed import exit_with
 from extract.stop import Stopped
@@ -20,6 +20,7 @@ from .config import DataConfig, TrainConfig
 from .errors import TrainError
 from .options import (
     DATA,
+    DEVICE,
     FINETUNE,
     PREDICT,
     RUN,
@@ -34,28 +35,49 @@ from .options import (
 from .rungs import RUNGS
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group("train", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
     """Cached embeddings, or streamed tiles, to a multi-label classifier."""
 
 
-@main.command()
+@main.command(
+    gives_json=True,
+    examples=[
+        "python -m train head --cache cache/train-vitl16-512",
+        "python -m train head --val-cache cache/val-vitl16-512 --features cls+patch_mean --epochs 30",
+        "python -m train head --resume --run-dir runs/head",
+    ],
+)
 @training_options("head", TRAINING)
 @memory_budget
+@heading("Training")
 @click.option("--folds", type=int, default=0, help="Cross-validate over as many folds of scenes as well; 0: do not.")
-def head(**options: Any) -> None:
+def head(**options: Any) -> Outcome:
     """Fit the head on cached embeddings: seconds, not hours."""
-    _train(options)
+    return _train(options)
 
 
-@main.command()
+@main.command(
+    gives_json=True,
+    examples=[
+        "python -m train finetune --unfreeze 3 --dry-run",
+        "python -m train finetune --unfreeze 6 --accumulate 4 --grad-checkpoint --cache-prefix",
+        "python -m extract.launch --nproc-per-node=8 -m train finetune --unfreeze 3",
+    ],
+)
 @training_options("finetune", FINETUNE)
-def finetune(**options: Any) -> None:
+@heading("Output")
+@click.option("--dry-run", is_flag=True, help="Print what would train, on what and in how much memory; write nothing.")
+def finetune(dry_run: bool, **options: Any) -> Outcome:
     """Train the last layers and the head on streamed tiles, starting from the cached head."""
-    _train(options)
+    if dry_run:
+        from .dry_run import describe_training
+
+        return Outcome(describe_training(_make_training_config(options)) or {})
+    return _train(options)
 
 
-@main.command()
+@main.command(examples=["python -m train sweep --lrs 1e-3,3e-3 --heads linear --seeds 5"])
 @training_options("sweep", [*SWEEP, *DATA, *SHARED])
 @memory_budget
 def sweep(lrs: str, weight_decays: str, losses: str, features: str, heads: str, seeds: int, **options: Any) -> None:
@@ -67,16 +89,25 @@ def sweep(lrs: str, weight_decays: str, losses: str, features: str, heads: str, 
     run_sweep(_make_config(options), grid, seeds)
 
 
-_OF_LADDER = ("unfreeze", "head_run", "head")
-"""Options of a trainer that differ from rung to rung."""
+_OF_LADDER = ("unfreeze", "head_run", "head", "dry_run")
+"""Options of a trainer that differ from rung to rung, or that none can have."""
 
 
-@main.command()
+@main.command(
+    examples=[
+        "python -m train ladder --rungs linear,mlp,1,3",
+        "python -m train ladder --finetune-options '--epochs 5 --batch-size 32' --nproc 8",
+    ]
+)
+@heading("Output")
 @click.option("--run-dir", "run", default="runs/ladder", help="Link to the newest ladder; the ladder is numbered.")
+@heading("Training")
 @click.option("--rungs", default=RUNGS, help="Separated by commas; numbers are last layers to train.")
 @click.option("--head-options", multiple=True, help="More for `train head` on its rungs, such as '--epochs 20'.")
 @click.option("--finetune-options", multiple=True, help="More for `train finetune` on its rungs.")
+@heading("Machine")
 @click.option("--nproc", type=click.IntRange(min=1), help="Ranks of a rung.  [default: GPUs, else 1]")
+@heading("Output")
 @click.option("--resume", is_flag=True, help="Go on with the newest ladder of --run-dir and its settings.")
 @add_options([*DATA, *RUN])
 @click.pass_context
@@ -104,16 +135,29 @@ def neighbours(**options: Any) -> None:
     run_neighbours(_make_training_config(options))
 
 
-@main.command()
+@main.command(
+    gives_json=True,
+    examples=[
+        "python -m train evaluate --run-dir runs/head --cache cache/test-vitl16-512 --json",
+        "python -m train evaluate --run-dir runs/finetune --tiles gs://bucket/xview_tiled/test",
+    ],
+)
 @add_options(TARGET)
-def evaluate(run: str, tiles: str | None, cache: str | None, tta: Views, device: str, workers: int | None) -> None:
+def evaluate(run: str, tiles: str | None, cache: str | None, tta: Views, device: str, workers: int | None) -> Outcome:
     """Score a run on labelled tiles or a cache: the figures of training and the per-class table."""
     from .infer import Target, run_evaluation
 
-    run_evaluation(run, Target(tiles, cache), tta=tta, device=device, workers=workers)
+    return Outcome(run_evaluation(run, Target(tiles, cache), tta=tta, device=device, workers=workers) or {})
 
 
-@main.command()
+@main.command(
+    examples=[
+        "python -m train predict --run-dir runs/finetune --tiles gs://bucket/other --out other.csv",
+        "python -m train predict --run-dir runs/finetune --window 512 --out scene.geojson scene.tif",
+        "python -m train predict --run-dir runs/finetune/export a.png more/",
+    ],
+    gives_json=True,
+)
 @click.argument("inputs", metavar="[INPUT]...", nargs=-1)
 @add_options([*TARGET, *PREDICT])
 def predict(
@@ -127,8 +171,7 @@ def predict(
     tta: Views,
     device: str,
     workers: int | None,
-    as_json: bool,
-) -> None:
+) -> Outcome:
     """Write every tile's probabilities and decisions, and the thresholds used beside them.
 
     INPUT is any number of image files, directories of images, gs://bucket/prefix, and GeoTIFFs, which are cut into
@@ -138,11 +181,27 @@ def predict(
     from .predictions import run_prediction
 
     target = Target(tiles, cache, inputs, window, stride)
-    run_prediction(run, target, out, tta=tta, device=device, workers=workers, as_json=as_json)
+    return Outcome(run_prediction(run, target, out, tta=tta, device=device, workers=workers) or {})
 
 
-@main.command()
+@main.command(
+    examples=["python -m train report --run-dir runs/head", "python -m train report --run-dir runs/head --no-images"]
+)
+@heading("Data")
+@click.option("--run-dir", "run", default="runs/head", help="The run to report on.")
+@heading("Output")
+@click.option("--no-images", is_flag=True, help="Leave every picture out, for imagery that may not be shared.")
+def report(run: str, no_images: bool) -> None:
+    """Write a run's report.html and model_card.md anew, with a map of its embeddings and thumbnails of its tiles."""
+    from .report.rewrite import run_report
+
+    run_report(run, images=not no_images)
+
+
+@main.command(examples=["python -m train export --run-dir runs/finetune --out exported"])
+@heading("Data")
 @click.option("--run-dir", "run", default="runs/finetune", help="The run to export.")
+@heading("Output")
 @click.option("--out", help="New directory to write.  [default: export, in the run]")
 @click.option("--no-onnx", is_flag=True, help="Leave classifier.onnx out.")
 def export(run: str, out: str | None, no_onnx: bool) -> None:
@@ -152,14 +211,19 @@ def export(run: str, out: str | None, no_onnx: bool) -> None:
     run_export(run, out, onnx=not no_onnx)
 
 
-@main.command()
+@main.command(examples=["python -m train triage --run-dir runs/head --top 50"])
+@heading("Data")
 @click.option(
     "--run-dir", "run", help="Run whose settings to use.  [default: runs/head, or those of a new run on --cache]"
 )
 @click.option("--cache", help="Cache to judge.  [default: the run's]")
+@heading("Output")
 @click.option("--top", type=int, default=200, help="Labels to list.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("doubts.csv"))
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), default=Path("doubts.csv"), help="File to write."
+)
+@heading("Machine")
+@DEVICE
 def triage(run: str | None, cache: str | None, top: int, out: Path, device: str) -> None:
     """List the labels that heads trained on other scenes doubt most, as CSV. Doubt is no proof."""
     from .rundir import RunDirectory
@@ -172,7 +236,8 @@ def triage(run: str | None, cache: str | None, top: int, out: Path, device: str)
     run_triage(replace(config, cache=cache or config.cache, device=device), out, top=top)
 
 
-@main.command()
+@main.command(examples=["python -m extract demo -- python -m train demo --tiles demo:// -- --lr 1e-3"])
+@heading("Data")
 @click.option("--tiles", required=True, help="Address of the demo bucket, ending in a slash.")
 @click.argument("finetune_options", nargs=-1, type=click.UNPROCESSED)
 def demo(tiles: str, finetune_options: tuple[str, ...]) -> None:
@@ -182,17 +247,14 @@ def demo(tiles: str, finetune_options: tuple[str, ...]) -> None:
     run_demo(tiles, finetune_options=finetune_options)
 
 
-def _is_given(context: click.Context, param: click.Parameter) -> bool:
-    return bool(param.name) and context.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
-
-
 def _repeat_options(context: click.Context) -> Iterator[str]:
     """The options of a ladder's command line that every rung takes too, except for its cache and its own place."""
     names = {param.name for param in head.params} - {"cache", "run", "resume"}
     for param in context.command.params:
-        if param.name in names and _is_given(context, param):
+        if param.name in names and is_given(context, param):
             value = context.params[param.name]
-            yield from [param.opts[0]] if value is True else [param.opts[0], str(value)]
+            if value is not False:  # a switch that a settings file leaves off
+                yield from [param.opts[0]] if value is True else [param.opts[0], str(value)]
 
 
 def _read_rung_options(
@@ -208,7 +270,7 @@ def _read_rung_options(
         given = shlex.split(text)
         parsed = command.make_context(str(command.name), [*given])
         for param in parsed.command.params:
-            if param.name in {*context.params, *_OF_LADDER} and _is_given(parsed, param):
+            if param.name in {*context.params, *_OF_LADDER} and is_given(parsed, param):
                 raise TrainError(f"{name} {text}: {param.opts[0]} is for the ladder as a whole: leave it out here")
         options = command.make_context(str(command.name), [*shared, *given]).params
     except (ValueError, click.ClickException) as error:
@@ -216,14 +278,15 @@ def _read_rung_options(
         raise TrainError(
             f"{name} {text}: {str(reason).rstrip('.')}: see `python -m train {command.name} -h`"
         ) from error
+    options.pop("dry_run", None)
     _make_training_config(options)
     return tuple(given)
 
 
-def _train(options: dict[str, Any]) -> None:
+def _train(options: dict[str, Any]) -> Outcome:
     from .run import run_training
 
-    run_training(_make_training_config(options))
+    return Outcome(run_training(_make_training_config(options)) or {})
 
 
 def _make_training_config(options: dict[str, Any]) -> TrainConfig:
@@ -257,9 +320,9 @@ def _last_cache() -> str:
 
 
 def run() -> None:
-    """Run the command line; an error a user can act on is one line and status 1, a signal 128 and its number."""
+    """Run the command line; an error a user can act on is one line and its status, a signal 128 and its number."""
     try:
-        main(prog_name="python -m train")
+        run_group(main)
     except TileprobeError as error:
         exit_with(error)
     except Stopped as stop:

@@ -46,7 +46,7 @@ _KEPT = 2
 
 # What a run consists of. Nothing else goes to a bucket, and no other name from there becomes a path.
 _FILE = re.compile(
-    r"best/\w+(\.safetensors|\.json)?|last/\w+(\.\w+)?|tensorboard/\w[\w.-]*|\w+\.(jsonl?|html|csv|safetensors)",
+    r"best/\w+(\.safetensors|\.json)?|last/\w+(\.\w+)?|tensorboard/\w[\w.-]*|\w+\.(jsonl?|html|md|csv|safetensors)",
     re.ASCII,
 )
 _DIGEST = re.compile("[0-9a-f]{64}", re.ASCII)

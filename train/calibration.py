@@ -6,6 +6,7 @@ multi-label classification in the place of the softmax. A temperature changes no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import torch
 from cache_schema.layout import BoolArray
 
 FloatArray = npt.NDArray[np.floating[Any]]
+Bin = dict[str, Any]
+"""One part of 0..1: `count` of decisions, mean probability `prob`, and `positive`, the share that is there; the latter
+two None where it is empty."""
 
 COLDEST, HOTTEST = 0.1, 10.0
 """Where the search ends: rows that a model separates without error would want a temperature of 0."""
@@ -67,10 +71,27 @@ def expected_calibration_error(probs: FloatArray, labels: BoolArray, bins: int =
     Returns:
         0 to 1; None without rows.
     """
-    if not probs.size:
-        return None
+    return measure_distance(bin_decisions(probs, labels, bins))
+
+
+def bin_decisions(probs: FloatArray, labels: BoolArray, bins: int = BINS) -> list[Bin]:
+    """What a reliability diagram shows: all N x C decisions in `bins` equal parts of 0..1, lowest first.
+
+    A probability on an edge belongs to the part above it, and 1 to the last.
+    """
     p = probs.ravel().astype(np.float64)
     bin_of = np.minimum((p * bins).astype(np.intp), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
     expected = np.bincount(bin_of, weights=p, minlength=bins)
     found = np.bincount(bin_of, weights=labels.ravel(), minlength=bins)
-    return float(np.abs(expected - found).sum() / p.size)
+    return [
+        {"count": n, "prob": e / n if n else None, "positive": f / n if n else None}
+        for n, e, f in zip(count.tolist(), expected.tolist(), found.tolist(), strict=True)
+    ]
+
+
+def measure_distance(bins: Sequence[Bin]) -> float | None:
+    """The expected calibration error of binned decisions; None where there are none."""
+    total = sum(part["count"] for part in bins)
+    far = sum(part["count"] * abs(part["prob"] - part["positive"]) for part in bins if part["count"])
+    return far / total if total else None

@@ -3,6 +3,7 @@
 All figures are of the bucket's test part: scenes that neither trained nor selected anything.
 """
 
+import os
 import shlex
 import shutil
 import statistics
@@ -17,6 +18,7 @@ import torch
 
 from cache_schema import Status, open_cache
 from cache_schema.layout import BoolArray
+from cache_schema.settings import isolate
 from extract.config import DEMO_ROOT
 from extract.decode import decode_tile
 from extract.distributed import Ranks, join_ranks
@@ -24,6 +26,7 @@ from extract.embed import TileEmbedder
 from extract.feed import TileFeed
 from extract.plan import find_cached_checkpoint
 from extract.source import open_source
+from extract.stop import run_child
 
 from .config import TrainConfig
 from .errors import TrainError
@@ -97,7 +100,7 @@ def _run_step(arguments: list[str]) -> Step:
     started = time.perf_counter()
     command = [sys.executable, "-m", "extract.launch", "--standalone", *arguments]
     output = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with run_child(command, stdout=subprocess.PIPE, env=isolate(os.environ)) as process:
         for line in process.stdout or ():
             print(line, end="", flush=True)
             output.append(line.rstrip())

@@ -14,7 +14,7 @@ from extract.distributed import Ranks
 
 from .baselines import Baseline
 from .batches import Tiles
-from .calibration import expected_calibration_error
+from .calibration import Bin, bin_decisions, measure_distance
 from .decisions import Decisions, FloatArray, cross_fit
 from .intervals import bootstrap_intervals, intervals_to_json
 from .loss import LossConfig
@@ -76,6 +76,7 @@ class Evaluation:
         decisions: temperature and thresholds, given or fitted on all these rows.
         calibration: the `temperature`, and the expected calibration error before (`ece_before`) and after it
             (`ece_after`; fitted on other scenes where it was not given).
+        reliability: the binned decisions that either error is of, `before` and `after`.
         baselines: by name, on the same rows.
     """
 
@@ -84,6 +85,7 @@ class Evaluation:
     intervals: dict[str, tuple[float, float]]
     decisions: Decisions
     calibration: dict[str, float | None]
+    reliability: dict[str, list[Bin]]
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
 
     def beside(self, baselines: Mapping[str, Baseline]) -> Self:
@@ -96,6 +98,7 @@ class Evaluation:
             "intervals": intervals_to_json(self.intervals),
             "variants": self.variants,
             "calibration": self.calibration,
+            "reliability": self.reliability,
             "baselines": {name: baseline.to_json() for name, baseline in self.baselines.items()},
         }
 
@@ -170,13 +173,13 @@ def evaluate_rows(
         everything = np.ones(len(rows), bool)
         variants["with empty tiles"] = score(everything, read(everything)[1])
     probs, labels = logits.sigmoid().numpy()[counted], rows.labels[counted]
+    reliability = {"before": bin_decisions(probs, labels), "after": bin_decisions(calibrated, labels)}
     calibration = {
         "temperature": fitted.temperature,
-        "ece_before": expected_calibration_error(probs, labels),
-        "ece_after": expected_calibration_error(calibrated, labels),
+        **{f"ece_{when}": measure_distance(bins) for when, bins in reliability.items()},
     }
     intervals = bootstrap_intervals(probs, labels, rows.scenes[counted], seed=seed)
-    return Evaluation(score(counted, preds_tuned), variants, intervals, fitted, calibration)
+    return Evaluation(score(counted, preds_tuned), variants, intervals, fitted, calibration, reliability)
 
 
 def describe_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> str:

@@ -9,15 +9,10 @@ from typing import Any, TypeVar
 
 from .config import HEADS, DataConfig, TrainConfig
 from .errors import TrainError
-from .loss import LossName
+from .loss import LOSS_PARAMETERS
 
 T = TypeVar("T")
 
-LOSS_PARAMETERS: dict[LossName, tuple[str, ...]] = {
-    "bce": (),
-    "focal": ("alpha", "gamma"),
-    "asymmetric": ("gamma_pos", "gamma_neg", "margin"),
-}
 _LOSS_FORMS = ", ".join(":".join([name, *parameters]) for name, parameters in LOSS_PARAMETERS.items())
 
 _ALWAYS = ("features", "head", "loss", "lr", "weight_decay", "epochs", "batch_size", "seed")

@@ -152,7 +152,7 @@ class Inference:
     status: UInt8Array
 
 
-def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers: int | None) -> None:
+def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers: int | None) -> dict[str, Any] | None:
     """Print the metrics of a run on labelled tiles: the same figures and per-class table as in training.
 
     Args:
@@ -160,13 +160,18 @@ def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers
         target: what to score it on; labels are read by the run's own rules.
         tta: `d4` averages each tile's logits over its eight symmetries.
         device, workers: as in training.
+
+    Returns:
+        on the main rank the metrics, as in a run's metrics.json; and `run`, `tiles`, `notes`.
     """
     with join_ranks(device) as ranks:
         loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
         inference = infer(loaded, target, ranks, workers=workers, labels=True, tta=tta)
-        report = ranks.run_on_main(lambda: _score(loaded, inference, tta))
-        if ranks.is_main:
-            print(report)
+        report, values = ranks.run_on_main(lambda: _score(loaded, inference, tta))
+        if not ranks.is_main:
+            return None
+        print(report)
+        return values
 
 
 def infer(
@@ -246,7 +251,7 @@ def _score_share(
     transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
     amp, count = model.autocasts(ranks.device), ranks.make_counter("predicted")
     asked = started = time.perf_counter()
-    with tqdm(total=len(task.inputs), unit="tile", desc="predict", disable=not ranks.is_main) as bar:
+    with tqdm(total=len(task.inputs), unit="tile", desc="predict", disable=not ranks.draws_bars) as bar:
         for batch in _read_share(task.inputs, feeds, ranks, size):
             got = time.perf_counter()
             with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
@@ -314,10 +319,15 @@ def _put_in_order(mine: Iterator[Scored], batches: int, ranks: Ranks) -> Iterato
     next(mine, None)  # has no more, but notes the time of its last batch
 
 
-def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> str:
+def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[str, dict[str, Any]]:
     assert inference is not None
     data = loaded.config.data
     rows = label_rows(inference.table, inference.label_ids, inference.status, data, reading=loaded.meta.reading)
+    if rows.class_names != loaded.meta.class_names:
+        raise TrainError(
+            f"{data.taxonomy} does not name the classes that {loaded.directory} was trained on: it has changed since, "
+            "so give it back as it was"
+        )
     counted = ~rows.empty if data.empty == "drop" else np.ones(len(rows), bool)
     if not counted.any():
         raise TrainError("no labelled tile shows a class of this run: there is nothing to score")
@@ -333,7 +343,8 @@ def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> str:
         *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted]),
         *describe_views(tta),
     ]
-    return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)])
+    values = {"run": str(loaded.directory), "tiles": inference.tiles, "notes": notes, **evaluation.to_json()}
+    return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)]), values
 
 
 def _warn_of_training_tiles(loaded: LoadedRun, tiles: str, names: npt.NDArray[np.str_]) -> list[str]:

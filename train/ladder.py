@@ -27,6 +27,8 @@ import torch
 from tqdm import tqdm
 
 from cache_schema import open_cache
+from cache_schema.settings import isolate
+from extract.distributed import shows_bars
 from extract.stop import Stopped, act_on_signals
 
 from .bucket import is_bucket
@@ -153,7 +155,8 @@ class Ladder:
         done = [record for record in self._records if record.state == "finished"]
         if done:
             print(f"kept, since they are finished: {', '.join(record.rung.title for record in done)}", flush=True)
-        with act_on_signals(self._forward), tqdm(total=len(self._records), initial=len(done), unit="rung") as bar:
+        total, hidden = len(self._records), not shows_bars()
+        with act_on_signals(self._forward), tqdm(total=total, initial=len(done), unit="rung", disable=hidden) as bar:
             for record in self._records:
                 if record.state == "finished":
                     continue
@@ -230,6 +233,7 @@ class Ladder:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             pass_fds=[self._lock.fileno()],
+            env=isolate(os.environ),
         )
         self._child = process.pid
         leg = Leg(process.pid, began)

@@ -133,7 +133,7 @@ class Trainer:
             initial=sum(self._epoch_tiles[: self._epoch]) + self._begun.steps * self.config.batch_size,
             unit="tile",
             desc="train",
-            disable=not self._ranks.is_main,
+            disable=not self._ranks.draws_bars,
         ) as bar:
             while not over:
                 timing = EpochTiming()

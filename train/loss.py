@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +13,12 @@ from torch.nn import functional
 
 LossName = Literal["focal", "bce", "asymmetric"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
+LOSS_PARAMETERS: dict[LossName, tuple[str, ...]] = {
+    "bce": (),
+    "focal": ("alpha", "gamma"),
+    "asymmetric": ("gamma_pos", "gamma_neg", "margin"),
+}
+"""What of `LossConfig` each takes, in the order that `--losses` of a sweep names it."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class LossConfig:
     """A loss and its parameters; called with (B, C) logits and labels it gives (B, C) float32, unreduced.
 
     Attributes:
-        name: which of the functions below.
+        name: which of the functions below, see `_FUNCTIONS`.
         alpha, gamma: of the focal loss.
         gamma_pos, gamma_neg, margin: of the asymmetric loss.
     """
@@ -32,13 +39,8 @@ class LossConfig:
     margin: float = 0.05
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.name == "bce":
-            return bce_loss(logits, labels)
-        if self.name == "asymmetric":
-            return asymmetric_loss(
-                logits, labels, gamma_pos=self.gamma_pos, gamma_neg=self.gamma_neg, margin=self.margin
-            )
-        return focal_loss(logits, labels, alpha=self.alpha, gamma=self.gamma)
+        values = {parameter: getattr(self, parameter) for parameter in LOSS_PARAMETERS[self.name]}
+        return _FUNCTIONS[self.name](logits, labels, **values)
 
 
 def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float = 0.65, gamma: float = 2.0) -> Tensor:
@@ -131,3 +133,10 @@ def asymmetric_loss(
 def _check_shapes(logits: Tensor, labels: Tensor) -> None:
     if logits.shape != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape")
+
+
+_FUNCTIONS: dict[LossName, Callable[..., Tensor]] = {
+    "bce": bce_loss,
+    "focal": focal_loss,
+    "asymmetric": asymmetric_loss,
+}

@@ -1,15 +1,14 @@
 """How much memory vectors may take: what a user asks for, what is free, and what streaming makes of it."""
 
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from cache_schema import Layout
 from extract.distributed import Ranks
+from extract.memory import find_free_memory
 
 from .errors import TrainError
 
@@ -50,20 +49,6 @@ def choose_budget(device: torch.device, local_ranks: int = 1) -> int:
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     return free // 2
-
-
-def find_free_memory() -> int:
-    """Bytes of main memory that this process could take: what the system has, or its container is allowed."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    group = Path("/sys/fs/cgroup")
-    try:
-        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such group, or one without a limit ("max")
-        return free
 
 
 def report_device_peak(device: torch.device) -> dict[str, int]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from cache_schema.command_line import heading
 from extract.scenes import DEFAULT_SCENE_REGEX
 
 from .augment import VIEWS
@@ -20,7 +21,11 @@ DEFAULTS = {
 Command = Callable[..., Any]
 Options = list[Callable[[Any], Any]]
 
+DEVICE = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto is cuda where there is a GPU."
+)
 DATA: Options = [
+    heading("Data"),
     click.option("--cache", help="Cache to train on.  [default: the one written last]"),
     click.option("--val-cache", help="A validation set of its own, instead of a split of the cache."),
     click.option("--test-cache", help="A test set, scored once at the end."),
@@ -48,13 +53,18 @@ DATA: Options = [
     click.option("--split-file", type=click.Path(dir_okay=False), help="A split.json written before."),
 ]
 RUN: Options = [
+    heading("Training"),
     click.option("--seed", type=int, default=0, help="Of split, head, order and dropout."),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    heading("Machine"),
+    DEVICE,
+    heading("Data"),
     click.option("--allow-unsealed", is_flag=True, help="Train on an unfinished cache, without its missing rows."),
 ]
 SHARED: Options = [
+    heading("Model"),
     click.option("--hidden", type=int, default=512, help="Width of the head's hidden layer."),
     click.option("--dropout", type=float, default=0.1, help="Of the hidden layer."),
+    heading("Machine"),
     click.option("--amp/--no-amp", default=None, help="Autocast to bf16.  [default: where the device multiplies it]"),
     *RUN,
 ]
@@ -66,8 +76,10 @@ TRAINING: Options = [
         help="Random tile split (seed 42), no empty tiles, classes 5 and 48 "
         "left out, 224 px: to compare with the original script's figures only.",
     ),
+    heading("Model"),
     click.option("--features", default="cls", help="cls, patch_mean or cls+patch_mean."),
     click.option("--head", type=click.Choice(HEADS), default="mlp", help="With a hidden layer, or without."),
+    heading("Training"),
     click.option("--weight-decay", type=float, default=0.01, help="Of AdamW."),
     click.option("--loss", type=click.Choice(LOSSES), default="focal", help="What the head is trained with."),
     click.option("--alpha", type=float, default=0.65, help="Focal loss: weight of the positives."),
@@ -96,10 +108,12 @@ TRAINING: Options = [
     click.option(
         "--patience",
         type=int,
-        help="End after so many epochs without a better --best-by; the learning rate falls as if all --epochs came.",
+        help="End after so many epochs without a better --best-by; the learning rate falls as if all --epochs came.  "
+        "[default: train all of them]",
     ),
     click.option("--clip-norm", type=float, help="Largest norm of a step's gradient, over all ranks and weights."),
     click.option("--deterministic", is_flag=True, help="Bit-equal runs on one machine, whatever that costs."),
+    heading("Output"),
     click.option("--save-every", type=int, default=1, help="Epochs between checkpoints to resume from."),
     click.option("--save-steps", type=int, default=500, help="Steps between checkpoints within an epoch; 0: none."),
     click.option("--resume", is_flag=True, help="Continue the newest run of --run-dir with its own settings."),
@@ -107,12 +121,14 @@ TRAINING: Options = [
 ]
 FINETUNE: Options = [
     *TRAINING,
+    heading("Training"),
     click.option("--unfreeze", type=int, default=3, help="Last transformer layers to train; 0 is the cached path."),
     click.option("--backbone-lr", type=float, default=1e-5, help="Peak learning rate of the unfrozen layers."),
     click.option(
         "--layer-decay", type=float, default=1.0, help="Each layer's learning rate over that of the layer above it."
     ),
     click.option("--accumulate", type=int, default=1, help="Compute a rank's share of a batch in so many parts."),
+    heading("Machine"),
     click.option(
         "--grad-checkpoint",
         is_flag=True,
@@ -127,6 +143,7 @@ FINETUNE: Options = [
         "--scratch", type=click.Path(file_okay=False), default="cache/prefix", help="Folder of this machine for that."
     ),
     click.option("--yes", "large_prefix", is_flag=True, help="Keep it even where it takes more than 50 GiB."),
+    heading("Training"),
     click.option(
         "--views",
         type=click.Choice(VIEWS),
@@ -146,11 +163,14 @@ FINETUNE: Options = [
         help="Enlarge a random square of at least this share of a training tile's area, 0.5 to 1. Its labels stay "
         "those of the whole tile, so a crop that loses an object is mislabelled: stay near 1.",
     ),
+    heading("Model"),
     click.option("--head-run", help="Run whose head to start from.  [default: runs/head, if it is of this cache]"),
+    heading("Machine"),
     click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]"),
 ]
 # 2 x 2 x 4 x 2 x 2 = 64: two values where one would hide a trend, the losses there are, and both kinds of head.
 SWEEP: Options = [
+    heading("Training"),
     click.option("--lrs", default="1e-3,3e-3", help="Peak learning rates."),
     click.option("--weight-decays", default="0.01,0.3", help="Of AdamW."),
     click.option(
@@ -158,25 +178,31 @@ SWEEP: Options = [
         default="bce,focal:0.65:2,focal:0.5:1,asymmetric",
         help="bce, focal:ALPHA:GAMMA, asymmetric:GAMMA-POS:GAMMA-NEG:MARGIN; parameters may be left out.",
     ),
+    heading("Model"),
     click.option("--features", default="cls,cls+patch_mean", help="Pooled arrays of the cache, joined by +."),
     click.option("--heads", default="linear,mlp", help="linear, mlp."),
+    heading("Training"),
     click.option("--seeds", type=int, default=3, help="Heads of each configuration; the first has --seed."),
 ]
 TARGET: Options = [
+    heading("Data"),
     click.option("--run-dir", "run", default="runs/head", help="The run to use."),
     click.option("--tiles", help="gs://bucket/prefix or a directory."),
     click.option("--cache", help="A cache, instead of tiles."),
+    heading("Model"),
     click.option(
         "--tta",
         type=click.Choice(VIEWS),
         default="one",
         help="Judge a streamed tile as it is, or by the mean logits of its eight flips and rotations: 8 x the work.",
     ),
-    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto"),
+    heading("Machine"),
+    DEVICE,
     click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]"),
 ]
 
 PREDICT: Options = [
+    heading("Data"),
     click.option(
         "--window",
         type=int,
@@ -184,10 +210,10 @@ PREDICT: Options = [
         "on.  [default: 512, and only what is larger than 2048 a side]",
     ),
     click.option("--stride", type=int, help="Pixels from one window to the next.  [default: the window]"),
+    heading("Output"),
     click.option(
         "--out", default="predictions.csv", help="FILE.csv, .jsonl or .geojson (of rasters); - is predictions.csv."
     ),
-    click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object, notes on stderr."),
 ]
 
 
@@ -195,10 +221,12 @@ def training_options(command: str, options: Options) -> Callable[[Command], Comm
     """The options of a trainer, with this command's defaults."""
     defaults = DEFAULTS[command]
     own: Options = [
+        heading("Output"),
         click.option(
             "--run-dir", "run", default=f"runs/{command}", help="Link to the newest run; the run itself is numbered."
         ),
-        click.option("--epochs", type=int, default=defaults["epochs"]),
+        heading("Training"),
+        click.option("--epochs", type=int, default=defaults["epochs"], help="Times that every training tile is seen."),
         click.option(
             "--batch-size",
             type=int,
@@ -237,8 +265,14 @@ class _Bytes(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-memory_budget = click.option(
-    "--memory-budget",
-    type=_Bytes(),
-    help="Memory a rank may hold vectors in, such as 512M; more of them are streamed.  [default: half of what is free]",
+memory_budget = add_options(
+    [
+        heading("Machine"),
+        click.option(
+            "--memory-budget",
+            type=_Bytes(),
+            help="Memory a rank may hold vectors in, such as 512M; more of them are streamed.  "
+            "[default: half of what is free]",
+        ),
+    ]
 )

@@ -1,7 +1,6 @@
 """`predict`: what a model says of each tile, written row by row while it is computed."""
 
 import csv
-import json
 import os
 import sys
 import time
@@ -32,8 +31,8 @@ _MAX_NAMED = 10
 
 
 def run_prediction(
-    run: str, target: Target, out: str, *, tta: Views, device: str, workers: int | None, as_json: bool = False
-) -> None:
+    run: str, target: Target, out: str, *, tta: Views, device: str, workers: int | None
+) -> dict[str, Any] | None:
     """Write probabilities and decisions for every tile, and the thresholds used beside them.
 
     Args:
@@ -42,7 +41,9 @@ def run_prediction(
         out: `.csv`, `.jsonl` or `.geojson`; it and its thresholds are there whole, or not at all.
         tta: `d4` averages each tile's logits over its eight symmetries.
         device, workers: as in training.
-        as_json: print the summary as one JSON object, and nothing else on stdout.
+
+    Returns:
+        on the main rank the summary for a program.
 
     Raises:
         TileprobeError: whatever a user can mend, the outcome that no tile could be read among it; nothing is left.
@@ -55,19 +56,19 @@ def run_prediction(
         task = Task.plan(model, target, ranks, labels=False, tta=tta)
         ranks.run_on_main(lambda: _prepare(task.inputs, path))
         for note in task.inputs.notes if ranks.is_main else ():
-            print(note, file=sys.stderr if as_json else sys.stdout, flush=True)
+            print(note, flush=True)
         timing = Timing()
         summary = _predict(task, path, ranks, timing, tta=tta, workers=workers)
         timings: list[Timing] = [timing] * ranks.world_size
         dist.all_gather_object(timings, timing)
-        if ranks.is_main:
-            assert summary is not None
-            elapsed = time.perf_counter() - started
-            lines = summary.describe(model.meta.class_names)
-            if task.version is None:
-                lines += _describe_time(timings, ranks, workers, elapsed)
-            figures = summary.collect(model.meta.class_names, timings, elapsed)
-            print(json.dumps(figures, ensure_ascii=False) if as_json else "\n".join([*lines, *describe_views(tta)]))
+        if summary is None:
+            return None
+        elapsed = time.perf_counter() - started
+        lines = summary.describe(model.meta.class_names)
+        if task.version is None:
+            lines += _describe_time(timings, ranks, workers, elapsed)
+        print("\n".join([*lines, *describe_views(tta)]))
+        return summary.collect(model.meta.class_names, timings, elapsed)
 
 
 @contextmanager

@@ -106,7 +106,9 @@ class PrefixCache:
         with (
             _name_errors(self.folder),
             (self.folder / "tokens").open("rb+", buffering=0) as file,
-            tqdm(total=len(missing), unit="tile", desc="prefix", disable=not ranks.is_main or not len(missing)) as bar,
+            tqdm(
+                total=len(missing), unit="tile", desc="prefix", disable=not ranks.draws_bars or not len(missing)
+            ) as bar,
         ):
             for part, tokens in zip(mine, compute(mine), strict=True):
                 bits = tokens.cpu().contiguous().view(torch.uint8).view(len(part), -1).numpy()

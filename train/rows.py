@@ -10,25 +10,21 @@ import numpy.typing as npt
 from cache_schema import (
     LABEL_ID_COLUMNS,
     BlockValues,
-    DecodedLabels,
     IntegrityError,
     LabelIds,
     Status,
     Taxonomy,
-    TaxonomyError,
     TileTable,
     Version,
     open_cache,
 )
 from cache_schema.layout import LABEL_IDS_DTYPE, STATUS_DTYPE, BoolArray, UInt8Array, UInt16Array
+from cache_schema.taxonomy import describe_meaningless, refuse_meaningless
 from extract.scenes import find_scenes
 
 from .config import DataConfig
 from .errors import TrainError
 from .vectors import Residence, Vectors
-
-MAX_MEANINGLESS = 0.01
-"""Largest share of label lines that are malformed or name an unknown id."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,9 +179,7 @@ def label_rows(
         histogram = label_ids.sum(axis=0, dtype=np.int64)
         reading = taxonomy.detect_label_ids(histogram) if config.label_ids == "auto" else config.label_ids
     decoded = taxonomy.decode(label_ids, reading)
-    meaningless = sum(decoded.unknown.values()) + decoded.malformed
-    if meaningless > MAX_MEANINGLESS * max(decoded.instances, 1):
-        raise TaxonomyError(_describe_meaningless(label_ids, table, decoded, reading))
+    refuse_meaningless(label_ids, table.tile, decoded, reading)
     kept = [i for i in range(len(taxonomy)) if i not in config.exclude]
     if not kept or set(config.exclude) - set(range(len(taxonomy))):
         raise TrainError(
@@ -202,8 +196,8 @@ def label_rows(
     notes += [f"{count:,} tiles {what}: left out" for what, count in left_out.items() if count]
     if decoded.artefacts:
         notes.append(f"{decoded.artefacts:,} instances of annotation artefacts dropped")
-    if meaningless:
-        notes.append(_describe_meaningless(label_ids, table, decoded, reading))
+    if decoded.meaningless:
+        notes.append(describe_meaningless(label_ids, table.tile, decoded, reading))
     index = np.flatnonzero(embedded & table.labelled & ~decoded.unusable)
     return LabelledRows(
         index=index,
@@ -214,20 +208,4 @@ def label_rows(
         class_ids=tuple(kept),
         class_names=tuple(taxonomy.names[i] for i in kept),
         notes=tuple(notes),
-    )
-
-
-def _describe_meaningless(label_ids: UInt16Array, table: TileTable, decoded: DecodedLabels, reading: LabelIds) -> str:
-    """Which label lines mean nothing, where the first of them are, and what to do."""
-    rows = np.flatnonzero(label_ids[:, [*decoded.unknown, LABEL_ID_COLUMNS - 1]].any(axis=1))[:3].tolist()
-    ids = ", ".join(f"{label_id} ({count:,}x)" for label_id, count in decoded.unknown.items())
-    parts = [f"no {reading} ids of this class list: {ids}"] if ids else []
-    parts += (
-        [f"{decoded.malformed:,} malformed or with an id above {LABEL_ID_COLUMNS - 2}"] if decoded.malformed else []
-    )
-    share = (sum(decoded.unknown.values()) + decoded.malformed) / decoded.instances
-    return (
-        f"{share:.2%} of all label lines are ignored: {'; '.join(parts)} (first in the labels of "
-        f"{', '.join(str(table.tile[row]) for row in rows)}); above {MAX_MEANINGLESS:.0%} a run ends here: "
-        "mend the files, set --label-ids, or give a --taxonomy"
     )

@@ -50,8 +50,11 @@ class Start:
     notes: tuple[str, ...]
 
 
-def run_training(config: TrainConfig) -> None:
+def run_training(config: TrainConfig) -> dict[str, Any] | None:
     """Train as configured and leave a run directory.
+
+    Returns:
+        on the main rank `run`, where it lies, `best_epoch`, and what its `metrics` and `test_metrics` files hold.
 
     Raises:
         TileprobeError: whatever a user can mend; nothing of an earlier run is touched.
@@ -60,7 +63,7 @@ def run_training(config: TrainConfig) -> None:
     with stop_on_signals(), join_ranks(config.device) as ranks:
         start = None
         try:
-            config, head, notes = ranks.run_on_main(lambda: _resolve(config))
+            config, head, notes = ranks.run_on_main(lambda: resolve_config(config))
             config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
             sets = ranks.run_everywhere(lambda: read_sets(config, ranks.device))
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
@@ -68,14 +71,16 @@ def run_training(config: TrainConfig) -> None:
             for line in (*sets.notes, *notes, *start.notes):
                 _say(ranks, line)
             with deterministic_algorithms(config.deterministic):
-                _train(config, start, head, sets, ranks)
+                return _train(config, start, head, sets, ranks)
         except Stopped as stop:
             if ranks.is_main:
                 print(_describe_stop(stop, start, config.epochs), file=sys.stderr, flush=True)
             raise
 
 
-def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks) -> None:
+def _train(
+    config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks
+) -> dict[str, Any] | None:
     """From the state decided on to a finished run."""
     trainer, make_tiles = prepare_training(config, start.run, sets, ranks)
     if start.resume is not None:
@@ -89,7 +94,8 @@ def _train(config: TrainConfig, start: Start, head: LoadedCheckpoint | None, set
         from .folds import cross_validate  # which trains its heads by what is in this room
 
         folds = cross_validate(config, sets.whole, start.run, ranks, lambda line: _say(ranks, line))
-    finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks, folds.describe() if folds else ())
+    lines = folds.describe() if folds else ()
+    return finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks, lines)
 
 
 def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
@@ -109,7 +115,7 @@ def _say(ranks: Ranks, line: str) -> None:
         print(line, flush=True)
 
 
-def _resolve(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
+def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
     """The settings a run really uses: a resumed run's own, or completed from the head it starts from."""
     if config.resume:
         run = RunDirectory.resume(config.run)
@@ -158,8 +164,12 @@ def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
     return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
 
 
-def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
-    """Rank 0: check what would fail later, then make or reopen the run directory."""
+def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> tuple[str, ...]:
+    """Refuse what would fail later, before anything is written; returns what to say of the room on disk.
+
+    Raises:
+        TileprobeError: the run cannot be made.
+    """
     version = sets.train.version
     if config.backbone and follow_links(config.backbone) != follow_links(version.recorded.backbone):
         raise ProvenanceError(
@@ -170,11 +180,16 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
         check_head(head.meta, sets.train)
     if config.unfreeze:
         check_finetuning([cache for cache in (sets.train, sets.val, sets.test) if cache is not None], config.unfreeze)
-    room: tuple[str, ...] = ()
-    if config.cache_prefix and config.unfreeze:
-        views = config.make_augmentation().count_views()
-        prefixes = plan_prefixes(sets.train, sets.val, config.scratch, config.unfreeze, views)
-        room = (check_room(prefixes, agreed=config.large_prefix),)
+    if not (config.cache_prefix and config.unfreeze):
+        return ()
+    views = config.make_augmentation().count_views()
+    prefixes = plan_prefixes(sets.train, sets.val, config.scratch, config.unfreeze, views)
+    return (check_room(prefixes, agreed=config.large_prefix),)
+
+
+def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
+    """Rank 0: check what would fail later, then make or reopen the run directory."""
+    room = check_run(config, head, sets)
     if config.resume:
         run = RunDirectory.resume(config.run)
         _refuse_other_tiles(run, config.cache, sets)
@@ -188,7 +203,7 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
     # The settings last: with them the directory is a run, which can be resumed.
-    write_settings(run, config, version)
+    write_settings(run, config, sets.train.version)
     run.finish()
     return Start(
         run,
@@ -314,8 +329,12 @@ def finish_run(
     make_tiles: MakeTiles,
     ranks: Ranks,
     folds: Sequence[str] = (),
-) -> None:
-    """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary."""
+) -> dict[str, Any] | None:
+    """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary.
+
+    Returns:
+        what `run_training` does.
+    """
     best = ranks.run_on_main(lambda: load_best(run.path))
     load_tensors(classifier, best.tensors)
     amp = use_amp(config, ranks)
@@ -324,7 +343,7 @@ def finish_run(
     if sets.test is not None:
         test_logits = predict_logits(classifier, make_tiles(sets.test), ranks, amp=amp)
     if val_logits is None:
-        return
+        return None
     beside = None if config.unfreeze else compare(sets, ranks.device, config.seed)
     rarest = tuple(find_rarest(sets.train.rows.labels, sets.val.rows.labels[sets.counted]).tolist())
     val = evaluate_rows(
@@ -350,17 +369,20 @@ def finish_run(
             rarest=rarest,
         )
         results["test, scored once"] = test.beside(beside.test if beside else {})
-    for name, evaluation in zip(("metrics.json", "test_metrics.json"), results.values(), strict=False):
-        run.write_json(name, evaluation.to_json())
+    written = dict(zip(("metrics", "test_metrics"), (each.to_json() for each in results.values()), strict=False))
+    for name, metrics in written.items():
+        run.write_json(f"{name}.json", metrics)
     if beside and beside.audit:
         run.write_json("audit.json", beside.audit.to_json())
     notes = beside.notes if beside else ()
-    from .report import write_report  # matplotlib and tensorboard take a second that only rank 0 has to spend
+    from .report import write_events, write_report  # which take a second that only rank 0 has to spend
 
-    write_report(run, config, results, notes, folds)
+    write_events(run)
+    write_report(run)
     run.finish()
     for title, evaluation in results.items():
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
     for line in (*folds, *notes, *compare_with_plain(run, config, sets, val_logits)):
         print(line)
-    print(f"\nrun: {run} (best/, metrics.json, report.html)", flush=True)
+    print(f"\nrun: {run} (best/, metrics.json, report.html, model_card.md)", flush=True)
+    return {"run": str(run), "best_epoch": best.meta.epoch, **written}

@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_schema.layout import BoolArray
+from extract.scenes import MIN_SCENES
 
 from .bucket import is_bucket, read_object
 from .config import DataConfig
 from .errors import SplitError
 from .stratify import share_out
-
-MIN_SCENES = 5
 
 
 @dataclass(frozen=True, eq=False)

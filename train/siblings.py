@@ -32,14 +32,16 @@ _FIGURES = (("f1_weighted", "weighted F1"), ("f1_macro", "macro F1"), ("map_macr
 
 
 def save_val_logits(run: RunDirectory, rows: LabelledRows, logits: Tensor) -> None:
-    """Keep the best epoch's logits of n validation rows: `rows` (n,) int64 of the table, `logits` (n, C) float32.
+    """Keep the best epoch's logits of n validation rows: `rows` (n,) int64 of the table, `logits` (n, C) float32, and
+    `labels` (n, C) bool.
 
     Raises:
         CheckpointError: they cannot be written.
     """
     temporary = run.path / f"{VAL_LOGITS}.tmp"
     try:
-        save_file({"rows": torch.from_numpy(rows.index), "logits": logits.contiguous()}, temporary)
+        labels = torch.from_numpy(np.ascontiguousarray(rows.labels))
+        save_file({"rows": torch.from_numpy(rows.index), "logits": logits.contiguous(), "labels": labels}, temporary)
         temporary.rename(run.path / VAL_LOGITS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

@@ -23,6 +23,11 @@ MIN_MEDIAN_COSINE = 0.999
 _ROWS = 128
 
 
+def choose_block(version: Version) -> int:
+    """The block whose rows are compared: in the middle, far from what either end may have of its own."""
+    return version.layout.blocks // 2
+
+
 class StepZero:
     """Some cached rows, chosen as whole batches of the extraction, since a batch's shape moves its vectors a little."""
 
@@ -32,7 +37,7 @@ class StepZero:
         self._feed = feed
         self._checkpoint = checkpoint
         batch = version.recorded.batch_size
-        block = version.layout.block_slice(version.layout.blocks // 2)
+        block = version.layout.block_slice(choose_block(version))
         self._rows = range(block.start, min(block.start + max(batch, _ROWS // batch * batch), block.stop))
 
     def check_reproduction(self, backbone: Backbone) -> str:

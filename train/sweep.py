@@ -140,7 +140,13 @@ class Sweep:
         results: list[HeadResult] = []
         failed: list[TrainConfig] = []
         current = None
-        with tqdm(total=heads * epochs * len(train), unit="tile x head", unit_scale=True, desc="sweep") as bar:
+        with tqdm(
+            total=heads * epochs * len(train),
+            unit="tile x head",
+            unit_scale=True,
+            desc="sweep",
+            disable=not self._ranks.draws_bars,
+        ) as bar:
             try:
                 for stacks in passes:
                     current = SweepPass(

@@ -39,6 +39,8 @@ from .vectors import Residence
 
 FloatArray = npt.NDArray[np.float32]
 FOLDS = 5
+COLUMNS = ("tile", "class", "label", "out_of_fold_probability", "doubt", "kind")
+"""Of the CSV."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def write_doubts(out: Path, doubts: Sequence[Doubt], rows: LabelledRows) -> None
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["tile", "class", "label", "out_of_fold_probability", "doubt", "kind"])
+            writer.writerow(COLUMNS)
             for doubt in doubts:
                 figures = (int(doubt.label), f"{doubt.prob:.6f}", f"{doubt.doubt:.6f}", doubt.kind)
                 writer.writerow([rows.tiles[doubt.row], rows.class_names[doubt.column], *figures])

@@ -1,11 +1,11 @@
 """The demo: a bucket of synthetic overhead scenes, a real storage server for it, and a small backbone."""
 
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import DEMO_ROOT
+from ..stop import run_child
 
 
 def run_with_demo_bucket(command: Sequence[str]) -> int:
@@ -33,4 +33,6 @@ def run_with_demo_bucket(command: Sequence[str]) -> int:
 
 def _run(command: Sequence[str], tiles: str, environment: dict[str, str]) -> int:
     arguments = [part.replace("demo://", tiles) for part in command]
-    return subprocess.run(arguments, env={**os.environ, **environment}, check=False).returncode
+    with run_child(arguments, env={**os.environ, **environment}) as child:
+        pass
+    return child.returncode

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import obstore
@@ -14,7 +14,7 @@ from imagecodecs import spng_decode
 from obstore.store import GCSStore
 from tqdm import tqdm
 
-from extract.backbone import Backbone, find_checkpoint
+from extract.backbone import Backbone, count_flop, find_checkpoint
 from extract.decode import decode_tile
 from extract.precision import DTYPES, Precision
 from extract.transform import TileTransform
@@ -43,20 +43,6 @@ class TableCost(NamedTuple):
     seconds: float
 
 
-def count_flop(config: Any, image_size: int) -> float:
-    """Floating-point operations of one tile's forward pass, from a `DINOv3ViTConfig`; a multiply-add is two of them.
-
-    Counted are patch embedding, projections, attention and MLP; norms, activations and biases are well below 1 %.
-    """
-    patches = (image_size // config.patch_size) ** 2
-    tokens = 1 + config.num_register_tokens + patches
-    width, hidden = config.hidden_size, config.intermediate_size
-    projections = 4 * width * width + (3 if config.use_gated_mlp else 2) * width * hidden
-    attention = 2 * tokens * width  # scores and weighted sum, of one token with all
-    embedding = patches * 3 * config.patch_size**2 * width
-    return float(2 * (config.num_hidden_layers * tokens * (projections + attention) + embedding))
-
-
 def time_forward(checkpoint: Path, image_size: int, precision: Precision, batch: int) -> float:
     """Seconds a tile, warm."""
     backbone = _load(checkpoint, image_size, precision)
@@ -73,7 +59,7 @@ def compare_with_ceiling(checkpoint: Path, image_size: int, precision: Precision
     backbone = _load(checkpoint, image_size, precision)
     pixels = torch.rand(batch, 3, image_size, image_size, dtype=backbone.dtype)
     a, b, product = (torch.rand(MATMUL, MATMUL, dtype=DTYPES[precision]) for _ in range(3))
-    flop = batch * count_flop(backbone.vit.config, image_size)
+    flop = batch * count_flop(backbone.vit.config.to_dict(), image_size)
     matmul_flop = 2.0 * MATMUL**3
     repeats = max(1, round(flop / matmul_flop))
 

@@ -425,7 +425,7 @@ def test_too_many_quarantined_then_accepted_then_mended(
         "--tiles", "tiles", "--backbone", checkpoints["plain"], "--cache", "a", "--precision", "float32",
         env=env, cwd=tmp_path,
     )  # fmt: skip
-    assert refused.returncode == 1
+    assert refused.returncode == 3
     assert "Traceback" not in refused.stderr
     assert "error: 1 of 20 tiles are quarantined, more than --max-quarantined 0.01 allows: mend them" in refused.stderr
     assert "\n  images/100_5.png: cannot be decoded as an image" in refused.stderr

@@ -84,6 +84,10 @@ def story(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         "--finetune-options",
         "--workers 0",
     ]
+    # What another command's table says would give one rung other tiles than the next.
+    (work / "tileprobe.toml").write_text(
+        "[train.head]\nepochs = 7\nval-fraction = 0.4\nlr = 0.5\n[train.ladder]\nseed = 3\nallow-unsealed = false\n"
+    )
     with (work / "out").open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "train", "ladder", *options, *more], cwd=work, stdout=out, stderr=out
@@ -116,6 +120,14 @@ def test_a_killed_ladder_knows_what_was_finished_and_what_was_under_way(story: S
     assert [rung["name"] for rung in story.killed["rungs"]] == list(RUNGS)
     assert [rung["state"] for rung in story.killed["rungs"]] == ["finished", "finished", "running"]
     assert "table" not in story.killed
+
+
+def test_the_rungs_take_settings_from_the_ladder_alone(story: Story) -> None:
+    config = read(story.ladder / "mlp" / "config.json")["config"]
+    assert (config["epochs"], config["seed"], config["lr"]) == (2, 3, 1e-3)
+    assert config["data"]["val_fraction"] == 0.2
+    assert "--seed" in story.killed["settings"]["shared"]
+    assert "--allow-unsealed" not in story.killed["settings"]["shared"]
 
 
 def test_a_rung_that_outlives_its_ladder_keeps_others_out(story: Story) -> None:

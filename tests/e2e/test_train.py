@@ -203,7 +203,7 @@ def test_a_head_run_leaves_every_file(trained: Path, made: Path) -> None:
 
 def test_metrics_json_has_the_keys_of_the_design(trained: Path) -> None:
     metrics = read(trained / "runs" / "head" / "metrics.json")
-    assert set(metrics) == {*AVERAGES, "per_class", "intervals", "variants", "calibration", "baselines"}
+    assert set(metrics) == {*AVERAGES, "per_class", "intervals", "variants", "calibration", "reliability", "baselines"}
     assert len(metrics["per_class"]) == 60
     assert all(set(row) == CLASS_KEYS for row in metrics["per_class"])
     assert [row["name"] for row in metrics["per_class"]] == list(Taxonomy.xview().names)

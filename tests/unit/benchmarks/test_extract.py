@@ -14,16 +14,16 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
+from extract.backbone import count_flop
 from tests.benchmarks.__main__ import AREAS
-from tests.benchmarks.contenders import count_flop
 from tests.benchmarks.extract import choose_load
 from tests.benchmarks.fixtures import VITL16, Fixtures, read_run
 from tests.benchmarks.processes import read_cpu_seconds, run_apart, watch_memory
 
 
 def test_flop_of_vitl16() -> None:
-    assert count_flop(DINOv3ViTConfig(**VITL16), 224) == pytest.approx(125.5e9, rel=0.01)
-    assert count_flop(DINOv3ViTConfig(**VITL16), 512) == pytest.approx(727e9, rel=0.01)
+    assert count_flop(DINOv3ViTConfig(**VITL16).to_dict(), 224) == pytest.approx(125.5e9, rel=0.01)
+    assert count_flop(DINOv3ViTConfig(**VITL16).to_dict(), 512) == pytest.approx(727e9, rel=0.01)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -33,7 +33,7 @@ def test_flop_agrees_with_what_torch_counts(gated: bool) -> None:
     config._attn_implementation = "eager"  # PyTorch's counter does not see into the fused attention of the CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         DINOv3ViTModel(config).eval()(pixel_values=torch.zeros(1, 3, 64, 64))
-    assert count_flop(config, 64) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert count_flop(config.to_dict(), 64) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_every_block_is_read_once_and_none_whole(tmp_path: Path, monkeypatch: py
     assert sorted(asked, key=str) == sorted(expected, key=str)
 
 
-def test_the_command_ends_with_status_1_if_something_differs(cache_url: str, tmp_path: Path, run: Run) -> None:
+def test_the_command_ends_with_status_3_if_something_differs(cache_url: str, tmp_path: Path, run: Run) -> None:
     old = write_cache(cache_url, make_table(20))
     new = write_cache(cache_url, make_table(20), depth=5)
     write_cache(str(tmp_path / "b"), make_table(20), depth=5)
@@ -185,7 +185,7 @@ def test_the_command_ends_with_status_1_if_something_differs(cache_url: str, tmp
     assert (same.returncode, same.stderr) == (0, "")
     assert same.stdout.endswith("nothing differs\n")
     versions = run("diff", f"{cache_url}@{old.id}", cache_url)
-    assert (versions.returncode, versions.stderr) == (1, "")
+    assert (versions.returncode, versions.stderr) == (3, "")
     assert f"A: {cache_url}, version {old.id}, 20 rows" in versions.stdout
     assert f"B: {cache_url}, version {new.id}, 20 rows" in versions.stdout
     nothing = run("diff", cache_url, str(tmp_path / "none"))

@@ -30,7 +30,7 @@ def test_exit_statuses_and_streams_of_the_real_command(tmp_path: Path, python_en
     version = CacheRoot(nothing).open_version(fill_cache(nothing, ROWS), read_only=False)
     assert call("verify", nothing)[::2] == (0, "")
     version.reopen_blocks([0])
-    assert call("verify", nothing)[::2] == (1, "")
+    assert call("verify", nothing)[::2] == (3, "")
 
 
 def test_info_of_a_finished_cache(cache_url: str, run: Run) -> None:
@@ -93,7 +93,7 @@ def test_verify_an_unfinished_cache(cache_url: str, run: Run) -> None:
     version.reopen_blocks([1])
     done = run("verify", cache_url)
 
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stdout.splitlines() == [
         "1 of 2 blocks (44 rows) are not committed yet",
         "the version is not sealed",
@@ -109,7 +109,7 @@ def test_verify_names_every_damaged_block(tmp_path: Path, run: Run) -> None:
     delete(url, f"{version}.zarr/status/c/2")
     done = run("verify", url)
 
-    assert done.returncode == 1
+    assert done.returncode == 3
     lines = [
         "block 1 (rows 256-511): array cls: its chunk has 4,099 bytes instead of 4,100",
         "block 2 (rows 512-699): array status: its chunk is missing",
@@ -119,7 +119,7 @@ def test_verify_names_every_damaged_block(tmp_path: Path, run: Run) -> None:
     assert done.stderr == ""
 
     repaired = run("verify", url, "--repair")
-    assert repaired.returncode == 1
+    assert repaired.returncode == 3
     assert repaired.stdout.splitlines() == [
         *lines,
         "took back the seal and the commits of 2 blocks (444 rows)",
@@ -134,7 +134,7 @@ def test_verify_a_seal_of_other_commits(tmp_path: Path, run: Run) -> None:
     version.write_block(0, make_values(version.layout, 0, seed=1))
     done = run("verify", str(tmp_path))
 
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stdout.splitlines()[0] == "array seal: contradicts the table or the commits"
 
 
@@ -144,7 +144,7 @@ def test_verify_another_versions_table(tmp_path: Path, run: Run) -> None:
     (tmp_path / f"{version}.zarr").rename(tmp_path / "00000000000000000000.zarr")
     done = run("verify", str(tmp_path), "--version", "0" * 20)
 
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "not the one this version's id was made from" in done.stdout
 
 
@@ -153,7 +153,7 @@ def test_verify_a_damaged_table(tmp_path: Path, run: Run) -> None:
     (tmp_path / f"{version}.zarr" / "tile" / "c" / "0").write_bytes(b"")
     done = run("verify", str(tmp_path))
 
-    assert done.returncode == 1
+    assert done.returncode == 3
     table = "tile table (rows 0-299): array tile: its chunk is empty (0 bytes): `make extract` mends it"
     assert done.stdout.splitlines()[0] == table
     info = run("info", str(tmp_path))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from transformers import AutoModel
 from extract.backbone import Backbone, find_checkpoint, follow_links
 from extract.errors import BackboneError
 from tests.checkpoints import MEAN, STD, make_checkpoint
+from tests.hub import HUB_ID, Answer, Hub, refuse
 from tests.planted import fresh_seed
 
 PROJECT_ROOT = Path(__file__).parents[3]
@@ -285,66 +284,21 @@ def test_a_link_is_followed_and_any_other_name_stays(copy: Path, monkeypatch: py
         assert follow_links(name) == name
 
 
-# The hub, answered by a real HTTP server
+# The hub
 
-Answer = tuple[int, dict[str, str], bytes]
-HUB_ID = "facebook/dinov3-vitl16-pretrain-sat493m"
 LICENCE = f"https://huggingface.co/{HUB_ID}"
-
-
-class Hub:
-    """Answers as the hub does, with a model's public pages and whatever `answer_file` says to a request for a file."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        hub, files = self, sorted(path for path in checkpoint.iterdir())
-        self.answer_api: Answer | None = None
-        self.answer_file: Answer | None = None
-        tree = [
-            {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f"{i:040x}"} for i, f in enumerate(files)
-        ]
-        info = {"_id": "1", "id": HUB_ID, "sha": "a" * 40, "siblings": [{"rfilename": path.name} for path in files]}
-        info |= {"private": False, "gated": "manual", "tags": [], "downloads": 0, "likes": 0}
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if self.path.startswith("/api/"):
-                    page = json.dumps(tree if "/tree/" in self.path else info).encode()
-                    answer = hub.answer_api or (200, {"Content-Type": "application/json"}, page)
-                else:
-                    path = checkpoint / self.path.rpartition("/")[2]
-                    identity = {"ETag": f'"{path.name}"', "X-Repo-Commit": "a" * 40}
-                    answer = hub.answer_file or (200, identity, path.read_bytes())
-                if answer[0] == 0:
-                    return  # the connection breaks
-                self.send_response_only(answer[0])
-                for name, value in (answer[1] | {"Content-Length": str(len(answer[2]))}).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(answer[2])
-
-            do_HEAD = do_GET
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 ASKER = """
 import json, os, sys
-from extract.backbone import find_checkpoint
+from extract.backbone import find_checkpoint, find_configuration
 from extract.errors import BackboneError
 for line in sys.stdin:
-    backbone, environment = json.loads(line)
+    function, environment = json.loads(line)
     os.environ.update(environment)
     try:
-        answer = ["path", str(find_checkpoint(backbone, 64).path)]
+        found = globals()[function]("vitl16", 64)
+        answer = ["path", str(found.path)] if function == "find_checkpoint" else [str(found[0].path), str(found[1])]
     except BackboneError as error:
         answer = ["error", str(error)]
     for name in environment:
@@ -371,11 +325,11 @@ class Asker:
             stderr=self.complaints,
         )
 
-    def ask(self, **environment: str) -> list[str]:
-        """`["path", where]` or `["error", text]`."""
+    def ask(self, function: str = "find_checkpoint", /, **environment: str) -> list[str]:
+        """`["path", where]`, of `find_configuration` `[where, bytes to download]`; or `["error", text]`."""
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps(["vitl16", environment]) + "\n")
+        self.process.stdin.write(json.dumps([function, environment]) + "\n")
         self.process.stdin.flush()
         answer: list[str] = json.loads(self.process.stdout.readline() or '["crash", ""]')
         self.complaints.seek(0)
@@ -391,20 +345,12 @@ class Asker:
 
 @pytest.fixture(scope="module")
 def asker(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asker]:
-    hub = Hub(plain)
-    thread = threading.Thread(target=hub.server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
     paths = [str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    asker = Asker(hub, tmp_path_factory.mktemp("home"), env)
-    yield asker
-    asker.close()
-    hub.close()
-    thread.join()
-
-
-def refuse(status: int, code: str = "", message: str = "") -> Answer:
-    return status, {"X-Error-Code": code, "X-Error-Message": message}, json.dumps({"error": message}).encode()
+    with Hub(plain).serve() as hub:
+        asker = Asker(hub, tmp_path_factory.mktemp("home"), env)
+        yield asker
+        asker.close()
 
 
 CANNOT_DOWNLOAD = [f"cannot download {HUB_ID}", "check the network", "set BACKBONE to the directory"]
@@ -431,26 +377,31 @@ REFUSALS: dict[str, tuple[Answer | None, Answer | None, dict[str, str], list[str
 }
 
 
+@pytest.mark.parametrize("function", ["find_checkpoint", "find_configuration"])
 @pytest.mark.parametrize("api, file, token, words", REFUSALS.values(), ids=REFUSALS)
 def test_hub_refuses(
-    asker: Asker, api: Answer | None, file: Answer | None, token: dict[str, str], words: list[str]
+    asker: Asker, api: Answer | None, file: Answer | None, token: dict[str, str], words: list[str], function: str
 ) -> None:
     asker.hub.answer_api, asker.hub.answer_file = api, file
-    kind, text = asker.ask(**token)
+    kind, text = asker.ask(function, **token)
     assert kind == "error", text
     assert "\n" not in text
     assert all(word in text for word in words), text
     assert "hf_abcdefgh" not in text
 
 
-def test_hub_gives_and_is_then_not_needed(asker: Asker) -> None:
-    """The server is not only good at refusing."""
+def test_hub_gives_and_is_then_not_needed(asker: Asker, plain: Path) -> None:
+    """The server is not only good at refusing; and a question for the configuration leaves the weights there."""
     asker.hub.answer_api = asker.hub.answer_file = None
+    path, missing = asker.ask("find_configuration")
+    assert sorted(os.listdir(path)) == ["config.json", "preprocessor_config.json"]
+    assert int(missing) == sum(path.stat().st_size for path in plain.iterdir())
     kind, path = asker.ask()
     assert kind == "path", path
     assert sorted(os.listdir(path)) == ["config.json", "model.safetensors", "preprocessor_config.json"]
     asker.hub.answer_api = asker.hub.answer_file = refuse(500)
     assert asker.ask() == ["path", path]
+    assert asker.ask("find_configuration") == [path, "0"]
     shutil.rmtree(Path(path).parents[1])
 
 

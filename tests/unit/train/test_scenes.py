@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extract.scenes import MIN_SCENES
 from tests.planted import fresh_seed
 from train.config import DataConfig
 from train.errors import SplitError
-from train.scenes import MIN_SCENES, Split, split_rows
+from train.scenes import Split, split_rows
 
 
 def name_tiles(sizes: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,277 @@
+"""A cache as a notebook wants it: names, vectors, labels and the masks that say which of them can be used.
+
+cache = open_cache("cache/train-vitl16-512")
+x = cache["cls"][cache.usable]              # (n, D) float16, digests checked
+y = cache.labels[cache.usable]              # (n, C) bool, columns named by cache.classes
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from .block import BlockValues
+from .errors import IntegrityError, TaxonomyError
+from .layout import (
+    LABEL_ID_COLUMNS,
+    LABEL_IDS_DTYPE,
+    POOLED_DTYPE,
+    STATUS_DTYPE,
+    BoolArray,
+    Float16Array,
+    Status,
+    UInt8Array,
+    UInt16Array,
+    count_blocks,
+)
+from .root import CacheRoot, choose_version
+from .table import TileTable
+from .taxonomy import DecodedLabels, LabelIds, Taxonomy, refuse_meaningless
+from .version import Version
+
+
+class Cache(Version):
+    """One version, opened for reading, with its labels under a class list.
+
+    Everything is read when it is asked for, its digests checked. Table, status and labels are kept (some 500 bytes a
+    tile), vectors are not. The first look at status or labels reads the whole version once, a few blocks in memory at a
+    time, since a block's digest covers its vectors too.
+
+    Attributes:
+        taxonomy: the class list.
+        provenance, recorded: what the vectors were made from, see `Provenance` and `Recorded`.
+    """
+
+    def __init__(
+        self, root: CacheRoot, version_id: str, group: zarr.Group, taxonomy: Taxonomy, label_ids: LabelIds | None
+    ) -> None:
+        super().__init__(root, version_id, group)
+        self.taxonomy = taxonomy
+        self._label_ids = label_ids
+        self._opened: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return self.layout.rows
+
+    def __getitem__(self, pooling: str) -> "Embeddings":
+        """The pooled array of that name, `cls` or `patch_mean`, unread.
+
+        Raises:
+            KeyError: the version holds no such array.
+        """
+        if pooling not in self.layout.pooling:
+            raise KeyError(f"{pooling}: this cache holds {', '.join(self.layout.pooling)}")
+        return Embeddings(self, pooling)
+
+    @cached_property
+    def table(self) -> TileTable:
+        """The tile table, see `TileTable`."""
+        return self.read_table()
+
+    @cached_property
+    def tiles(self) -> npt.NDArray[np.object_]:
+        """(N,) names below TILES, ascending, such as `images/1052_3_7.png`: of Python's own strings, since pandas,
+        xarray and scikit-learn do not all take NumPy's StringDType."""
+        return self.table.tile.astype(object)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """C names: what the columns of `labels` are."""
+        return self.taxonomy.names
+
+    @property
+    def labels(self) -> BoolArray:
+        """(N, C) bool: class present in the tile. What a row without a label file says is nothing: use `usable` rows.
+
+        Raises:
+            TaxonomyError: it is not clear which ids the labels hold, or more than 1 % of all lines mean nothing.
+            IntegrityError: a block contradicts its digest.
+        """
+        return self._decoded.labels
+
+    @property
+    def status(self) -> UInt8Array:
+        """(N,) uint8, see `Status`: 1 embedded, 0 not yet, 2 and up quarantined, and for what.
+
+        Raises:
+            IntegrityError: a block contradicts its digest.
+        """
+        return self._settled[0]
+
+    @cached_property
+    def embedded(self) -> BoolArray:
+        """(N,) bool: rows that have a vector. In any other it is NaN."""
+        return np.asarray(self.status == Status.EMBEDDED)
+
+    @cached_property
+    def usable(self) -> BoolArray:
+        """(N,) bool: rows with a vector, and a label file that is empty or names a known class: what a trainer uses."""
+        return np.asarray(self.embedded & self.table.labelled & ~self._decoded.unusable)
+
+    @cached_property
+    def _decoded(self) -> DecodedLabels:
+        label_ids = self._settled[1]
+        reading = self._label_ids or self.taxonomy.detect_label_ids(label_ids.sum(axis=0, dtype=np.int64))
+        decoded = self.taxonomy.decode(label_ids, reading)
+        refuse_meaningless(label_ids, self.table.tile, decoded, reading)
+        return decoded
+
+    @cached_property
+    def _settled(self) -> tuple[UInt8Array, UInt16Array]:
+        """Status (N,) and label ids (N, 128)."""
+        status = np.full(len(self), Status.PENDING, STATUS_DTYPE)
+        label_ids = np.zeros((len(self), LABEL_ID_COLUMNS), LABEL_IDS_DTYPE)
+
+        def take(block: int, values: BlockValues) -> None:
+            rows = self.layout.block_slice(block)
+            status[rows], label_ids[rows] = values.status, values.label_ids
+
+        self.scan_whole(take)
+        return status, label_ids
+
+    def scan_whole(self, take: Callable[[int, BlockValues], None], blocks: npt.ArrayLike | None = None) -> None:
+        """`scan`, which passes over what it cannot trust, but for someone who would not notice.
+
+        Raises:
+            IntegrityError: a committed block cannot be read or contradicts its commit.
+        """
+        seen = []
+
+        def note(block: int, values: BlockValues) -> None:
+            take(block, values)
+            seen.append(block)
+
+        self.scan(note, blocks)
+        wanted = np.flatnonzero(self._commits().any(axis=1))
+        wanted = wanted if blocks is None else np.intersect1d(wanted, blocks)
+        damaged = np.setdiff1d(wanted, seen).tolist()
+        if damaged:
+            rows = self.layout.block_slice(damaged[0])
+            raise IntegrityError(
+                f"{self.root.url}: {count_blocks(len(damaged))} damaged, rows {rows.start} to {rows.stop - 1} first: "
+                f"`python -m cache_schema verify {self.root.url} --repair` and `make extract` redo what is; "
+                "then open it again"
+            )
+
+    # In a bucket each of these is a request, and a sealed version does not change.
+
+    def _commits(self) -> UInt8Array:
+        return self._known_commits
+
+    @cached_property
+    def _known_commits(self) -> UInt8Array:
+        return super()._commits()
+
+    def _open(self, name: str) -> Any:
+        if name not in self._opened:
+            self._opened[name] = super()._open(name)
+        return self._opened[name]
+
+    def __repr__(self) -> str:
+        return f"<Cache {self.root.url}: {'; '.join(text for _, text in self._describe())}>"
+
+    def _repr_html_(self) -> str:
+        rows = [("Cache", self.root.url), *self._describe()]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+        return f"<table>{cells}</table>"
+
+    def _describe(self) -> list[tuple[str, str]]:
+        """What the attributes alone say."""
+        made, recorded = self.provenance, self.recorded
+        finished = "sealed" if self.sealed else f"unfinished, {int((~self.committed()).sum())} blocks to do"
+        return [
+            ("Vectors", f"{len(self):,} tiles x {made.width:,} ({', '.join(made.pooling)}) float16"),
+            ("Backbone", f"{recorded.backbone!r} at {made.image_size} px in {made.precision}"),
+            ("Tiles", f"from {recorded.tiles!r}"),
+            ("Version", f"version {self.id}, {finished}"),
+        ]
+
+
+class Embeddings:
+    """A pooled array of a cache, read as NumPy's indexing asks: by a number, a slice, a mask or an array of rows.
+
+    What is read are the blocks that hold these rows, and what is kept are the rows. `np.asarray` reads all. A row whose
+    tile has no vector is NaN: `Cache.usable` and `Cache.embedded` say which have one.
+    """
+
+    def __init__(self, cache: Cache, pooling: str) -> None:
+        self._cache, self._pooling = cache, pooling
+        self.shape = (len(cache), cache.layout.width)
+        self.dtype = POOLED_DTYPE
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"<Embeddings {self._pooling} {self.shape} {self.dtype}, unread>"
+
+    def __getitem__(self, rows: Any) -> Float16Array:
+        """(…, D) float16 of these rows of the first axis.
+
+        Raises:
+            IndexError: as NumPy has it.
+            IntegrityError: a block that holds one of them contradicts its digest.
+        """
+        chosen = np.arange(len(self))[rows]
+        numbers = chosen.ravel()
+        vectors = np.full((len(numbers), self.shape[1]), np.nan, self.dtype)
+        block_rows = self._cache.layout.block_rows
+        order = np.argsort(numbers, kind="stable")
+        blocks, starts = np.unique(numbers[order] // block_rows, return_index=True)
+        parts = dict(zip(blocks.tolist(), np.split(order, starts[1:]), strict=False))
+
+        def take(block: int, values: BlockValues) -> None:
+            where = parts[block]
+            vectors[where] = values.pooled[self._pooling][numbers[where] - block * block_rows]
+
+        self._cache.scan_whole(take, blocks)
+        return vectors.reshape(*chosen.shape, self.shape[1])
+
+    def __iter__(self) -> Iterator[Float16Array]:
+        """Row after row, each block read once."""
+        for rows in self._cache.layout.block_slices():
+            yield from self[rows]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
+
+
+def open_cache(
+    url: str | Path,
+    *,
+    version: str | None = None,
+    allow_unsealed: bool = False,
+    taxonomy: Taxonomy | str | Path | None = None,
+    label_ids: LabelIds | Literal["auto"] = "auto",
+) -> Cache:
+    """The version in use of the cache at `url`, for reading.
+
+    Args:
+        url: directory or `gs://bucket/prefix`.
+        version: another version's id instead of the one in use.
+        allow_unsealed: accept a version whose extraction has not finished; its missing rows read as pending.
+        taxonomy: a class list or its CSV, see `Taxonomy.from_file`; None is xView's.
+        label_ids: whether labels hold type ids or class ids; `auto` decides from all of them, once labels are read.
+
+    Raises:
+        CacheNotFoundError: nothing finished there; says how far an unfinished extraction came.
+        CacheFormatError: not a cache, or of a format this program does not read.
+        TaxonomyError: the class list cannot be used, or `label_ids` means nothing.
+    """
+    if label_ids not in ("auto", *get_args(LabelIds)):
+        raise TaxonomyError(f"label_ids {label_ids!r}: choose of auto, type, class")
+    if taxonomy is None:
+        taxonomy = Taxonomy.xview()
+    elif not isinstance(taxonomy, Taxonomy):
+        taxonomy = Taxonomy.from_file(taxonomy)
+    chosen = choose_version(str(url), version=version, allow_unsealed=allow_unsealed)
+    return Cache(chosen.root, chosen.id, chosen.group, taxonomy, None if label_ids == "auto" else label_ids)

@@ -1,0 +1,146 @@
+"""Checks of where the cache goes: whether it may be written, what is there already, whether there is room."""
+
+import shutil
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache_schema import CacheError, CacheRoot, Version
+from cache_schema.layout import count_blocks
+from cache_schema.store import storage_errors
+
+from ..changes import find_earlier, open_in_use
+from ..config import ExtractConfig
+from ..errors import ConfigError
+from ..plan import choose_provenance
+from ..source import Source
+from ..summary import estimate_cache_bytes
+from .checkpoint import Weights, find_existing
+from .finding import Concern, Verdict
+from .machine import Device
+from .storage import AGAIN, DEADLINE_S, Found, is_bucket
+
+HASHED_BYTES = 4 * 2**30
+"""Weights of more are not hashed to tell a version's id: that would take longer than all the rest."""
+_ROOM_LEFT = 0.9
+"""Share of the free space above which a cache is called a tight fit."""
+
+
+def check_place(url: str) -> Verdict[str]:
+    """Write something where the cache goes, and remove it.
+
+    Raises:
+        ConfigError: a URL that no cache has.
+        StorageError: it cannot be written.
+    """
+    if is_bucket(url):
+        return _check_bucket(url)
+    if "://" in url:
+        raise ConfigError(f"{url} is no place for a cache: CACHE is a directory or gs://bucket/prefix")
+    folder = find_existing(Path(url))
+    with storage_errors(url), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"doctor")
+    return Verdict(url, f"{url} can be written" + ("" if folder == Path(url).absolute() else f" (below {folder})"))
+
+
+def _check_bucket(url: str) -> Verdict[str]:
+    from cache_schema.gcs_objects import GcsObjects
+
+    objects = GcsObjects(url, deadline_s=DEADLINE_S, again=AGAIN)
+    name = f"doctor-{uuid.uuid4().hex}"
+    if not objects.create(name, name.encode()):
+        raise CacheError(f"{url} does not keep what is written: check CACHE and what else writes there")
+    objects.delete(name)
+    return Verdict(url, f"{url} can be written: a test object was created and removed")
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What an extraction has to do.
+
+    Attributes:
+        to_do: tiles to embed.
+        to_write: rows to write, those taken over from an earlier version included.
+    """
+
+    to_do: int
+    to_write: int
+
+
+def check_version(
+    config: ExtractConfig, url: str, source: Source, found: Found, weights: Weights, device: Device
+) -> Verdict[Pending]:
+    """Which version of the cache an extraction would fill, and how much of it is there; nothing is written.
+
+    Raises:
+        RunError: more than a tenth of the tiles of the version in use are gone.
+        CacheError: what is there cannot be read.
+    """
+    root, everything = CacheRoot(url, read_only=True), Pending(len(found.table), len(found.table))
+    there = root.versions()
+    unknown = (
+        "not all tiles were listed"
+        if not found.whole
+        else "the weights are not here yet"
+        if weights.download
+        else f"hashing {weights.file_bytes / 2**30:.0f} GiB of weights takes too long"
+        if weights.file_bytes > HASHED_BYTES
+        else None
+    )
+    if unknown:
+        return Verdict(everything, f"{_count(there)} there; whether one is to be gone on with is not known: {unknown}")
+    provenance = choose_provenance(config.precision, weights.checkpoint, root, found.table, device.ranks.device)
+    wanted = provenance.version_id(found.table.identity_digest())
+    if wanted in there:
+        return _describe_version(root, wanted, everything)
+    earlier = find_earlier(root, found.table, provenance, source.identity)
+    if earlier:
+        version, changes = earlier
+        if not config.yes:
+            changes.refuse_loss(version, source.url)
+        detail = f"a new version {wanted}; since version {version.id}: {changes.describe()}"
+        return Verdict(Pending(int((~changes.same_tile).sum()), len(found.table)), detail)
+    in_use = open_in_use(root)
+    other = f"; the one in use differs in {'; '.join(in_use.provenance.differences(provenance))}" if in_use else ""
+    return Verdict(everything, f"a new version {wanted}; {_count(there)} there{other}")
+
+
+def _describe_version(root: CacheRoot, version_id: str, everything: Pending) -> Verdict[Pending]:
+    try:
+        version = root.open_version(version_id)
+    except CacheError:  # an extraction creates it anew
+        return Verdict(everything, f"version {version_id} was not created completely, and is begun again")
+    if version.sealed:
+        return Verdict(Pending(0, 0), f"version {version_id} is finished: an extraction has nothing to do")
+    left = _count_missing(version)
+    blocks = f"{int(version.committed().sum()):,} of {count_blocks(version.layout.blocks)}"
+    detail = f"version {version_id} is begun: {blocks} are committed, and an extraction goes on from there"
+    return Verdict(Pending(left, left), detail)
+
+
+def _count_missing(version: Version) -> int:
+    slices = zip(version.layout.block_slices(), version.committed(), strict=True)
+    return sum(rows.stop - rows.start for rows, done in slices if not done)
+
+
+def _count(versions: list[str]) -> str:
+    return f"{len(versions) or 'no'} version{'' if len(versions) == 1 else 's'}"
+
+
+def check_space(url: str, pending: Pending, width: int, *, at_least: str = "") -> Verdict[int]:
+    """Whether the disk has room for the rows to write, of `width` numbers a vector."""
+    needed = estimate_cache_bytes(pending.to_write, width)
+    wanted = f"{at_least}{needed / 2**20:,.1f} MiB to write"
+    if is_bucket(url):
+        return Verdict(needed, f"{wanted}; a bucket has room")
+    free = shutil.disk_usage(find_existing(Path(url))).free
+    detail = f"{wanted}, {free / 2**20:,.1f} MiB free"
+    if needed <= _ROOM_LEFT * free:
+        return Verdict(needed, detail)
+    tight = Concern(
+        "fail" if needed > free else "warning",
+        "too little room for the cache" if needed > free else "hardly room for the cache",
+        "free space, or set CACHE to another disk or a bucket",
+    )
+    return Verdict(needed, detail, [tight])

@@ -1,0 +1,98 @@
+"""`extract run --dry-run`: what an extraction would do. Nothing is written, and no weights are loaded.
+
+Their file is read, since its sha256 is part of the version's id.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from cache_schema import CacheNotFoundError, CacheRoot, Layout, Status, Version
+from cache_schema.layout import choose_block_rows, count_blocks
+
+from .backbone import POOLING
+from .config import ExtractConfig
+from .distributed import join_ranks
+from .plan import Survey, count_rows, make_survey
+from .summary import estimate_cache_bytes
+
+_MIB = 2**20
+
+
+def describe_extraction(config: ExtractConfig) -> dict[str, Any] | None:
+    """Print what `run_extraction` would do with this configuration.
+
+    Returns:
+        the same for scripts, on the main rank: `cache version tiles blocks pending_blocks to_do kept changes
+        bytes_to_read cache_bytes precision image_size`; None on the others.
+
+    Raises:
+        TileprobeError: what would end the extraction before its first block.
+    """
+    with join_ranks(config.device) as ranks:
+        lines, values = ranks.run_on_main(lambda: _describe(config, make_survey(config, ranks.device)))
+    if not ranks.is_main:
+        return None
+    print("\n".join(lines), flush=True)
+    return values
+
+
+def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[str, Any]]:
+    table, provenance, changes = survey.table, survey.provenance, survey.changes
+    version = _find_version(survey)
+    if survey.earlier and version and version.recorded.batch_size != survey.earlier.recorded.batch_size:
+        changes = None  # as in `make_plan`: a version may not mix sizes of batches
+    rows = len(table)
+    layout = version.layout if version else Layout(rows, provenance.width, POOLING, choose_block_rows(rows))
+    pending = _find_pending(version, layout, retry=config.retry_quarantined)
+    unknown = ~changes.same_tile if changes else np.ones(rows, bool)
+    to_do = count_rows(layout, pending, unknown)
+    waiting = np.zeros(rows, bool)
+    for block in pending:
+        waiting[layout.block_slice(block)] = True
+    values: dict[str, Any] = {
+        "dry_run": True,
+        "cache": survey.cache,
+        "version": survey.version_id,
+        "exists": version is not None,
+        "tiles": rows,
+        "blocks": layout.blocks,
+        "pending_blocks": len(pending),
+        "to_do": to_do,
+        "kept": rows - to_do,
+        "changes": survey.changes.count() if survey.changes else None,
+        "bytes_to_read": int(table.size[waiting & unknown].sum()),
+        "cache_bytes": estimate_cache_bytes(rows, layout.width),
+        "precision": provenance.precision,
+        "image_size": provenance.image_size,
+        "backbone": survey.recorded.backbone,
+    }
+    blocks = f"{len(pending):,} of {count_blocks(layout.blocks)}"
+    lines = [
+        *survey.notes,
+        f"would embed {to_do:,} tiles at {provenance.image_size} px in {provenance.precision} and keep "
+        f"{rows - to_do:,}: {blocks} of {survey.cache} (version {survey.version_id})",
+        f"would read {values['bytes_to_read'] / _MIB:,.1f} MiB of tiles, for a cache of "
+        f"{values['cache_bytes'] / _MIB:,.1f} MiB",
+        "dry run: nothing was written",
+    ]
+    return lines, values
+
+
+def _find_version(survey: Survey) -> Version | None:
+    """The version to fill, if it is there already."""
+    try:
+        return CacheRoot(survey.cache, read_only=True).open_version(survey.version_id)
+    except CacheNotFoundError:
+        return None
+
+
+def _find_pending(version: Version | None, layout: Layout, *, retry: bool) -> list[int]:
+    """Blocks without a commit, and with `retry` those that hold quarantined rows."""
+    if version is None:
+        return list(range(layout.blocks))
+    pending = ~version.committed()
+    if retry:
+        pending[np.flatnonzero(version.read_status() > Status.EMBEDDED) // layout.block_rows] = True
+    blocks: list[int] = np.flatnonzero(pending).tolist()
+    return blocks

@@ -1,0 +1,147 @@
+"""`train finetune --dry-run`: what would train, on which rows and in how much memory. Nothing is written."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from cache_schema import Status, Version
+from extract.backbone import Backbone, Checkpoint
+from extract.distributed import Ranks, join_ranks
+from extract.plan import find_cached_checkpoint
+from extract.precision import DTYPES
+
+from .config import TrainConfig
+from .errors import TrainError
+from .loop import choose_batch_size
+from .memory import choose_budget, format_bytes
+from .model import Head
+from .run import check_run, resolve_config
+from .sampling import count_epoch
+from .sets import Sets, read_sets
+from .step import use_amp
+from .step_zero import choose_block
+
+_KEPT = {"float32": 76, "autocast": 46, "checkpointed": 4}
+"""Bytes per token, layer and unit of width that wait for the backward pass, as counted by autograd's own hooks on the
+256- to 1024-wide layers of this architecture (torch 2.13); a test counts them anew."""
+_TRAINED = 16
+"""Bytes a parameter in training: itself, its gradient, and the two moments of AdamW."""
+
+
+def describe_training(config: TrainConfig) -> dict[str, Any] | None:
+    """Print what `run_training` would do with this configuration.
+
+    Returns:
+        the same for scripts, on the main rank; None on the others.
+
+    Raises:
+        TileprobeError: what would end the run before its first step, step 0 itself excepted.
+    """
+    if config.resume:
+        raise TrainError("--dry-run tells of a new run, and a resumed one has its settings: leave --resume out")
+    if not config.unfreeze:
+        raise TrainError("UNFREEZE=0 trains the head alone, in seconds: --dry-run is for UNFREEZE=1 or more")
+    with join_ranks(config.device) as ranks:
+        lines, values = ranks.run_on_main(lambda: _describe(config, ranks))
+    if not ranks.is_main:
+        return None
+    print("\n".join(lines), flush=True)
+    return values
+
+
+def _describe(config: TrainConfig, ranks: Ranks) -> tuple[list[str], dict[str, Any]]:
+    config, head, notes = resolve_config(config)
+    budget = config.memory_budget or choose_budget(ranks.device, ranks.local_world_size)
+    sets = read_sets(replace(config, memory_budget=budget), ranks.device)
+    config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
+    room = check_run(config, head, sets)
+    steps = math.ceil(count_epoch(sets.train.rows, config.seed, 0) / config.batch_size)
+    sizes = {"train": len(sets.train.rows), "val": len(sets.val.rows), "test": len(sets.test.rows) if sets.test else 0}
+    values: dict[str, Any] = {
+        "dry_run": True,
+        "cache": config.cache,
+        "version": sets.train.version.id,
+        "head_run": config.head_run,
+        "split": sizes,
+        "batch_size": config.batch_size,
+        "steps_per_epoch": steps,
+        "epochs": config.epochs,
+        **_describe_model(config, sets, ranks),
+    }
+    training, memory = values["training"], values["memory"]
+    step_zero = values["step_zero"]
+    lines = [
+        *sets.notes,
+        *notes,
+        *room,
+        f"would train {training['tensors']:,} tensors ({training['parameters']:,} parameters): the last "
+        f"{config.unfreeze} layers, the final norm and the head",
+        f"{sizes['train']:,} tiles train, {sizes['val']:,} validate, {sizes['test']:,} test: {steps:,} steps an epoch "
+        f"of {config.batch_size} tiles, {config.epochs} epochs",
+        f"memory of a rank, about {format_bytes(memory['total'])}: {format_bytes(memory['weights'])} of weights that "
+        f"stay as they are, {format_bytes(memory['trained'])} for those that train, their gradients and AdamW, "
+        f"{format_bytes(memory['activations'])} that {memory['tiles_at_once']} tiles leave for the backward pass",
+        "step 0 can run: backbone and tiles are those of the cache"
+        if step_zero
+        else "step 0 cannot run: no row to compare with is in the cache yet: run `make extract` again",
+        "dry run: nothing was written",
+    ]
+    return lines, values
+
+
+def _describe_model(config: TrainConfig, sets: Sets, ranks: Ranks) -> dict[str, Any]:
+    version = sets.train.version
+    checkpoint = find_cached_checkpoint(version)
+    backbone = Backbone.outline(checkpoint)
+    names = backbone.unfreeze_last(config.unfreeze)
+    head = Head(
+        version.layout.width * len(config.features.split("+")),
+        len(sets.train.rows.class_ids),
+        hidden=config.hidden_width,
+        dropout=config.dropout,
+    )
+    in_head = sum(parameter.numel() for parameter in head.parameters())
+    in_layers = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in backbone.parameters()) - in_layers
+    return {
+        "training": {
+            "layers": config.unfreeze,
+            "tensors": len(names) + len(list(head.parameters())),
+            "parameters": in_layers + in_head,
+            "backbone_parameters": in_layers,
+            "head_parameters": in_head,
+        },
+        "memory": _estimate_memory(config, version, checkpoint, ranks, frozen, in_layers + in_head),
+        "step_zero": _can_compare(version),
+    }
+
+
+def _estimate_memory(
+    config: TrainConfig, version: Version, checkpoint: Checkpoint, ranks: Ranks, frozen: int, trained: int
+) -> dict[str, int]:
+    """Bytes of one rank, what its libraries take left out.
+
+    Args:
+        config, version, checkpoint, ranks: of the run.
+        frozen, trained: parameters.
+    """
+    precision: Any = version.provenance.precision
+    amp = use_amp(config, ranks)
+    tiles = math.ceil(math.ceil(config.batch_size / ranks.world_size) / config.accumulate)
+    unit = checkpoint.tokens * checkpoint.width * tiles
+    layer = unit * _KEPT["autocast" if amp else "float32"]
+    kept = config.unfreeze * layer
+    if config.grad_checkpoint:  # and one layer at a time whole again
+        kept = config.unfreeze * unit * _KEPT["checkpointed"] + layer
+    memory = {
+        "weights": frozen * DTYPES[precision].itemsize,
+        "trained": trained * (_TRAINED + (2 if amp else 0)),  # autocast keeps a bf16 copy of each weight
+        "activations": kept,
+    }
+    return {**memory, "total": sum(memory.values()), "tiles_at_once": tiles}
+
+
+def _can_compare(version: Version) -> bool:
+    """Whether the block that step 0 embeds again holds a vector."""
+    block = choose_block(version)
+    return bool(version.committed()[block]) and bool((version.read_block(block).status == Status.EMBEDDED).any())

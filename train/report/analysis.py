@@ -1,0 +1,180 @@
+"""What follows from probabilities and labels: curves, errors by co-occurrence, best and worst tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import precision_recall_curve
+
+from cache_schema.layout import BoolArray
+
+from .facts import FloatArray
+
+RECALLS = tuple(r / 10 for r in range(1, 11))
+"""At which a curve's precision is tabulated."""
+_DRAWN_POINTS = 120
+_LISTED = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Precision and recall of one class at every threshold, from the highest down to the first that finds all tiles.
+
+    Attributes:
+        recall, precision: (k,) float64, recall ascending; scikit-learn's, without its closing point at recall 0.
+        operating: recall and precision by the threshold that `predict` uses.
+    """
+
+    recall: npt.NDArray[np.float64]
+    precision: npt.NDArray[np.float64]
+    operating: tuple[float, float]
+
+    def thin(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """The same with some 120 points at most, evenly apart in recall, the first and last among them."""
+        wanted = np.linspace(self.recall[0], self.recall[-1], _DRAWN_POINTS)
+        kept = np.unique([*np.searchsorted(self.recall, wanted), len(self.recall) - 1])
+        return self.recall[kept], self.precision[kept]
+
+    def read_at(self, recall: float) -> float:
+        """Precision at the highest threshold whose recall is at least this."""
+        # Recall is a count over a count: 0.3 of 10 positives is 3, whatever 0.3 is in binary.
+        return float(self.precision[np.searchsorted(self.recall, recall - 1e-9)])
+
+
+def draw_curve(probs: FloatArray, labels: BoolArray, preds: BoolArray) -> Curve | None:
+    """The curve of one class over n tiles; None where no tile shows it.
+
+    Args:
+        probs: (n,) float32; ranks the tiles.
+        labels, preds: (n,) bool, truth and decisions.
+    """
+    if not labels.any():
+        return None
+    precision, recall, _ = precision_recall_curve(labels, probs.astype(np.float64))
+    hits = int((labels & preds).sum())
+    operating = (hits / int(labels.sum()), hits / max(int(preds.sum()), 1))
+    recall, precision = recall[-2::-1], precision[-2::-1]
+    whole = int(np.searchsorted(recall, recall[-1])) + 1
+    return Curve(recall[:whole], precision[:whole], operating)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """Another class on the tiles of one kind of error.
+
+    Attributes:
+        column: the other class.
+        shown, predicted: tiles of the error that show it, and for which it is predicted.
+        shown_share, predicted_share: the same over the number of those tiles.
+        shown_base, predicted_base: the same shares over all tiles.
+    """
+
+    column: int
+    shown: int
+    predicted: int
+    shown_share: float
+    predicted_share: float
+    shown_base: float
+    predicted_base: float
+
+    @property
+    def excess(self) -> float:
+        """By how much it is commoner there than on all tiles, as truth or as prediction."""
+        return max(self.shown_share - self.shown_base, self.predicted_share - self.predicted_base)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One kind of error of one class: how many tiles, and the classes that are commoner there than elsewhere."""
+
+    tiles: int
+    neighbours: tuple[Neighbour, ...]
+
+
+def list_beside(errors: BoolArray, labels: BoolArray, preds: BoolArray) -> list[Beside]:
+    """For each class, the other classes on the tiles where it is wrong.
+
+    Args:
+        errors: (n, C) bool: tiles where the class is missed (shown, not predicted), or a false alarm (the reverse).
+        labels, preds: (n, C) bool, truth and decisions.
+
+    Returns:
+        C entries. Of each, the five classes at most with the largest excess, above 0; ties in column order.
+    """
+    # Counts of tiles are whole numbers far below 2^24, so a product in float32 is exact.
+    wrong = errors.T.astype(np.float32)
+    shown, predicted = (np.rint(wrong @ side).astype(np.int64) for side in (labels, preds))
+    tiles, rows = errors.sum(axis=0), max(len(errors), 1)
+    shown_base, predicted_base = labels.sum(axis=0) / rows, preds.sum(axis=0) / rows
+    found = []
+    for c, count in enumerate(tiles.tolist()):
+        if not count:
+            found.append(Beside(0, ()))
+            continue
+        shares = shown[c] / count, predicted[c] / count
+        excess = np.maximum(shares[0] - shown_base, shares[1] - predicted_base)
+        excess[c] = 0
+        order = [d for d in np.argsort(-excess, kind="stable")[:_LISTED].tolist() if excess[d] > 0]
+        neighbours = tuple(
+            Neighbour(
+                d,
+                int(shown[c, d]),
+                int(predicted[c, d]),
+                float(shares[0][d]),
+                float(shares[1][d]),
+                float(shown_base[d]),
+                float(predicted_base[d]),
+            )
+            for d in order
+        )
+        found.append(Beside(count, neighbours))
+    return found
+
+
+def list_swaps(labels: BoolArray, preds: BoolArray, *, top: int = 15) -> list[tuple[int, int, int]]:
+    """The commonest pairs of a missed class and one that is predicted without being there, on the same tile.
+
+    Returns:
+        (missed column, predicted column, tiles), most tiles first; ties in column order.
+    """
+    together = np.rint((labels & ~preds).T.astype(np.float32) @ (preds & ~labels)).astype(np.int64)
+    order = np.argsort(-together, axis=None, kind="stable")[:top]
+    missed, predicted = np.unravel_index(order, together.shape)
+    pairs = zip(missed.tolist(), predicted.tolist(), together[missed, predicted].tolist(), strict=True)
+    return [pair for pair in pairs if pair[2]]
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Tiles of one class, as indices into the evidence.
+
+    Attributes:
+        found: that show it and are told so, most certain first.
+        missed: that show it and are not told so, least believed first.
+        false: that do not show it and are told so, most believed first.
+    """
+
+    found: tuple[int, ...]
+    missed: tuple[int, ...]
+    false: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((*self.found, *self.missed, *self.false))
+
+
+def choose_extremes(probs: FloatArray, labels: BoolArray, preds: BoolArray, *, most: int) -> Extremes:
+    """The best and the worst tiles of one class, at most so many of each kind; equal probabilities in row order.
+
+    Args:
+        probs: (n,) float32.
+        labels, preds: (n,) bool, truth and decisions.
+    """
+
+    def pick(chosen: BoolArray, keys: FloatArray) -> tuple[int, ...]:
+        rows = np.flatnonzero(chosen)
+        return tuple(rows[np.argsort(keys[rows], kind="stable")][:most].tolist())
+
+    return Extremes(pick(labels & preds, -probs), pick(labels & ~preds, probs), pick(~labels & preds, -probs))

@@ -1,0 +1,113 @@
+"""report.html: one file that opens offline, asks nothing of any network, and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+
+import jinja2
+from markupsafe import Markup
+
+from ..rundir import RunDirectory
+from . import plots
+from .analysis import RECALLS
+from .card import write_card
+from .classes import make_classes, make_map_section, name_swaps
+from .commands import list_commands
+from .embeddings import EmbeddingMap
+from .facts import Facts, format_json
+from .licences import find_licences
+from .summary import describe_audit, describe_verdict, draw_history, format_figure, make_result
+from .tiles import Thumbnail
+
+MOST_DOUBTS = 200
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A part that the report lacks, and why."""
+
+    part: str
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Extras:
+    """What takes more than the run directory.
+
+    Attributes:
+        pictures: thumbnails by tile.
+        map: of validation tiles, None without one.
+        doubts: lines of doubts.csv.
+        left_out: what could not be had.
+    """
+
+    pictures: Mapping[str, Thumbnail] = field(default_factory=dict)
+    map: EmbeddingMap | None = None
+    doubts: Sequence[Mapping[str, str]] = ()
+    left_out: Sequence[LeftOut] = ()
+
+
+_AT_THE_END = "a run's end reads neither tiles nor vectors again: `make report` does"
+NO_EXTRAS = Extras(left_out=(LeftOut("thumbnails", _AT_THE_END), LeftOut("map of the embeddings", _AT_THE_END)))
+
+
+def write_report(run: RunDirectory, facts: Facts | None = None, extras: Extras = NO_EXTRAS) -> None:
+    """Write report.html and model_card.md from what the run directory holds.
+
+    Args:
+        run: a finished run.
+        facts: what it holds, where that was read already.
+        extras: further parts.
+
+    Raises:
+        TrainError: the run is not finished, or one of its files cannot be read.
+    """
+    facts = facts or Facts.read(run)
+    (run.path / "report.html").write_text(render_page(facts, extras), encoding="utf-8")
+    write_card(facts)
+
+
+def render_page(facts: Facts, extras: Extras) -> str:
+    """The whole page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("train.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"figure": format_figure, "share": lambda value: f"{100 * value:.0f}\u00a0%"}
+    style, script = (
+        resources.files(__package__).joinpath(name).read_text("utf-8") for name in ("style.css", "script.js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    evidence = facts.evidence
+    left_out = list(extras.left_out)
+    if evidence is None:
+        left_out.append(LeftOut("curves, errors and tiles of each class", facts.lacking))
+    if "reliability" not in facts.metrics:
+        left_out.append(LeftOut("reliability diagram", "metrics.json is an earlier release's"))
+    results = [make_result("Validation", facts.metrics, evidence)]
+    if facts.test_metrics:
+        results.append(make_result("Test", facts.test_metrics, None))
+    return environment.get_template("report.html.jinja").render(
+        style=Markup(style),
+        script=Markup(script),
+        digest=digest,
+        facts=facts,
+        results=results,
+        left_out=left_out,
+        verdict=describe_verdict(facts),
+        audit=describe_audit(facts.audit),
+        history=draw_history(facts),
+        classes=make_classes(facts, extras.pictures) if evidence is not None else [],
+        swaps=name_swaps(facts) if evidence is not None else [],
+        recalls=RECALLS,
+        map=make_map_section(facts, extras.map) if extras.map and evidence is not None else None,
+        doubts=extras.doubts,
+        pictures=extras.pictures,
+        commands=list_commands(facts),
+        licences=find_licences(facts),
+        settings=format_json(facts.settings["config"]),
+        marker=plots.draw_marker,
+    )

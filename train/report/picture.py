@@ -1,0 +1,46 @@
+"""A picture of some tiles with what they show and what a model says of them, as a file of its own."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from cache_schema.layout import BoolArray
+
+from ..rows import LabelledRows
+
+
+def draw_tiles(path: Path, images: Sequence[npt.NDArray[np.uint8]], rows: LabelledRows, preds: BoolArray) -> None:
+    """Save a picture of n tiles, each with its classes and what a model says of it.
+
+    Args:
+        path: PNG to write.
+        images: n (H, W, 3) uint8.
+        rows: their names and labels.
+        preds: (n, C) bool decisions.
+    """
+    columns = 4
+    height = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        height, columns, figsize=(4 * columns, 4.6 * height), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, tile, labels, decided in zip(axes.flat, images, rows.tiles, rows.labels, preds, strict=False):
+        axis.imshow(image)
+        right = bool((labels == decided).all())
+        lines = [str(tile), f"truth: {_name(rows, labels)}", f"says: {_name(rows, decided)}"]
+        text = "\n".join(textwrap.fill(line, 44) for line in lines)
+        axis.set_title(text, fontsize=9, loc="left", color="#14532d" if right else "#7f1d1d", parse_math=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _name(rows: LabelledRows, chosen: BoolArray) -> str:
+    return ", ".join(rows.class_names[c] for c in np.flatnonzero(chosen)) or "nothing"

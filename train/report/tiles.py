@@ -1,0 +1,109 @@
+"""Thumbnails of tiles, as data URIs: read by name from where the cache was made, by the code that embeds them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+from cache_schema import TileprobeError, TileTable
+from extract.decode import MAX_FILE_BYTES, UndecodableTileError, decode_tile
+from extract.source import Source
+
+SIDE = 144
+"""Pixels of a thumbnail's longer side."""
+MOST_IMAGES = 600
+MOST_BYTES = 6 * 2**20
+"""Of all thumbnails together in the page, where three bytes take four."""
+_MOST_EACH = 12 * 2**10
+_QUALITIES = (80, 60, 40, 20, 5)
+_READERS = 8
+"""A tile may be 192 MB once it is decoded, so not as many at once as an extraction reads."""
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture as data URI, and its size in pixels."""
+
+    uri: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, eq=False)
+class Thumbnails:
+    """Pictures by the name of their tile, and a line for each reason why others are lacking."""
+
+    pictures: dict[str, Thumbnail]
+    lacking: tuple[str, ...]
+
+
+def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Thumbnails:
+    """Read tiles and make each a small WebP.
+
+    Args:
+        source: where they lie.
+        table: of the cache.
+        rows: of the table, 600 at most; each is read once, however often it is named.
+
+    Raises:
+        TileprobeError: the first tile cannot be reached, so that the others need not be tried.
+    """
+    wanted = list(dict.fromkeys(rows))
+    limit = min(_MOST_EACH, MOST_BYTES * 3 // 4 // max(len(rows), 1))
+    pictures: dict[str, Thumbnail] = {}
+    problems: dict[str, list[str]] = {}
+
+    def read(row: int) -> tuple[str, Thumbnail | None, str]:
+        """Name, picture, and what went wrong."""
+        name = str(table.tile[row])
+        try:
+            data = source.read(name, int(table.generation[row]))
+            if len(data) != table.size[row] or len(data) > MAX_FILE_BYTES:
+                return name, None, "changed since the extraction"
+            return name, encode_thumbnail(decode_tile(data), limit), ""
+        except UndecodableTileError:
+            return name, None, "cannot be decoded"
+
+    def read_rest(row: int) -> tuple[str, Thumbnail | None, str]:
+        try:
+            return read(row)
+        except TileprobeError:
+            return str(table.tile[row]), None, "cannot be read any more"
+
+    def results() -> Iterator[tuple[str, Thumbnail | None, str]]:
+        # Where nothing can be reached, one tile takes a reader's patience, and 600 would take it all day.
+        yield from map(read, wanted[:1])
+        with ThreadPoolExecutor(_READERS) as threads:
+            yield from threads.map(read_rest, wanted[1:])
+
+    for name, picture, problem in tqdm(results(), total=len(wanted), unit="tile", desc="thumbnails"):
+        if picture:
+            pictures[name] = picture
+        else:
+            problems.setdefault(problem, []).append(name)
+    lacking = [
+        f"{len(names):,} of {len(wanted):,} tiles {problem}, such as {names[0]}" for problem, names in problems.items()
+    ]
+    return Thumbnails(pictures, tuple(lacking))
+
+
+def encode_thumbnail(image: npt.NDArray[np.uint8], limit: int) -> Thumbnail:
+    """A (H, W, 3) tile as WebP of 144 pixels' longer side, in the best quality that fits `limit` bytes."""
+    small = Image.fromarray(image)
+    small.thumbnail((SIDE, SIDE))
+    data = b""
+    for quality in _QUALITIES:
+        stream = io.BytesIO()
+        small.save(stream, "WEBP", quality=quality)
+        data = stream.getvalue()
+        if len(data) <= limit:
+            break
+    return Thumbnail(f"data:image/webp;base64,{base64.b64encode(data).decode()}", *small.size)
