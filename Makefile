@@ -9,7 +9,7 @@ VENV ?= .venv
 PYTHON := $(if $(VENV),$(VENV)/bin/python,python3)
 READY := $(if $(VENV),$(VENV)/.ready)
 NNODES ?= 1
-NODE_RANK ?= 0
+MAX_RESTARTS ?= 3
 
 # Settings of the user's own, in a file or in the environment: the commands read them where no variable is set here.
 SETTINGS := $(wildcard tileprobe.toml)$(filter TILEPROBE_%,$(.VARIABLES))
@@ -21,8 +21,16 @@ SERVED := $(if $(DEMO),$(PYTHON) -m extract demo --)
 # The stand-in backbone is 235 times smaller than vitl16, and wants larger steps.
 DEMO_FINETUNE := --lr 1e-3 --backbone-lr 3e-4
 
-LAUNCH = $(PYTHON) -m extract.launch $(if $(NPROC),--nproc-per-node=$(NPROC)) \
-	$(if $(RDZV),--nnodes=$(NNODES) --node-rank=$(NODE_RANK) --rdzv-backend=c10d --rdzv-endpoint=$(RDZV),--standalone)
+# With NODE_RANK every node has its place: node 0 hosts the rendezvous and rank 0. Without, or with NNODES=MIN:MAX, the host that
+# RDZV names hosts it, and ranks are given out among who is there. The job's id must be no other job's, so it is its address.
+# Local rank 0 draws its progress on the terminal; what the others of a node say is in files, and on the terminal line by line.
+ELASTIC = $(if $(NODE_RANK),$(findstring :,$(NNODES)),yes)
+NODES = --nnodes=$(NNODES) --rdzv-endpoint=$(RDZV) --rdzv-id=$(or $(RDZV_ID),$(RDZV)) \
+	$(if $(ELASTIC),--rdzv-backend=c10d $(if $(NODE_RANK),--rdzv-conf=is_host=$(if $(filter 0,$(NODE_RANK)),1,0)), \
+		--rdzv-backend=static --node-rank=$(NODE_RANK)) \
+	$(if $(findstring :,$(NNODES)),--max-restarts=$(MAX_RESTARTS)) \
+	--log-dir='$(or $(LOGS),runs/logs)' --tee=1:3,2:3,3:3,4:3,5:3,6:3,7:3
+LAUNCH = $(PYTHON) -m extract.launch $(if $(NPROC),--nproc-per-node=$(NPROC)) $(if $(RDZV),$(NODES),--standalone)
 TRAIN = $(if $(CACHE_USED),--cache '$(CACHE_USED)') $(if $(BACKBONE),--backbone '$(BACKBONE)') \
 	$(if $(VAL_CACHE),--val-cache '$(VAL_CACHE)') $(if $(TEST_CACHE),--test-cache '$(TEST_CACHE)') $(ARGS)
 EXTRACT = $(if $(DEMO),--tiles demo://train --backbone demo) $(if $(TILES),--tiles '$(TILES)') \

@@ -6,6 +6,7 @@ this very process, and PyTorch is loaded once, not twice.
 """
 
 import logging
+import os
 import runpy
 import signal
 import sys
@@ -22,8 +23,10 @@ def main() -> None:
 
 def _launch() -> None:
     import torch
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
     from torch.distributed.run import parse_args, run
 
     for name in ("torch.distributed.run", "torch.distributed.elastic"):
@@ -39,6 +42,11 @@ def _launch() -> None:
         sys.argv = [args.training_script, *args.training_script_args]
         runpy.run_module(args.training_script, run_name="__main__", alter_sys=True)
         return
+    least, _, most = args.nnodes.partition(":")
+    if most not in ("", least):
+        # With one store for launcher and ranks, torch 2.13 gives its address to those of the first round alone; a node
+        # that joins later waits for it until all fail (dynamic_rendezvous.py, next_rendezvous).
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run(args)
     except ChildFailedError as error:
@@ -48,6 +56,13 @@ def _launch() -> None:
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
+    except RendezvousClosedError:
+        sys.exit(f"error: the job at {args.rdzv_endpoint} is over, or has failed on another node, which has said why")
+    except (RendezvousError, DistError):
+        sys.exit(
+            f"error: the nodes of this job ({args.nnodes}) did not all meet at {args.rdzv_endpoint}, or one was lost: "
+            "see what the others say, check RDZV, NNODES and that the port is open between them, then start all again"
+        )
 
 
 def _name_signal(number: int) -> str:

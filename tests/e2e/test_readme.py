@@ -75,6 +75,7 @@ RULES = (
         "make (tile|extract|export|finetune|predict|report|doctor)",
         parsed="names the target; it is run with its variables",
     ),
+    Rule("make .* RDZV=.*", parsed="wants two machines"),
     Rule("make tile .*", extra="--size 128 --stride 128"),
     Rule("make extract .*", extra=STREAMED),
     Rule("make train-head( .*)?", extra=EPOCHS),
