@@ -1,6 +1,7 @@
 """The real storage server on loopback, for every test that needs a bucket; nothing here leaves the machine."""
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ from extract.demo.server import find_server_binary, serve_bucket
 from tests.proxy import Proxy
 
 PROJECT_ROOT = Path(__file__).parents[1]
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A machine with other work to do is slow at times, and no property is about time.
 hypothesis.settings.register_profile("any machine", deadline=None)

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from cache_schema import TileprobeError, TileTable
 from extract.decode import MAX_FILE_BYTES, UndecodableTileError, decode_tile
+from extract.distributed import shows_bars
+from extract.errors import TileGoneError
 from extract.source import Source
 
 SIDE = 144
@@ -71,6 +73,8 @@ def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Th
             return name, encode_thumbnail(decode_tile(data), limit), ""
         except UndecodableTileError:
             return name, None, "cannot be decoded"
+        except TileGoneError:
+            return name, None, "are gone"
 
     def read_rest(row: int) -> tuple[str, Thumbnail | None, str]:
         try:
@@ -84,7 +88,9 @@ def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Th
         with ThreadPoolExecutor(_READERS) as threads:
             yield from threads.map(read_rest, wanted[1:])
 
-    for name, picture, problem in tqdm(results(), total=len(wanted), unit="tile", desc="thumbnails"):
+    for name, picture, problem in tqdm(
+        results(), total=len(wanted), unit="tile", desc="thumbnails", disable=not shows_bars()
+    ):
         if picture:
             pictures[name] = picture
         else:
