@@ -30,11 +30,12 @@ def make(tmp_path: Path, gcs_server: str) -> Make:
     for name in ("Makefile", "extract", "train", "cache_schema"):
         (tmp_path / name).symlink_to(PROJECT_ROOT / name)
 
+    # What a make above left there would have this one name the directories it enters.
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+
     def run(target: str, *variables: str) -> str:
         command = ["make", target, "VENV=", f"PYTHON={sys.executable}", "NPROC=1", *variables]
-        done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False, env=dict(os.environ)
-        )
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False, env=env)
         assert done.returncode == 0, f"{target}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         return done.stdout
 

@@ -14,9 +14,9 @@ from cache_schema import CacheRoot
 from cache_schema.creation import create_arrays
 from cache_schema.layout import DIGEST_BYTES, TABLE_CHUNK_ROWS
 from cache_schema.table import COLUMN_DTYPES
+from extract.backbone import count_flop
 from tests.benchmarks import arithmetic, scale_page
 from tests.benchmarks.arithmetic import Cache, Ramp, Requests
-from tests.benchmarks.contenders import count_flop
 from tests.caches import WIDTH, make_provenance, make_recorded, make_table, make_values
 from tests.proxy import Proxy
 
@@ -118,7 +118,9 @@ def test_a_ramp_is_inverted(per_s: float, doubling_s: float, requests: float) ->
 def test_operations_of_a_tile_are_those_of_the_architecture(name: str) -> None:
     model, size = name.split(" at ")
     shape = SHAPES[model] | {"num_register_tokens": 4, "patch_size": 16}
-    assert arithmetic.TILE_FLOP[name] == pytest.approx(count_flop(DINOv3ViTConfig(**shape), int(size)), rel=0.01)
+    assert arithmetic.TILE_FLOP[name] == pytest.approx(
+        count_flop(DINOv3ViTConfig(**shape).to_dict(), int(size)), rel=0.01
+    )
 
 
 SHAPES: dict[str, dict[str, Any]] = {
