@@ -79,7 +79,7 @@ class RunDirectory:
         """An existing run, by its link or its own name; of one in a bucket, its best epoch until this process ends.
 
         Raises:
-            TrainError: there is none.
+            TrainError: there is none, or an export lies there.
             StorageError: the bucket cannot be read.
         """
         if is_bucket(run):
@@ -87,6 +87,11 @@ class RunDirectory:
             folder = Path(tempfile.mkdtemp(prefix="tileprobe-run-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             return cls(folder, remote, tuple(remote.fetch(folder, best_only=True)))
+        if Path(run, "head.json").is_file():  # its config.json is the backbone's
+            raise TrainError(
+                f"{run} is an export, which `make predict` alone takes: RUN is the run it was made of, such as "
+                "runs/finetune"
+            )
         if not Path(run, "config.json").is_file():
             raise _no_run(run)
         return cls(Path(os.path.realpath(run)))

@@ -27,8 +27,8 @@ from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
 from train.checkpoint import load_checkpoint, save_checkpoint
-from train.infer import LoadedRun
 from train.model import Classifier, join_features
+from train.trained import LoadedRun
 
 SIZE = 96  # not the checkpoint's own 64: an export must carry the run's
 LAYERS = 2
@@ -365,6 +365,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     spoil(copy)
     result = run_train(copy, "export", "--run-dir", "runs/linear", "--no-onnx", *options)
     assert_refused(result, message, left=copy / "runs")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "export", "triage"])
+def test_what_needs_the_run_itself_says_so_of_an_export(work: Path, command: str) -> None:
+    options = ("--cache", work / "cache") if command == "evaluate" else ()
+    done = run_train(work, command, "--run-dir", "runs/head/export", *options)
+    assert done.status == 1
+    (line,) = done.errors
+    assert line == (
+        "error: runs/head/export is an export, which `make predict` alone takes: RUN is the run it was made of, such "
+        "as runs/finetune"
+    )
 
 
 def test_an_export_is_not_overwritten(work: Path) -> None:
