@@ -78,6 +78,7 @@ def run_command(dry_run: bool, **options: Any) -> Outcome:
 
 @main.command(
     "tile",
+    gives_json=True,
     examples=[
         "python -m extract tile --images train_images --labels xView_train.geojson --out gs://bucket/train --dry-run",
         "python -m extract tile --images train_images --labels xView_train.geojson --out tiles --size 256 --stride 200",
@@ -110,7 +111,7 @@ def tile_command(
     min_visibility: float,
     workers: int | None,
     dry_run: bool,
-) -> None:
+) -> Outcome:
     """Raw xView, scenes and one GeoJSON, to tiles and YOLO labels. Run again, it cuts the scenes that are not there
     yet, or whose file or boxes have changed."""
     from .cut import Cutting
@@ -118,7 +119,7 @@ def tile_command(
     from .tile_plan import TileConfig
 
     cutting = Cutting(size, size if stride is None else stride, min_visibility)
-    run_tiling(TileConfig(images, labels, out, cutting, workers, dry_run))
+    return Outcome(run_tiling(TileConfig(images, labels, out, cutting, workers, dry_run)))
 
 
 _DOCTOR_ASKS = (

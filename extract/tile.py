@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from contextlib import closing
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,8 +21,11 @@ from .tile_plan import SETTINGS, TileConfig, TilePlan, check_settings, estimate_
 from .tile_summary import describe_failures, describe_plan
 
 
-def run_tiling(config: TileConfig) -> None:
+def run_tiling(config: TileConfig) -> dict[str, Any]:
     """Cut every scene that is not there yet, and say what became of all of them.
+
+    Returns:
+        the plan in numbers, for a program: what `out` holds afterwards, or would hold after a dry run.
 
     Raises:
         TileprobeError: whatever a user can mend; finished scenes stay.
@@ -56,6 +60,16 @@ def run_tiling(config: TileConfig) -> None:
             f"{len(plan.unreadable):,} of {len(plan.unreadable) + len(plan.scenes):,} scenes cannot be read: "
             "get them again or remove them, and give the same command; finished scenes stay"
         )
+    return {
+        "out": place.url,
+        "scenes": len(plan.scenes),
+        "scenes_cut": len(done),
+        "tiles": sum(scene.count.tiles for scene in plan.scenes),
+        "label_lines": sum(scene.count.lines for scene in plan.scenes),
+        "scenes_without_features": plan.unlabelled,
+        "scenes_without_file": sorted(plan.missing),
+        "dropped_features": {defect.value: count for defect, count in plan.annotations.dropped.items()},
+    }
 
 
 def _say_dry(config: TileConfig, plan: TilePlan) -> None:

@@ -246,6 +246,20 @@ def test_a_dry_run_writes_nothing_and_says_what_the_real_one_does(raw: RawXView,
     )
 
 
+def test_json_counts_what_lies_there_afterwards(raw: RawXView, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dry = json.loads(tile(tmp_path, *options(raw, out, "--dry-run", "--json")).out)
+    assert not out.exists()
+    real = json.loads(tile(tmp_path, *options(raw, out, "--json")).out)
+    assert dry | {"scenes_cut": len(raw.pixels)} == real
+    assert real["tiles"] == len(list((out / "images").iterdir()))
+    labels = list((out / "labels").iterdir())
+    assert real["label_lines"] == sum(len(path.read_text().splitlines()) for path in labels)
+    assert (real["scenes_without_features"], real["scenes_without_file"]) == ([UNLABELLED_SCENE], [MISSING_SCENE])
+    dropped = ("artefact", "bounds", "empty", "no image", "no id", "no properties", "repeated")
+    assert sum(real["dropped_features"].values()) == sum(raw.defects[defect] for defect in dropped)
+
+
 def test_extraction_reads_what_was_cut(raw: RawXView, tmp_path: Path) -> None:
     tile(tmp_path, *options(raw, "out", "--size", 128, "--workers", 1))
     listing = list_tiles(open_source(str(tmp_path / "out")))
