@@ -248,11 +248,11 @@ def test_a_dry_run_writes_nothing_and_says_what_the_real_one_does(raw: RawXView,
 
 def test_json_counts_what_lies_there_afterwards(raw: RawXView, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    dry = json.loads(tile(tmp_path, *options(raw, out, "--dry-run", "--json")).out)
+    dry = json.loads(tile(tmp_path, *options(raw, out, "--size", 96, "--dry-run", "--json")).out)
     assert not out.exists()
-    real = json.loads(tile(tmp_path, *options(raw, out, "--json")).out)
+    real = json.loads(tile(tmp_path, *options(raw, out, "--size", 96, "--json")).out)
     assert dry | {"scenes_cut": len(raw.pixels)} == real
-    assert real["tiles"] == len(list((out / "images").iterdir()))
+    assert real["tiles"] == len(list((out / "images").iterdir())) > real["scenes"]
     labels = list((out / "labels").iterdir())
     assert real["label_lines"] == sum(len(path.read_text().splitlines()) for path in labels)
     assert (real["scenes_without_features"], real["scenes_without_file"]) == ([UNLABELLED_SCENE], [MISSING_SCENE])
