@@ -1,6 +1,6 @@
-"""Hosts on one machine: Linux namespaces joined by virtual cables, each with a network, a name and processes of its own.
+"""Hosts on one machine: Linux namespaces joined by virtual cables, each with its own network, name and processes.
 
-    switch   10.77.0.254, the far end of every cable (a bridge); what is not a host, such as a bucket's server, runs here
+    switch   10.77.0.254, the far end of every cable (a bridge); what is no host, such as a bucket's server, runs here
     node0    10.77.0.1    known to all by that name
     node1    10.77.0.2    …
 
@@ -29,10 +29,10 @@ class Host:
         self.address = address
         entry = within.wrap([]) if within else []
         user = [] if within or os.geteuid() == 0 else ["--user", "--map-root-user"]
+        script = f"hostname {name} && ip link set lo up && echo ready && exec sleep infinity"
         # The kernel ends everything in a PID namespace with its first process, and --kill-child ends that with this.
         self._holder = subprocess.Popen(
-            [*entry, "unshare", *user, *_NAMESPACES, "--fork", "--kill-child", "--mount-proc"]
-            + ["sh", "-c", f"hostname {name} && ip link set lo up && echo ready && exec sleep infinity"],
+            [*entry, "unshare", *user, *_NAMESPACES, "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
