@@ -161,7 +161,7 @@ class PendingBatch:
             if isinstance(data, WindowRequest):
                 images.put(row, self._windows.read(data))
             else:
-                images.put(row, decode_tile(data, images.get_row(row)))
+                images.put(row, decode_tile(data))
         except UndecodableTileError as error:
             return error.status, f"{error.status.reason} ({error})"
         except RasterError as error:
@@ -257,17 +257,14 @@ class ImageStack:
         self._apart: dict[int, RGBImage] = {}
         self._rows = rows
 
-    def get_row(self, row: int) -> RGBImage | None:
-        """Where to decode a row of the batch's usual size to; None before two images have shown that size."""
-        return None if self._tensor is None else self._tensor[row].numpy()
-
     def put(self, row: int, image: RGBImage) -> None:
-        """Take an image; one that was decoded to its row is there already, and is no second one."""
-        place = self.get_row(row)
-        if place is None or not np.shares_memory(image, place):
-            # One huge tile among small ones must not reserve its size for each of them.
-            if self._tensor is None and any(image.shape == other.shape for other in self._apart.values()):
-                self._tensor = self._allocate(image.shape)
+        """Take an image."""
+        # One huge tile among small ones must not reserve its size for each of them.
+        if self._tensor is None and any(image.shape == other.shape for other in self._apart.values()):
+            self._tensor = self._allocate(image.shape)
+        if self._tensor is not None and image.shape == self._tensor.shape[1:]:
+            self._tensor[row].numpy()[:] = image
+        else:
             self._apart[row] = image
 
     def finish(self, embedded: BoolArray) -> TileImages:

@@ -33,7 +33,7 @@ from .scenes import choose_whole_scenes, find_scenes
 from .source import Source, open_source
 from .transform import RESAMPLING
 
-_LIBRARIES = ("torch", "transformers", "pillow", "imagecodecs", "zarr", "numpy")
+_LIBRARIES = ("torch", "transformers", "pillow", "kornia-rs", "zarr", "numpy")
 
 
 @dataclass(frozen=True)
