@@ -9,7 +9,19 @@ import logging
 import os
 import runpy
 import signal
+import socket
 import sys
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+    from torch.distributed.launcher import LaunchConfig
+
+MEET_S = 300
+"""How long nodes wait for each other, where --rdzv-conf does not say."""
+_HEARD_S = 2
 
 
 def main() -> None:
@@ -27,7 +39,9 @@ def _launch() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import config_from_args, parse_args, run
+
+    from .agreement import NNODES_VARIABLE
 
     for name in ("torch.distributed.run", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -47,8 +61,14 @@ def _launch() -> None:
         # With one store for launcher and ranks, torch 2.13 gives its address to those of the first round alone; a node
         # that joins later waits for it until all fail (dynamic_rendezvous.py, next_rendezvous).
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ[NNODES_VARIABLE] = args.nnodes  # for the ranks, which compare it
+    args.rdzv_conf = ",".join([f"timeout={MEET_S},join_timeout={MEET_S}", *filter(None, [args.rdzv_conf])])
     try:
+        config, *_ = config_from_args(args)
+        static = args.rdzv_backend == "static" and not args.standalone and config.max_nodes > 1
+        store = _meet(config) if static else None
         run(args)
+        del store  # torchrun's own is the same server, which must not end before
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -63,6 +83,45 @@ def _launch() -> None:
             f"error: the nodes of this job ({args.nnodes}) did not all meet at {args.rdzv_endpoint}, or one was lost: "
             "see what the others say, check RDZV, NNODES and that the port is open between them, then start all again"
         )
+
+
+def _meet(config: "LaunchConfig") -> "Store":
+    """Wait for the other nodes of a static rendezvous, and end with one line on each where places or NNODES clash.
+
+    torchrun would wait for nodes that nobody starts, or form a job without some that were. A node that comes when
+    all that the first one counts on are there is told alone.
+    """
+    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    host, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=-1)
+    node, nodes, patience = config.rdzv_configs["rank"], config.max_nodes, int(config.rdzv_configs["timeout"])
+    server = TCPStore(
+        host,
+        port,
+        is_master=node == 0,
+        timeout=timedelta(seconds=patience),
+        multi_tenant=True,
+        wait_for_workers=False,
+    )
+    store = PrefixStore(f"meeting/{config.run_id}", server)
+    mine = f"{nodes} on {socket.gethostname()} (NODE_RANK={node})"
+    first = store.compare_set("nnodes", "", mine).decode()
+    clash = ""
+    if int(first.split()[0]) != nodes:
+        clash = f"NNODES differs: it is {first}, {mine}: start every node with the same"
+    elif node >= nodes or store.add(f"node/{node}", 1) > 1:
+        clash = f"NODE_RANK={node} is not one node's alone, or not below NNODES={nodes}: number the nodes from 0 up"
+    elif store.add("arrived", 1) == nodes:
+        store.set("verdict", "go")
+    if clash:
+        store.set("verdict", clash)
+    verdict = clash or store.get("verdict").decode()
+    if verdict != "go":
+        if node == 0:
+            time.sleep(_HEARD_S)  # the others ask this process
+        sys.exit(f"error: {verdict}")
+    return server
 
 
 def _name_signal(number: int) -> str:
