@@ -9,7 +9,6 @@ that say `PER_NODE`.
 
 import hashlib
 import json
-import os
 import platform
 import socket
 import time
@@ -25,8 +24,6 @@ import torch.distributed as dist
 
 PER_NODE = {"per_node": True}
 """Metadata of a field that nodes may differ in: it is about their own cores, devices or disks, and changes no figure."""
-NNODES_VARIABLE = "LAUNCH_NNODES"
-"""Tells a rank the NNODES that the launcher of its node was given, which torchrun does not."""
 JOIN_TIMEOUT = timedelta(minutes=5)
 """How long rank 0 waits for the others to say who they are: all have been started, and load PyTorch at most."""
 MAX_CLOCK_S = 60.0
@@ -44,7 +41,6 @@ _MAKE_VARIABLES = {
 }
 """By the setting's name; all others are options."""
 _REMEDIES = {
-    "launch": "start every node with the same",
     "versions": "install the same on every node",
     "command": "start every node with the same",
     "settings": "give every node the same",
@@ -106,7 +102,6 @@ class Member:
     def describe(cls, asked: Asked, device: str) -> Self:
         """This process, asked for something and about to compute on `cpu` or `cuda`."""
         facts = {
-            "launch": {"NNODES": os.environ.get(NNODES_VARIABLE, "")},
             "versions": _list_versions(),
             "command": {"command": asked.command},
             "settings": asked.settings,
@@ -151,11 +146,11 @@ def settle(store: dist.Store, rank: int, world_size: int, me: Member) -> str | N
     """
     _introduce(store, rank, me)
     if rank == 0:
-        verdict = _judge(store, world_size)
+        verdict, listening = _judge(store, world_size)
         store.set("verdict", verdict)
-        if verdict:  # the store may end with this process
+        if verdict and listening:  # the store may end with this process
             with suppress(dist.DistError):
-                store.wait([f"heard/{other}" for other in range(1, world_size)], timedelta(seconds=_HEARD_S))
+                store.wait([f"heard/{other}" for other in listening], timedelta(seconds=_HEARD_S))
         return verdict or None
     store.wait(["clock"], 2 * JOIN_TIMEOUT)
     store.set(f"ahead/{rank}", str(time.time() - float(store.get("clock"))))
@@ -177,24 +172,27 @@ def _introduce(store: dist.Store, rank: int, me: Member) -> None:
     store.set(f"member/{rank}", json.dumps(asdict(me)))
 
 
-def _judge(store: dist.Store, world_size: int) -> str:
-    """What rank 0 says of all, empty if nothing speaks against them; sets its clock in any case."""
+def _judge(store: dist.Store, world_size: int) -> tuple[str, list[int]]:
+    """What rank 0 says of all, empty if nothing speaks against them, and who waits for it."""
     others = range(1, world_size)
     try:
         store.wait([f"member/{rank}" for rank in others], JOIN_TIMEOUT)
     except dist.DistStoreError:
-        absent = [str(rank) for rank in others if not store.check([f"member/{rank}"])]
+        absent = [rank for rank in others if not store.check([f"member/{rank}"])]
         store.set("clock", str(time.time()))
         return (
-            f"rank {', '.join(absent)} of {world_size} did not come within {JOIN_TIMEOUT.seconds // 60} minutes: see "
-            "what its node says, then start all again"
+            f"rank {', '.join(map(str, absent))} of {world_size} did not come within {JOIN_TIMEOUT.seconds // 60} "
+            "minutes: see what its node says, then start all again",
+            [rank for rank in others if rank not in absent],
         )
     members = [Member.parse(told) for told in store.multi_get([f"member/{rank}" for rank in range(world_size)])]
     # The others wait for it, so what passes between it and their own clock is the way of one message.
     store.set("clock", str(time.time()))
-    if refusal := find_difference(members):
-        return refusal
-    return find_wrong_clock(members, [0.0, *map(float, store.multi_get([f"ahead/{rank}" for rank in others]))])
+    refusal = find_difference(members)
+    if not refusal:
+        ahead = [0.0, *map(float, store.multi_get([f"ahead/{rank}" for rank in others]))]
+        refusal = find_wrong_clock(members, ahead)
+    return refusal, [rank for rank in others if not members[rank].failed]
 
 
 def find_difference(members: Sequence[Member]) -> str:

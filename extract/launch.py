@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MEET_S = 300
 """How long nodes wait for each other, where --rdzv-conf does not say."""
+_GO = "go"
 _HEARD_S = 2
 
 
@@ -41,8 +42,6 @@ def _launch() -> None:
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
     from torch.distributed.run import config_from_args, parse_args, run
 
-    from .agreement import NNODES_VARIABLE
-
     for name in ("torch.distributed.run", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     for name in list(logging.root.manager.loggerDict):
@@ -61,14 +60,12 @@ def _launch() -> None:
         # With one store for launcher and ranks, torch 2.13 gives its address to those of the first round alone; a node
         # that joins later waits for it until all fail (dynamic_rendezvous.py, next_rendezvous).
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ[NNODES_VARIABLE] = args.nnodes  # for the ranks, which compare it
     args.rdzv_conf = ",".join([f"timeout={MEET_S},join_timeout={MEET_S}", *filter(None, [args.rdzv_conf])])
     try:
         config, *_ = config_from_args(args)
-        static = args.rdzv_backend == "static" and not args.standalone and config.max_nodes > 1
-        store = _meet(config) if static else None
+        met = meet(config) if args.rdzv_endpoint and not args.standalone else None
         run(args)
-        del store  # torchrun's own is the same server, which must not end before
+        del met  # not before: its server is torchrun's too
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -85,43 +82,57 @@ def _launch() -> None:
         )
 
 
-def _meet(config: "LaunchConfig") -> "Store":
-    """Wait for the other nodes of a static rendezvous, and end with one line on each where places or NNODES clash.
+def meet(config: "LaunchConfig") -> "Store":
+    """Wait for the other nodes, and end with one line on each where NNODES or their numbers clash.
 
-    torchrun would wait for nodes that nobody starts, or form a job without some that were. A node that comes when
-    all that the first one counts on are there is told alone.
+    torchrun would wait for nodes that nobody starts, or form a job without some that were. A node that comes when all
+    that the first one counts on are there is told alone, as is any where NNODES is a range.
+
+    Returns:
+        the store they met in; torchrun's own is the same, as long as this one is kept.
     """
-    from torch.distributed import PrefixStore, TCPStore
-    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+    from torch.distributed import PrefixStore
 
-    host, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=-1)
-    node, nodes, patience = config.rdzv_configs["rank"], config.max_nodes, int(config.rdzv_configs["timeout"])
-    server = TCPStore(
-        host,
-        port,
-        is_master=node == 0,
-        timeout=timedelta(seconds=patience),
-        multi_tenant=True,
-        wait_for_workers=False,
-    )
+    node = config.rdzv_configs.get("rank")
+    server = _open_store(config)
     store = PrefixStore(f"meeting/{config.run_id}", server)
-    mine = f"{nodes} on {socket.gethostname()} (NODE_RANK={node})"
+    size = f"{config.min_nodes}:{config.max_nodes}" if config.min_nodes < config.max_nodes else str(config.max_nodes)
+    mine = f"{size} on {socket.gethostname()}" + ("" if node is None else f" (NODE_RANK={node})")
     first = store.compare_set("nnodes", "", mine).decode()
-    clash = ""
-    if int(first.split()[0]) != nodes:
-        clash = f"NNODES differs: it is {first}, {mine}: start every node with the same"
-    elif node >= nodes or store.add(f"node/{node}", 1) > 1:
-        clash = f"NODE_RANK={node} is not one node's alone, or not below NNODES={nodes}: number the nodes from 0 up"
-    elif store.add("arrived", 1) == nodes:
-        store.set("verdict", "go")
-    if clash:
-        store.set("verdict", clash)
-    verdict = clash or store.get("verdict").decode()
-    if verdict != "go":
-        if node == 0:
-            time.sleep(_HEARD_S)  # the others ask this process
+    verdict = ""
+    if first.split()[0] != size:
+        verdict = f"NNODES differs: it is {first}, {mine}: start every node with the same"
+    elif node is not None and (node >= config.max_nodes or store.add(f"node/{node}", 1) > 1):
+        verdict = f"NODE_RANK={node} is given twice, or not below NNODES={size}: number the nodes from 0 up"
+    elif config.min_nodes < config.max_nodes or store.add("arrived", 1) == config.max_nodes:
+        verdict = _GO
+    if verdict:
+        store.set("verdict", verdict)
+    else:
+        patience = config.rdzv_configs["timeout" if config.rdzv_backend == "static" else "join_timeout"]
+        store.wait(["verdict"], timedelta(seconds=int(patience)))
+        verdict = store.get("verdict").decode()
+    if verdict != _GO:
+        time.sleep(_HEARD_S)  # the others may ask this process
         sys.exit(f"error: {verdict}")
     return server
+
+
+def _open_store(config: "LaunchConfig") -> "Store":
+    """The store that torchrun will open too, on the node that hosts it and on the others."""
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    if config.rdzv_backend == "static":
+        host, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=-1)
+        patience = timedelta(seconds=int(config.rdzv_configs["timeout"]))
+        hosts = config.rdzv_configs["rank"] == 0
+        return TCPStore(host, port, is_master=hosts, timeout=patience, multi_tenant=True, wait_for_workers=False)
+    told = {"min_nodes": config.min_nodes, "max_nodes": config.max_nodes, **config.rdzv_configs}
+    _, store = create_backend(RendezvousParameters("c10d", config.rdzv_endpoint, config.run_id, **told))
+    return store
 
 
 def _name_signal(number: int) -> str:
