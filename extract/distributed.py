@@ -200,9 +200,12 @@ def join_ranks(device: str = "auto", asked: Asked = NOTHING_ASKED) -> Iterator[R
 
 def _open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """torchrun's store, and this process's rank and the number of ranks."""
-    shared, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that are gone.
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared), rank, world_size
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that are gone. Rank
+        # 0's own store is new each time; and a node that restarts for another's sake does not count that.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store, rank, world_size
 
 
 def _agree_on_job(store: dist.Store, rank: int, world_size: int, me: Member) -> None:
