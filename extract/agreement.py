@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 PER_NODE = {"per_node": True}
-"""Metadata of a field that nodes may differ in: it is about their own cores, devices or disks, and changes no figure."""
+"""Metadata of a field that nodes may differ in: about their own cores, devices or disks, and decides no figure."""
 JOIN_TIMEOUT = timedelta(minutes=5)
 """How long rank 0 waits for the others to say who they are: all have been started, and load PyTorch at most."""
 MAX_CLOCK_S = 60.0

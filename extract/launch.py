@@ -35,7 +35,13 @@ def main() -> None:
 
 
 def _launch() -> None:
+    # PyTorch's C++ part adds a stack trace to a connection that fails or ends: of those that fail, only what the ranks
+    # say is of use.
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
     import torch
+
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from cache_schema import Status, Version
-from extract.backbone import Backbone, Checkpoint
 from extract.agreement import Asked
+from extract.backbone import Backbone, Checkpoint
 from extract.distributed import Ranks, join_ranks
 from extract.plan import find_cached_checkpoint
 from extract.precision import DTYPES

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, TileTable, Version, open_cache
 from cache_schema.layout import UInt8Array, UInt16Array
+from extract.agreement import Asked
 from extract.backbone import Backbone
 from extract.batch import Request, TileBatch
-from extract.agreement import Asked
 from extract.distributed import Ranks, join_ranks
 from extract.feed import TileFeed
 from extract.inputs import Inputs, Listed, find_inputs

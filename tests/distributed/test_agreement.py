@@ -78,7 +78,8 @@ def test_ranks_refuse_what_nodes_must_have_in_common(tmp_path: Path, python_env:
             ask(*EXTRACT),
             ask(*HEAD),
         ],
-        rf"--val-fraction differs: {zero} has 0.2, {one} has 0.3; --lr differs: {zero} has 0.001, {one} has 0.5: {same}": [
+        rf"--val-fraction differs: {zero} has 0.2, {one} has 0.3; "
+        rf"--lr differs: {zero} has 0.001, {one} has 0.5: {same}": [
             ask(*HEAD),
             ask(*HEAD, "--lr", 0.5, "--val-fraction", 0.3),
         ],
