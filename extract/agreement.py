@@ -181,8 +181,8 @@ def _judge(store: dist.Store, world_size: int) -> tuple[str, list[int]]:
         absent = [rank for rank in others if not store.check([f"member/{rank}"])]
         store.set("clock", str(time.time()))
         return (
-            f"rank {', '.join(map(str, absent))} of {world_size} did not come within {JOIN_TIMEOUT.seconds // 60} "
-            "minutes: see what its node says, then start all again",
+            f"{len(absent)} of {world_size} ranks, rank {absent[0]} among them, did not come within "
+            f"{JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes: see what its node says, then start all again",
             [rank for rank in others if rank not in absent],
         )
     members = [Member.parse(told) for told in store.multi_get([f"member/{rank}" for rank in range(world_size)])]

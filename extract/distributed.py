@@ -29,8 +29,9 @@ Counter = Callable[[int], int]
 GROUP_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another before the job ends with a message; longer than the slowest single block."""
 _DECLINE_TIMEOUT = timedelta(seconds=30)
+"""How long a rank that ends before it has joined tries to tell the others."""
 _arrived = threading.Event()
-"""Set once this rank has met the others, which learn of its end by other ways from then on."""
+"""Set once this rank has begun to join: from then on the others learn of its end by other ways."""
 
 
 class ToldByMainError(TileprobeError):
@@ -58,14 +59,14 @@ def exit_with(error: TileprobeError) -> NoReturn:
     The first rank to end makes torchrun end the rest, so one with nothing to say lets the one that has speak first.
     Other nodes know nothing of it, so one that ends before it has joined them tells them.
     """
+    if isinstance(error, (ToldByMainError, PeerLostError)):
+        time.sleep(5)
+    if not isinstance(error, ToldByMainError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
     if not _arrived.is_set() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with suppress(RuntimeError):
             store, rank, _ = _open_store(_DECLINE_TIMEOUT)
             decline(dist.PrefixStore("agreement", store), rank, str(error))
-    if isinstance(error, (ToldByMainError, PeerLostError)):
-        time.sleep(5)
-    if not isinstance(error, ToldByMainError):
-        print(f"error: {error}", file=sys.stderr)
     sys.exit(error.status)
 
 

@@ -35,8 +35,8 @@ def main() -> None:
 
 
 def _launch() -> None:
-    # PyTorch's C++ part adds a stack trace to a connection that fails or ends: of those that fail, only what the ranks
-    # say is of use.
+    # PyTorch's C++ part adds a stack trace to a connection that fails, which would bury the one line on it here. What
+    # it calls an error in a rank, such as NCCL's, may be all there is to go by.
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
     import torch
@@ -99,21 +99,16 @@ def meet(config: "LaunchConfig") -> "Store":
     """
     from torch.distributed import PrefixStore
 
-    node = config.rdzv_configs.get("rank")
     server = _open_store(config)
     store = PrefixStore(f"meeting/{config.run_id}", server)
-    size = f"{config.min_nodes}:{config.max_nodes}" if config.min_nodes < config.max_nodes else str(config.max_nodes)
-    mine = f"{size} on {socket.gethostname()}" + ("" if node is None else f" (NODE_RANK={node})")
-    first = store.compare_set("nnodes", "", mine).decode()
-    verdict = ""
-    if first.split()[0] != size:
-        verdict = f"NNODES differs: it is {first}, {mine}: start every node with the same"
-    elif node is not None and (node >= config.max_nodes or store.add(f"node/{node}", 1) > 1):
-        verdict = f"NODE_RANK={node} is given twice, or not below NNODES={size}: number the nodes from 0 up"
-    elif config.min_nodes < config.max_nodes or store.add("arrived", 1) == config.max_nodes:
+    ranged = config.min_nodes < config.max_nodes
+    clash = _find_clash(store, config, f"{config.min_nodes}:{config.max_nodes}" if ranged else str(config.max_nodes))
+    if clash or (not ranged and store.add("arrived", 1) == config.max_nodes):
+        # The first word stands, or some would go and some not.
+        stands = store.compare_set("verdict", "", clash or _GO).decode()
+        verdict = clash or stands
+    elif ranged:
         verdict = _GO
-    if verdict:
-        store.set("verdict", verdict)
     else:
         patience = config.rdzv_configs["timeout" if config.rdzv_backend == "static" else "join_timeout"]
         store.wait(["verdict"], timedelta(seconds=int(patience)))
@@ -122,6 +117,20 @@ def meet(config: "LaunchConfig") -> "Store":
         time.sleep(_HEARD_S)  # the others may ask this process
         sys.exit(f"error: {verdict}")
     return server
+
+
+def _find_clash(store: "Store", config: "LaunchConfig", nnodes: str) -> str:
+    """What this node cannot have beside those that came before it; empty without such."""
+    node, host = config.rdzv_configs.get("rank"), config.local_addr or socket.gethostname()
+    first = store.compare_set("nnodes", "", f"{nnodes} on {host}").decode()
+    if first.split()[0] != nnodes:
+        return f"NNODES differs: it is {first}, {nnodes} on {host}: start every node with the same"
+    if node is None:
+        return ""
+    if node >= config.max_nodes:
+        return f"NODE_RANK={node} on {host} is not below NNODES={nnodes}: number the nodes from 0 up"
+    holder = store.compare_set(f"node/{node}", "", host).decode()  # the same host, if it was started again
+    return "" if holder == host else f"NODE_RANK={node} is both {holder} and {host}: number the nodes from 0 up"
 
 
 def _open_store(config: "LaunchConfig") -> "Store":

@@ -144,6 +144,7 @@ def meet_all(backend: str, nodes: list[tuple[str, dict[str, Any]]]) -> list[str]
             rdzv_backend=backend,
             rdzv_endpoint=endpoint,
             rdzv_configs={"timeout": "20", "join_timeout": "20", **node[1]},
+            local_addr=f"host{nodes.index(node)}",
         )
         try:
             stores.append(meet(config))
@@ -172,8 +173,19 @@ def test_fixed_nodes_meet_if_they_count_alike() -> None:
 
 
 def test_two_nodes_of_one_number_are_told() -> None:
-    said = meet_all("static", [("3", {"rank": 0}), ("3", {"rank": 1}), ("3", {"rank": 1})])
-    assert set(said) == {"error: NODE_RANK=1 is given twice, or not below NNODES=3: number the nodes from 0 up"}
+    said = meet_all("static", [("3", {"rank": 0}), ("3", {"rank": 1}), ("3", {"rank": 1, "again": "yes"})])
+    assert len(set(said)) == 1
+    assert re.fullmatch(r"error: NODE_RANK=1 is both host[12] and host[12]: number the nodes from 0 up", said[0])
+
+
+def test_a_node_that_was_started_again_is_the_same() -> None:
+    node = ("2", {"rank": 1})
+    assert meet_all("static", [("2", {"rank": 0}), node, node]) == ["", "", ""]
+
+
+def test_a_number_beyond_the_nodes_is_told() -> None:
+    said = meet_all("static", [("2", {"rank": 0}), ("2", {"rank": 2})])
+    assert set(said) == {"error: NODE_RANK=2 on host1 is not below NNODES=2: number the nodes from 0 up"}
 
 
 def test_nodes_that_come_and_go_wait_for_nobody_and_a_stranger_is_told() -> None:

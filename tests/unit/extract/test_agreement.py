@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from click.testing import CliRunner
 
-from extract.agreement import MAX_CLOCK_S, Asked, Member, find_difference, find_wrong_clock
+from extract.agreement import MAX_CLOCK_S, Asked, Member, decline, find_difference, find_wrong_clock, settle
 from extract.config import ExtractConfig
 from train.config import SCRATCH, DataConfig, TrainConfig
 
@@ -74,6 +78,24 @@ def test_what_comes_first_is_told_alone() -> None:
         said = find_difference([Member("a", {kind: {kind: "False"} for kind in kinds}), Member("b", odd)])
         assert said.startswith(f"{kinds[first]} differs: a (rank 0) has False, b (rank 1) has True: ")
         assert said.count("differs") == 1
+
+
+def test_a_rank_that_does_not_come_is_missed_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extract.agreement.JOIN_TIMEOUT", timedelta(seconds=1))
+    store, me = dist.HashStore(), Member("node", {})
+    with ThreadPoolExecutor(2) as pool:
+        said = [*pool.map(lambda rank: settle(store, rank, 4, me), (0, 1))]
+    assert said[0] == said[1]
+    assert said[0] is not None
+    assert said[0].startswith("2 of 4 ranks, rank 2 among them, did not come within")
+
+
+def test_rank_0_that_ends_before_it_joins_says_why() -> None:
+    store = dist.HashStore()
+    decline(store, 0, "no such option")
+    assert (
+        settle(store, 1, 2, Member("node1", {})) == f"{socket.gethostname()} (rank 0) cannot take part: no such option"
+    )
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
