@@ -25,7 +25,8 @@ DEMO_FINETUNE := --lr 1e-3 --backbone-lr 3e-4
 # RDZV names hosts it, and ranks are given out among who is there. The job's id must be no other job's, so it is its address.
 # Local rank 0 draws its progress on the terminal; what the others of a node say is in files, and on the terminal line by line.
 ELASTIC = $(if $(NODE_RANK),$(findstring :,$(NNODES)),yes)
-NODES = --nnodes=$(NNODES) --rdzv-endpoint=$(RDZV) --rdzv-id=$(or $(RDZV_ID),$(RDZV)) \
+NODES = $(if $(filter file,$(origin NNODES)),$(error RDZV is set and NNODES is not: say on every node how many there are)) \
+	--nnodes=$(NNODES) --rdzv-endpoint=$(RDZV) --rdzv-id=$(or $(RDZV_ID),$(RDZV)) \
 	$(if $(ELASTIC),--rdzv-backend=c10d $(if $(NODE_RANK),--rdzv-conf=is_host=$(if $(filter 0,$(NODE_RANK)),1,0)), \
 		--rdzv-backend=static --node-rank=$(NODE_RANK)) \
 	$(if $(findstring :,$(NNODES)),--max-restarts=$(MAX_RESTARTS)) \

@@ -1,8 +1,9 @@
 """Settings of an extraction, checked once and frozen, and where caches lie by default."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .agreement import PER_NODE
 from .errors import ConfigError
 from .precision import PrecisionChoice
 from .scenes import DEFAULT_SCENE_REGEX
@@ -42,15 +43,15 @@ class ExtractConfig:
     cache: str | None = None
     precision: PrecisionChoice = "auto"
     batch_size: int = 32
-    workers: int | None = None
-    device: str = "auto"
+    workers: int | None = field(default=None, metadata=PER_NODE)
+    device: str = field(default="auto", metadata=PER_NODE)
     limit: int | None = None
     scene_regex: str = DEFAULT_SCENE_REGEX
     unlabelled: bool = False
     max_quarantined: float = 0.01
     retry_quarantined: bool = False
     yes: bool = False
-    profile: str | None = None
+    profile: str | None = field(default=None, metadata=PER_NODE)
 
     def __post_init__(self) -> None:
         if not self.tiles:

@@ -3,10 +3,11 @@
 import logging
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
@@ -16,7 +17,8 @@ import torch.distributed as dist
 
 from cache_schema import TileprobeError
 
-from .errors import ConfigError
+from .agreement import NOTHING_ASKED, Asked, Member, decline, settle
+from .errors import AgreementError, ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +28,10 @@ Counter = Callable[[int], int]
 
 GROUP_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for another before the job ends with a message; longer than the slowest single block."""
+_DECLINE_TIMEOUT = timedelta(seconds=30)
+"""How long a rank that ends before it has joined tries to tell the others."""
+_arrived = threading.Event()
+"""Set once this rank has begun to join: from then on the others learn of its end by other ways."""
 
 
 class ToldByMainError(TileprobeError):
@@ -51,11 +57,16 @@ def exit_with(error: TileprobeError) -> NoReturn:
     """End this rank with one line and the error's status.
 
     The first rank to end makes torchrun end the rest, so one with nothing to say lets the one that has speak first.
+    Other nodes know nothing of it, so one that ends before it has joined them tells them.
     """
     if isinstance(error, (ToldByMainError, PeerLostError)):
         time.sleep(5)
     if not isinstance(error, ToldByMainError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if not _arrived.is_set() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with suppress(RuntimeError):
+            store, rank, _ = _open_store(_DECLINE_TIMEOUT)
+            decline(dist.PrefixStore("agreement", store), rank, str(error))
     sys.exit(error.status)
 
 
@@ -145,25 +156,28 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(device: str = "auto") -> Iterator[Ranks]:
+def join_ranks(device: str = "auto", asked: Asked = NOTHING_ASKED) -> Iterator[Ranks]:
     """Join the process group torchrun describes, or make one of a single process when there is none.
 
     Args:
         device: `auto`, `cpu` or `cuda`. nccl on CUDA, gloo elsewhere. On CPU each rank gets cores / local ranks
             threads (torchrun alone would give it one).
+        asked: what all ranks must have been asked alike.
 
     Raises:
         ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
+        AgreementError: on rank 0, nodes that do not belong together; on the others `ToldByMainError`.
     """
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank, local_world)
     store: dist.Store
     if "RANK" in os.environ:
-        shared, rank, world_size = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
-        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that are gone.
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", shared)
+        store, rank, world_size = _open_store(GROUP_TIMEOUT)
     else:
         store, rank, world_size = dist.HashStore(), 0, 1
+    _arrived.set()
+    if world_size > 1:
+        _agree_on_job(store, rank, world_size, Member.describe(asked, chosen.type))
     dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),
@@ -183,6 +197,25 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """torchrun's store, and this process's rank and the number of ranks."""
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that are gone. Rank
+        # 0's own store is new each time; and a node that restarts for another's sake does not count that.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store, rank, world_size
+
+
+def _agree_on_job(store: dist.Store, rank: int, world_size: int, me: Member) -> None:
+    try:
+        refusal = settle(dist.PrefixStore("agreement", store), rank, world_size, me)
+    except dist.DistError as error:
+        raise PeerLostError(f"rank {rank} waited for the other ranks in vain: see their messages") from error
+    if refusal:
+        raise AgreementError(refusal) if rank == 0 else ToldByMainError(refusal)
 
 
 def choose_device(device: str, local_rank: int, local_world: int) -> torch.device:

@@ -10,6 +10,7 @@ import numpy as np
 from cache_schema import CacheNotFoundError, CacheRoot, Layout, Status, Version
 from cache_schema.layout import choose_block_rows, count_blocks
 
+from .agreement import Asked
 from .backbone import POOLING
 from .config import ExtractConfig
 from .distributed import join_ranks
@@ -29,7 +30,7 @@ def describe_extraction(config: ExtractConfig) -> dict[str, Any] | None:
     Raises:
         TileprobeError: what would end the extraction before its first block.
     """
-    with join_ranks(config.device) as ranks:
+    with join_ranks(config.device, Asked.of("extract run --dry-run", config)) as ranks:
         lines, values = ranks.run_on_main(lambda: _describe(config, make_survey(config, ranks.device)))
     if not ranks.is_main:
         return None

@@ -3,6 +3,7 @@
 TileprobeError
 └── ExtractError
     ├── ConfigError      options that cannot work
+    ├── AgreementError   nodes of one job that do not belong together
     ├── SourceError      the bucket or directory of tiles
     │   ├── TransportError   reading kept failing: the block stays pending, the next run goes on
     │   └── TileGoneError    a listed object is no longer there
@@ -23,6 +24,10 @@ class ExtractError(TileprobeError):
 
 class ConfigError(ExtractError):
     """Options that cannot work."""
+
+
+class AgreementError(ExtractError):
+    """Nodes of one job that do not belong together."""
 
 
 class SourceError(ExtractError):

@@ -9,7 +9,20 @@ import logging
 import os
 import runpy
 import signal
+import socket
 import sys
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+    from torch.distributed.launcher import LaunchConfig
+
+MEET_S = 300
+"""How long nodes wait for each other, where --rdzv-conf does not say."""
+_GO = "go"
+_HEARD_S = 2
 
 
 def main() -> None:
@@ -22,12 +35,18 @@ def main() -> None:
 
 
 def _launch() -> None:
+    # PyTorch's C++ part adds a stack trace to a connection that fails, which would bury the one line on it here. What
+    # it calls an error in a rank, such as NCCL's, may be all there is to go by.
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
     import torch
+
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import config_from_args, parse_args, run
 
     for name in ("torch.distributed.run", "torch.distributed.elastic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -47,8 +66,12 @@ def _launch() -> None:
         # With one store for launcher and ranks, torch 2.13 gives its address to those of the first round alone; a node
         # that joins later waits for it until all fail (dynamic_rendezvous.py, next_rendezvous).
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    args.rdzv_conf = ",".join([f"timeout={MEET_S},join_timeout={MEET_S}", *filter(None, [args.rdzv_conf])])
     try:
+        config, *_ = config_from_args(args)
+        met = meet(config) if args.rdzv_endpoint and not args.standalone else None
         run(args)
+        del met  # not before: its server is torchrun's too
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -63,6 +86,68 @@ def _launch() -> None:
             f"error: the nodes of this job ({args.nnodes}) did not all meet at {args.rdzv_endpoint}, or one was lost: "
             "see what the others say, check RDZV, NNODES and that the port is open between them, then start all again"
         )
+
+
+def meet(config: "LaunchConfig") -> "Store":
+    """Wait for the other nodes, and end with one line on each where NNODES or their numbers clash.
+
+    torchrun would wait for nodes that nobody starts, or form a job without some that were. A node that comes when all
+    that the first one counts on are there is told alone, as is any where NNODES is a range.
+
+    Returns:
+        the store they met in; torchrun's own is the same, as long as this one is kept.
+    """
+    from torch.distributed import PrefixStore
+
+    server = _open_store(config)
+    store = PrefixStore(f"meeting/{config.run_id}", server)
+    ranged = config.min_nodes < config.max_nodes
+    clash = _find_clash(store, config, f"{config.min_nodes}:{config.max_nodes}" if ranged else str(config.max_nodes))
+    if clash or (not ranged and store.add("arrived", 1) == config.max_nodes):
+        # The first word stands, or some would go and some not.
+        stands = store.compare_set("verdict", "", clash or _GO).decode()
+        verdict = clash or stands
+    elif ranged:
+        verdict = _GO
+    else:
+        patience = config.rdzv_configs["timeout" if config.rdzv_backend == "static" else "join_timeout"]
+        store.wait(["verdict"], timedelta(seconds=int(patience)))
+        verdict = store.get("verdict").decode()
+    if verdict != _GO:
+        time.sleep(_HEARD_S)  # the others may ask this process
+        sys.exit(f"error: {verdict}")
+    return server
+
+
+def _find_clash(store: "Store", config: "LaunchConfig", nnodes: str) -> str:
+    """What this node cannot have beside those that came before it; empty without such."""
+    node, host = config.rdzv_configs.get("rank"), config.local_addr or socket.gethostname()
+    first = store.compare_set("nnodes", "", f"{nnodes} on {host}").decode()
+    if first.split()[0] != nnodes:
+        return f"NNODES differs: it is {first}, {nnodes} on {host}: start every node with the same"
+    if node is None:
+        return ""
+    if node >= config.max_nodes:
+        return f"NODE_RANK={node} on {host} is not below NNODES={nnodes}: number the nodes from 0 up"
+    holder = store.compare_set(f"node/{node}", "", host).decode()  # the same host, if it was started again
+    return "" if holder == host else f"NODE_RANK={node} is both {holder} and {host}: number the nodes from 0 up"
+
+
+def _open_store(config: "LaunchConfig") -> "Store":
+    """The store that torchrun will open too, on the node that hosts it and on the others."""
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    if config.rdzv_backend == "static":
+        host, port = parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=-1)
+        patience = timedelta(seconds=int(config.rdzv_configs["timeout"]))
+        hosts = config.rdzv_configs["rank"] == 0
+        return TCPStore(host, port, is_master=hosts, timeout=patience, multi_tenant=True, wait_for_workers=False)
+    told = {"min_nodes": config.min_nodes, "max_nodes": config.max_nodes, **config.rdzv_configs}
+    _, store = create_backend(RendezvousParameters("c10d", config.rdzv_endpoint, config.run_id, **told))
+    return store
 
 
 def _name_signal(number: int) -> str:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from cache_schema import BlockValues, CacheRoot, Status, Version
 from cache_schema.layout import UInt8Array, count_blocks
 
+from .agreement import Asked
 from .backbone import Backbone
 from .batch import TileRequest, make_requests
 from .config import ExtractConfig, remember_cache
@@ -76,7 +77,7 @@ def run_extraction(config: ExtractConfig) -> Finished | None:
         TileprobeError: whatever a user can mend; committed blocks stay.
         Stopped: SIGTERM or SIGINT came; committed blocks stay, and one line has said how many.
     """
-    with stop_on_signals(), join_ranks(config.device) as ranks, ExitStack() as at_end:
+    with stop_on_signals(), join_ranks(config.device, Asked.of("extract run", config)) as ranks, ExitStack() as at_end:
         plan = None
         try:
             started = time.perf_counter()

@@ -1,10 +1,11 @@
 """Settings of a training run, checked once and frozen."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
 from cache_schema import LabelIds
+from extract.agreement import PER_NODE
 from extract.backbone import POOLING
 from extract.scenes import DEFAULT_SCENE_REGEX
 
@@ -18,6 +19,7 @@ HeadName = Literal["mlp", "linear"]
 HEADS: tuple[HeadName, ...] = get_args(HeadName)
 ORIGINAL_EXCLUDED = (5, 48)
 """Class ids the original script left out: Small Car and Building, present nearly everywhere."""
+SCRATCH = "cache/prefix"
 ORIGINAL_SEED = 42
 ORIGINAL_IMAGE_SIZE = 224
 MAX_RATE, MAX_DECAY = 1e30, 1e6
@@ -46,7 +48,7 @@ class DataConfig:
     scene_regex: str = DEFAULT_SCENE_REGEX
     val_fraction: float = 0.2
     split_file: str | None = None
-    split_tiles: bool = False
+    split_tiles: bool = field(default=False, metadata={"option": "like_original"})
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -121,13 +123,13 @@ class TrainConfig:
     grad_checkpoint: bool = False
     layer_decay: float = 1.0
     cache_prefix: bool = False
-    scratch: str = "cache/prefix"
-    large_prefix: bool = False
+    scratch: str = field(default=SCRATCH, metadata=PER_NODE)
+    large_prefix: bool = field(default=False, metadata={"option": "yes"})
     seed: int = 0
     amp: bool | None = None
     memory_budget: int | None = None
-    device: str = "auto"
-    workers: int | None = None
+    device: str = field(default="auto", metadata=PER_NODE)
+    workers: int | None = field(default=None, metadata=PER_NODE)
     head_run: str | None = None
     backbone: str | None = None
     allow_unsealed: bool = False
@@ -228,6 +230,14 @@ class TrainConfig:
             workers=self.workers,
             memory_budget=self.memory_budget or stored.memory_budget,
         )
+
+    def on_node_of(self, own: Self) -> Self:
+        """These settings, which are rank 0's, with what is the node's own in those that a rank was given.
+
+        A rank that was not told of a scratch folder takes rank 0's, which may be that of the run it resumes.
+        """
+        scratch = self.scratch if own.scratch == SCRATCH else own.scratch
+        return replace(self, device=own.device, workers=own.workers, scratch=scratch)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from cache_schema import Status, Version
+from extract.agreement import Asked
 from extract.backbone import Backbone, Checkpoint
 from extract.distributed import Ranks, join_ranks
 from extract.plan import find_cached_checkpoint
@@ -41,7 +42,7 @@ def describe_training(config: TrainConfig) -> dict[str, Any] | None:
         raise TrainError("--dry-run tells of a new run, and a resumed one has its settings: leave --resume out")
     if not config.unfreeze:
         raise TrainError("UNFREEZE=0 trains the head alone, in seconds: --dry-run is for UNFREEZE=1 or more")
-    with join_ranks(config.device) as ranks:
+    with join_ranks(config.device, Asked.of("train finetune --dry-run", config)) as ranks:
         lines, values = ranks.run_on_main(lambda: _describe(config, ranks))
     if not ranks.is_main:
         return None

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, TileTable, Version, open_cache
 from cache_schema.layout import UInt8Array, UInt16Array
+from extract.agreement import Asked
 from extract.backbone import Backbone
 from extract.batch import Request, TileBatch
 from extract.distributed import Ranks, join_ranks
@@ -164,7 +165,7 @@ def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers
     Returns:
         on the main rank the metrics, as in a run's metrics.json; and `run`, `tiles`, `notes`.
     """
-    with join_ranks(device) as ranks:
+    with join_ranks(device, Asked.of("train evaluate", target, run=run, tta=tta)) as ranks:
         loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
         inference = infer(loaded, target, ranks, workers=workers, labels=True, tta=tta)
         report, values = ranks.run_on_main(lambda: _score(loaded, inference, tta))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from cache_schema.layout import BoolArray
+from extract.agreement import Asked
 from extract.distributed import join_ranks
 from extract.stop import stop_on_signals
 
@@ -31,7 +32,7 @@ def run_neighbours(config: TrainConfig) -> None:
     Raises:
         TileprobeError: whatever a user can mend.
     """
-    with stop_on_signals(), join_ranks(config.device) as ranks:
+    with stop_on_signals(), join_ranks(config.device, Asked.of("train neighbours", config)) as ranks:
         config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
         sets = read_sets(config, ranks.device)
         if not can_look_up(sets.train, sets.val):

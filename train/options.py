@@ -9,7 +9,7 @@ from cache_schema.command_line import heading
 from extract.scenes import DEFAULT_SCENE_REGEX
 
 from .augment import VIEWS
-from .config import HEADS
+from .config import HEADS, SCRATCH
 from .loss import LOSSES
 from .memory import parse_bytes
 
@@ -140,7 +140,7 @@ FINETUNE: Options = [
         help="Keep on disk what enters the trained layers, and run the frozen ones once.",
     ),
     click.option(
-        "--scratch", type=click.Path(file_okay=False), default="cache/prefix", help="Folder of this machine for that."
+        "--scratch", type=click.Path(file_okay=False), default=SCRATCH, help="Folder of this machine for that."
     ),
     click.option("--yes", "large_prefix", is_flag=True, help="Keep it even where it takes more than 50 GiB."),
     heading("Training"),

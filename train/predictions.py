@@ -15,6 +15,7 @@ import numpy as np
 import torch.distributed as dist
 
 from cache_schema import Status
+from extract.agreement import Asked
 from extract.distributed import Ranks, join_ranks
 from extract.inputs import Inputs, Scene
 from extract.stop import Stopped, stop_on_signals
@@ -51,7 +52,8 @@ def run_prediction(
     """
     started = time.perf_counter()
     path = _check_out(out)
-    with stop_on_signals(), join_ranks(device) as ranks, _tell_of_stop(ranks):
+    asked = Asked.of("train predict", target, run=run, out=out, tta=tta)
+    with stop_on_signals(), join_ranks(device, asked) as ranks, _tell_of_stop(ranks):
         model = ranks.run_on_main(lambda: open_model(run))
         task = Task.plan(model, target, ranks, labels=False, tta=tta)
         ranks.run_on_main(lambda: _prepare(task.inputs, path))

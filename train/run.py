@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from cache_schema import ProvenanceError, Version, open_cache
+from extract.agreement import Asked
 from extract.backbone import follow_links
 from extract.distributed import Ranks, join_ranks
 from extract.plan import find_cached_checkpoint
@@ -60,10 +61,12 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
         TileprobeError: whatever a user can mend; nothing of an earlier run is touched.
         Stopped: SIGTERM or SIGINT came; one line has said what a resumed run goes on from.
     """
-    with stop_on_signals(), join_ranks(config.device) as ranks:
+    command = "train finetune" if config.unfreeze else "train head"
+    with stop_on_signals(), join_ranks(config.device, Asked.of(command, config)) as ranks:
         start = None
         try:
-            config, head, notes = ranks.run_on_main(lambda: resolve_config(config))
+            resolved, head, notes = ranks.run_on_main(lambda: resolve_config(config))
+            config = resolved.on_node_of(config)
             config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
             sets = ranks.run_everywhere(lambda: read_sets(config, ranks.device))
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))

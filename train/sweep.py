@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from extract.agreement import Asked
 from extract.distributed import Ranks, join_ranks
 from extract.stop import Stopped, stop_on_signals
 
@@ -61,7 +62,7 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
     used = dict.fromkeys(name for config in grid.expand(base) for name in config.features.split("+"))
     base = replace(base, features="+".join(used))
     numbers = [replace(base, seed=base.seed + i).seed for i in range(seeds)]
-    with stop_on_signals(), join_ranks(base.device) as ranks:
+    with stop_on_signals(), join_ranks(base.device, Asked.of("train sweep", base, grid, seeds=seeds)) as ranks:
         ranks.run_on_main(lambda: _refuse_several(ranks.world_size))
         run = None
         try:

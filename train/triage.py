@@ -29,6 +29,7 @@ from sklearn.metrics import roc_auc_score
 
 from cache_schema import open_cache
 from cache_schema.layout import BoolArray
+from extract.agreement import Asked
 from extract.distributed import join_ranks
 
 from .config import TrainConfig
@@ -80,7 +81,7 @@ def run_triage(config: TrainConfig, out: Path, *, top: int) -> None:
         raise TrainError(
             f"{config.run} trained layers, triage fits the cached head: give --run-dir a run of train head"
         )
-    with join_ranks(config.device) as ranks:
+    with join_ranks(config.device, Asked.of("train triage", config)) as ranks:
         if ranks.world_size > 1:
             raise TrainError("triage runs in one process: start it with `python -m train triage`, not with torchrun")
         residence = Residence.choose(
