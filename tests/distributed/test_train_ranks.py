@@ -25,6 +25,7 @@ import zarr
 from rasterio.transform import Affine
 from safetensors.numpy import load_file
 
+from cache_schema import open_cache
 from extract.backbone import find_checkpoint
 from extract.distributed import Ranks
 from extract.feed import TileFeed
@@ -36,7 +37,7 @@ from tests.planted import train as run_train
 from train.augment import Augmentation
 from train.batches import epoch_order
 from train.config import DataConfig
-from train.rows import read_labelled_cache
+from train.rows import LabelledCache, read_labelled_cache
 from train.sampling import compute_repeat_factors, draw_epoch
 from train.streaming import StreamedTiles
 from train.vectors import Residence
@@ -180,6 +181,11 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return one, two
 
 
+def read_alone(made: Path) -> LabelledCache:
+    residence = Residence(("cls",), torch.device("cpu"), size=0, budget=0, batch_size=16, held=True)
+    return read_labelled_cache(open_cache(str(made / "cache")), DataConfig(empty="keep"), residence, Ranks.alone())
+
+
 def make_env() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
@@ -251,8 +257,7 @@ def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank: int) -> None:
     """The rank's share of each batch, pixels and labels of the very rows."""
-    residence = Residence(("cls",), torch.device("cpu"), size=0, budget=0, batch_size=16, held=True)
-    cache = read_labelled_cache(str(made / "cache"), DataConfig(empty="keep"), residence)
+    cache = read_alone(made)
     rows = replace(cache.rows, repeat_factors=compute_repeat_factors(cache.rows.labels, 0.7))
     ranks = Ranks(rank, 2, 2, torch.device("cpu"), dist.HashStore())
     feed = TileFeed(open_source(str(made / "tiles")), workers=0)
@@ -261,7 +266,7 @@ def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank
     order = draw_epoch(rows, 3, 1)
     assert len(order) > len(rows) + 5
     batches = list(tiles.iterate_epoch(batch_size=16, seed=3, epoch=1))
-    alone = Ranks(0, 1, 1, torch.device("cpu"), dist.HashStore())
+    alone = Ranks.alone()
     pixels = torch.cat(
         list(StreamedTiles(cache, feed, checkpoint, alone, dtype=torch.float32, eval_batch=16).iterate_share())
     )
@@ -274,8 +279,7 @@ def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_tiles_are_augmented_by_their_row_to_train_on_and_never_to_be_scored(made: Path, rank: int) -> None:
-    residence = Residence(("cls",), torch.device("cpu"), size=0, budget=0, batch_size=16, held=True)
-    cache = read_labelled_cache(str(made / "cache"), DataConfig(empty="keep"), residence)
+    cache = read_alone(made)
     feed, checkpoint = TileFeed(open_source(str(made / "tiles")), workers=0), find_checkpoint(str(made / "checkpoint"))
     ranks = Ranks(rank, 2, 2, torch.device("cpu"), dist.HashStore())
     options: dict[str, Any] = {"dtype": torch.float32, "eval_batch": 16}

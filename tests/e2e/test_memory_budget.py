@@ -66,7 +66,7 @@ def fit_head(cache: Path, root: Path, split: Path, *, seed: int, budget: int | N
         str(cache), str(root), data=data, epochs=4, batch_size=64, lr=0.01, seed=seed, memory_budget=budget
     )
     with join_ranks("cpu") as ranks:
-        sets = read_sets(config)
+        sets = read_sets(config, ranks)
         meta = make_meta(config, sets.train)
         classifier = Classifier(make_head(meta, 16, seed), None, meta.features)
         run = RunDirectory.create(str(root / f"{budget}-{seed}"))

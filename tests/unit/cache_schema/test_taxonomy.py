@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_schema import LABEL_ID_COLUMNS, Taxonomy, TaxonomyError, format_histogram
+from cache_schema import LABEL_ID_COLUMNS, RawLabels, Taxonomy, TaxonomyError, format_histogram
 
 XVIEW = Taxonomy.xview()
 ONLY_CLASS = {*range(11), 14, 16, 22, 30, 31, 39, 43, 46, 48, 58}
@@ -23,12 +23,12 @@ def count(**ids: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return histogram
 
 
-def make_rows(*rows: dict[int, int]) -> np.ndarray[Any, np.dtype[np.uint16]]:
+def make_rows(*rows: dict[int, int]) -> RawLabels:
     label_ids = np.zeros((len(rows), LABEL_ID_COLUMNS), np.uint16)
     for row, ids in enumerate(rows):
         for label_id, instances in ids.items():
             label_ids[row, label_id] = instances
-    return label_ids
+    return RawLabels.pack(label_ids)
 
 
 def test_xview_has_its_60_classes() -> None:
