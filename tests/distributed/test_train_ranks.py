@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -22,18 +25,22 @@ import rasterio
 import torch
 import torch.distributed as dist
 import zarr
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
 from rasterio.transform import Affine
 from safetensors.numpy import load_file
 
-from cache_schema import open_cache
+from cache_schema import CacheRoot, TileprobeError, open_cache
 from extract.backbone import find_checkpoint
 from extract.distributed import Ranks
 from extract.feed import TileFeed
 from extract.source import open_source
-from tests.caches import plant_cache
+from tests.caches import plant_cache, rewrite_block
 from tests.checkpoints import MEAN, STD, make_checkpoint
+from tests.distributed.read_between import read as read_caches
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
+from tests.proxy import Proxy
 from train.augment import Augmentation
 from train.batches import epoch_order
 from train.config import DataConfig
@@ -60,6 +67,60 @@ PREDICT = ("--tta", "d4", "--device", "cpu", "--workers", 0)
 NAMED = ("--window", 8, "--out", "named.jsonl", "--device", "cpu", "--workers", 0)
 AUGMENTED = ("--views", "d4", "--jitter", 0.3, "--crop-scale", 0.7)
 FINETUNE = ("--epochs", 2, "--unfreeze", 2, "--batch-size", 4, "--dropout", 0, "--no-amp", "--device", "cpu")
+
+
+COPIES = ("held", "streamed")
+READS = {
+    "held": 1 << 20,
+    "streamed": 64 << 10,
+    **dict.fromkeys(["nan", "cut", "apart-{rank}", "lacking-{rank}"], 1 << 20),
+}
+"""Caches that two ranks read between them, and bytes for their vectors: two copies of `vectors` in a bucket, and four
+that cannot serve."""
+
+
+@dataclass(frozen=True)
+class InBucket:
+    """Copies of `vectors` in a bucket that is seen through a proxy."""
+
+    url: str
+    proxy: Proxy
+
+    def find(self, made: Path, name: str) -> str:
+        """Where a cache of `READS` is."""
+        return f"{self.url}/{name}" if name in COPIES else str(made / name)
+
+    def count_reads(self, copy: str, array: str) -> dict[int, int]:
+        """How often the chunk of each block was read."""
+        chunk = re.compile(rf"/{copy}/\w+\.zarr/{array}/c/(\d+)[^?]*\?.*alt=media")
+        return Counter(int(found[1]) for path in self.proxy.asked if (found := chunk.search(unquote(path))))
+
+
+@pytest.fixture(scope="module")
+def in_bucket(made: Path, gcs_server: str) -> Iterator[InBucket]:
+    client = storage.Client(project="tests", credentials=AnonymousCredentials())
+    bucket = client.create_bucket(f"test-{uuid.uuid4().hex[:16]}")
+    for path in filter(Path.is_file, (made / "vectors").rglob("*")):
+        for copy in COPIES:
+            bucket.blob(f"{copy}/{path.relative_to(made / 'vectors')}").upload_from_filename(path)
+    with Proxy(gcs_server).serve() as proxy:
+        yield InBucket(f"gs://{bucket.name}", proxy)
+
+
+def spoil_copies(root: Path) -> None:
+    """Of nine blocks the last five are rank 1's: one of them with a vector that is not finite, or without its labels.
+    And a cache for each rank: another for rank 1, or none."""
+    for name in ("nan", "cut"):
+        shutil.copytree(root / "vectors", root / name)
+    root_of = CacheRoot(str(root / "nan"))
+    values = root_of.open_version(str(root_of.current())).read_block(6)
+    values.pooled["cls"][3, 2] = np.nan
+    rewrite_block(str(root / "nan"), 6, values)
+    (chunk,) = (root / "cut").glob("*.zarr/label_ids/c/7/0")
+    chunk.write_bytes(b"cut")
+    for name in ("apart-0", "lacking-0"):
+        (root / name).symlink_to("vectors")
+    plant_cache(str(root / "apart-1"), 300)
 
 
 def torchrun(ranks: int, *arguments: object) -> list[str]:
@@ -141,6 +202,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiles = sorted(f"images/{path.name}" for path in (root / "tiles" / "images").iterdir())
     shown = [tile for tile in tiles if (root / "tiles" / "labels" / f"{Path(tile).stem}.txt").read_text()]
     plant_cache(str(root / "vectors"), 2_100, seed=seed)  # nine blocks, 66K
+    plant_cache(str(root / "others"), 200, seed=seed + 1)  # one block, so that a rank of two has none
+    spoil_copies(root)
     # 35 x 35 windows of 8 pixels: more batches than two ranks put in order at once, and more rows than a batch has.
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 280, 280), dtype=np.uint8)
     placed: dict[str, Any] = {"crs": "EPSG:32633", "transform": Affine(0.3, 0, 500_000, 0, -0.3, 5_000_000)}
@@ -157,10 +220,11 @@ def data(made: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def both(made: Path, in_bucket: InBucket, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Working directories of the same runs, head and fine-tuned, on one rank and on two; the two also predict with the
     one's model, and train a head with dropout that another test stops and resumes. The two fine-tune from the prefix
-    cache and in parts. Heads on made-up vectors are trained in memory on one rank, streamed on two."""
+    cache and in parts. Heads on made-up vectors are trained in memory on one rank, streamed on two. Then the two read
+    caches between them, see `READS`."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     head = ("head", *data(made), *HEAD, "--folds", 2)
     finetune = ("finetune", *data(made), *FINETUNE, "--views", "d4", "--head-run", one / "runs" / "head")
@@ -176,7 +240,10 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
     streamed = ((*command, *STREAMED) for command in held)
     in_parts = (*finetune, "--cache-prefix", "--accumulate", 2, "--grad-checkpoint")
-    out = run_in_turn(two, make_env(), head, in_parts, predict, named, whole, controlled, *streamed)
+    places = {name: in_bucket.find(made, name) for name in READS}
+    reads = (("read", two / name, place, made / "others", READS[name]) for name, place in places.items())
+    env = make_env() | {"STORAGE_EMULATOR_HOST": in_bucket.proxy.url}
+    out = run_in_turn(two, env, head, in_parts, predict, named, whole, controlled, *streamed, *reads)
     assert out.count("vectors stay in the cache") == 2
     return one, two
 
@@ -240,6 +307,58 @@ def test_two_ranks_that_stream_train_what_one_does_in_memory(both: tuple[Path, P
     assert streamed[-1]["loss"] == pytest.approx(held[-1]["loss"], rel=0.02)
     assert streamed[-1]["map_macro"] == pytest.approx(held[-1]["map_macro"], abs=0.01)
     assert streamed[0]["train_loss"] != held[0]["train_loss"]
+
+
+@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_know_what_one_does_of_a_cache_they_read_between_them(
+    both: tuple[Path, Path], made: Path, name: str, rank: int
+) -> None:
+    """Bit for bit; streamed vectors are whatever the rank reads, and takes for what the other found in its share."""
+    known = np.load(both[1] / f"{name}-{rank}.npz")
+    alone = read_caches(str(made / "vectors"), str(made / "others"), READS[name], Ranks.alone())
+    assert set(known) == set(alone)
+    for key, expected in alone.items():
+        np.testing.assert_array_equal(known[key], expected, strict=True)
+    for side, cache in (("train", "vectors"), ("val", "others")):
+        stored = CacheRoot(str(made / cache))
+        rows = stored.open_version(str(stored.current())).read_rows()
+        np.testing.assert_array_equal(known[f"{side}_index"], np.arange(len(rows.status)))
+        np.testing.assert_array_equal(known[f"{side}_labels"], rows.label_ids[:, :60] > 0)
+        np.testing.assert_array_equal(known[f"{side}_vectors"], rows.pooled["cls"], strict=True)
+
+
+def test_two_ranks_read_each_chunk_once_between_them(both: tuple[Path, Path], in_bucket: InBucket) -> None:
+    """Streamed vectors are read a second and a third time here, by either rank, to see that both can check them."""
+    for copy, name, times in [
+        *((copy, name, 1) for copy in COPIES for name in ("label_ids", "status", "commit")),
+        ("held", "cls", 1),
+        ("streamed", "cls", 3),
+    ]:
+        assert in_bucket.count_reads(copy, name) == dict.fromkeys(range(9), times), (copy, name)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nan", f"array cls of row {6 * 256 + 3} is not finite"),
+        ("cut", "256 rows of"),
+        ("apart", r"apart-1 holds version \w+ for one rank and \w+ for another: give every node the same cache"),
+        ("lacking", "no cache at .*lacking-1: run `make extract` first"),
+    ],
+)
+def test_what_one_rank_finds_ends_all_with_the_line_of_one_process(
+    both: tuple[Path, Path], made: Path, name: str, said: str
+) -> None:
+    """Rank 1 alone finds it, and rank 0 says it."""
+    lines = [str(np.load(path)["error"]) for path in sorted(both[1].glob(f"{name}*.npz"))]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert re.search(said, lines[0])
+    if name in ("nan", "cut"):
+        with pytest.raises(TileprobeError) as alone:
+            read_caches(str(made / name), str(made / "others"), READS[name], Ranks.alone())
+        assert str(alone.value) == lines[0]
 
 
 def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: tuple[Path, Path]) -> None:
