@@ -231,7 +231,8 @@ class Version:
         wanted = np.arange(self.layout.blocks) if blocks is None else np.asarray(blocks, np.intp)
         if not len(wanted):
             return
-        commits = self._commits(slice(wanted[0], wanted[-1] + 1))[wanted - wanted[0]]
+        span = slice(None) if blocks is None else slice(wanted[0], wanted[-1] + 1)
+        commits = self._commits(span)[wanted - wanted[0]]
         digests = {block: commit.tobytes() for block, commit in zip(wanted.tolist(), commits, strict=True)}
         try:
             arrays = {name: self._open(name) for name in (*self.layout.pooling, "label_ids", "status")}

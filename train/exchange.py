@@ -1,7 +1,7 @@
 """A cache that the ranks of a job read together: who reads what, and how what each found gets to all.
 
-Storage is asked once per job for each block, and each digest is computed once; what was read then goes from rank to
-rank, which is faster than a bucket between machines and much faster within one.
+A job asks storage for each block once, and computes each digest once. What a rank read then goes to the others through
+the process group: less work than to read and check it again, and no rank more to wait on the bucket.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def exchange(values: Tensor, shares: Sequence[slice], ranks: Ranks) -> None:
         return
     step = max(1, PIECE_BYTES // max(1, values[:1].nbytes))
     for owner, share in enumerate(shares):
-        for start in range(share.start, min(share.stop, len(values)), step):
+        for start in range(share.start, share.stop, step):
             piece = values[start : min(start + step, share.stop)]
             sent = piece.to(ranks.device)
             dist.broadcast(sent, src=owner)

@@ -138,7 +138,7 @@ def read_labelled_cache(
 def _scan(version: Version, vectors: Vectors, ranks: Ranks) -> tuple[RawLabels, UInt8Array]:
     """Raw labels and status (N,) of all rows, pending where a block cannot be trusted; vectors are kept.
 
-    What ranks exchange here is 17 bytes a row and 1 KiB a block, and what vectors are kept of.
+    Ranks exchange 17 bytes a row and 1 KiB a block here, and what `vectors` keeps.
     """
     layout = version.layout
     marks = np.zeros((layout.rows, LABEL_ID_COLUMNS // 8), np.uint8)

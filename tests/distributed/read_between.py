@@ -8,6 +8,7 @@ import torch
 
 from cache_schema import TileprobeError
 from extract.distributed import Ranks, join_ranks
+from train import exchange
 from train.config import DataConfig, TrainConfig
 from train.rows import LabelledCache
 from train.sets import read_sets
@@ -20,6 +21,7 @@ def read_between(out: str, cache: str, val_cache: str, budget: str) -> None:
     Args:
         cache: of the training tiles; `{rank}` in it stands for the rank's number.
     """
+    exchange.PIECE_BYTES = 1000  # so that a share goes in many pieces, of which the last is short
     with join_ranks("cpu") as ranks:
         try:
             found = read(cache.format(rank=ranks.rank), val_cache, int(budget), ranks)

@@ -30,7 +30,7 @@ from google.cloud import storage
 from rasterio.transform import Affine
 from safetensors.numpy import load_file
 
-from cache_schema import CacheRoot, TileprobeError, open_cache
+from cache_schema import TileprobeError, open_cache
 from extract.backbone import find_checkpoint
 from extract.distributed import Ranks
 from extract.feed import TileFeed
@@ -73,9 +73,9 @@ COPIES = ("held", "streamed")
 READS = {
     "held": 1 << 20,
     "streamed": 64 << 10,
-    **dict.fromkeys(["nan", "cut", "apart-{rank}", "lacking-{rank}"], 1 << 20),
+    **dict.fromkeys(["nan", "cut", "unknown", "apart-{rank}", "lacking-{rank}"], 1 << 20),
 }
-"""Caches that two ranks read between them, and bytes for their vectors: two copies of `vectors` in a bucket, and four
+"""Caches that two ranks read between them, and bytes for their vectors: two copies of `vectors` in a bucket, and others
 that cannot serve."""
 
 
@@ -108,14 +108,17 @@ def in_bucket(made: Path, gcs_server: str) -> Iterator[InBucket]:
 
 
 def spoil_copies(root: Path) -> None:
-    """Of nine blocks the last five are rank 1's: one of them with a vector that is not finite, or without its labels.
-    And a cache for each rank: another for rank 1, or none."""
-    for name in ("nan", "cut"):
+    """Of nine blocks the last five are rank 1's: one of them with a vector that is not finite, or without its labels;
+    in another cache, one of rank 0's with labels that mean nothing. And caches of each rank's own: rank 1 has another,
+    or none."""
+    for name in ("nan", "cut", "unknown"):
         shutil.copytree(root / "vectors", root / name)
-    root_of = CacheRoot(str(root / "nan"))
-    values = root_of.open_version(str(root_of.current())).read_block(6)
+    values = open_cache(root / "nan").read_block(6)
     values.pooled["cls"][3, 2] = np.nan
     rewrite_block(str(root / "nan"), 6, values)
+    values = open_cache(root / "unknown").read_block(2)
+    values.label_ids[:, 100] = 1
+    rewrite_block(str(root / "unknown"), 2, values)
     (chunk,) = (root / "cut").glob("*.zarr/label_ids/c/7/0")
     chunk.write_bytes(b"cut")
     for name in ("apart-0", "lacking-0"):
@@ -321,8 +324,7 @@ def test_ranks_know_what_one_does_of_a_cache_they_read_between_them(
     for key, expected in alone.items():
         np.testing.assert_array_equal(known[key], expected, strict=True)
     for side, cache in (("train", "vectors"), ("val", "others")):
-        stored = CacheRoot(str(made / cache))
-        rows = stored.open_version(str(stored.current())).read_rows()
+        rows = open_cache(made / cache).read_rows()
         np.testing.assert_array_equal(known[f"{side}_index"], np.arange(len(rows.status)))
         np.testing.assert_array_equal(known[f"{side}_labels"], rows.label_ids[:, :60] > 0)
         np.testing.assert_array_equal(known[f"{side}_vectors"], rows.pooled["cls"], strict=True)
@@ -343,6 +345,7 @@ def test_two_ranks_read_each_chunk_once_between_them(both: tuple[Path, Path], in
     [
         ("nan", f"array cls of row {6 * 256 + 3} is not finite"),
         ("cut", "256 rows of"),
+        ("unknown", r"% of all label lines are ignored: no class ids of this class list: 100 \(256x\)"),
         ("apart", r"apart-1 holds version \w+ for one rank and \w+ for another: give every node the same cache"),
         ("lacking", "no cache at .*lacking-1: run `make extract` first"),
     ],
@@ -350,12 +353,12 @@ def test_two_ranks_read_each_chunk_once_between_them(both: tuple[Path, Path], in
 def test_what_one_rank_finds_ends_all_with_the_line_of_one_process(
     both: tuple[Path, Path], made: Path, name: str, said: str
 ) -> None:
-    """Rank 1 alone finds it, and rank 0 says it."""
+    """One rank alone finds it, or counts it, and rank 0 says it."""
     lines = [str(np.load(path)["error"]) for path in sorted(both[1].glob(f"{name}*.npz"))]
     assert len(lines) == 2
     assert lines[0] == lines[1]
     assert re.search(said, lines[0])
-    if name in ("nan", "cut"):
+    if (made / name).is_dir():
         with pytest.raises(TileprobeError) as alone:
             read_caches(str(made / name), str(made / "others"), READS[name], Ranks.alone())
         assert str(alone.value) == lines[0]
