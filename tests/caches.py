@@ -181,6 +181,7 @@ def rewrite_block(url: str, block: int, values: BlockValues) -> None:
     rows = version.layout.block_slice(block)
     for name, vectors in values.pooled.items():
         version._array(name)[rows] = vectors
+    version._array("label_ids")[rows] = values.label_ids
     version._array("status")[rows] = values.status
     version._array("commit")[block] = np.frombuffer(values.digest(version.layout.pooling), np.uint8)
     version.seal()
