@@ -25,7 +25,7 @@ from .owner import own_version
 from .provenance import Provenance, Recorded
 from .root import CacheRoot
 from .table import NO_LABEL, TileTable
-from .taxonomy import DecodedLabels, LabelIds, Taxonomy, format_histogram
+from .taxonomy import DecodedLabels, LabelIds, RawLabels, Taxonomy, format_histogram
 from .version import CacheRows, Version
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "OwnedError",
     "Provenance",
     "ProvenanceError",
+    "RawLabels",
     "Recorded",
     "Status",
     "StorageError",

@@ -31,7 +31,7 @@ from .layout import (
 )
 from .root import CacheRoot, choose_version
 from .table import TileTable
-from .taxonomy import DecodedLabels, LabelIds, Taxonomy, refuse_meaningless
+from .taxonomy import DecodedLabels, LabelIds, RawLabels, Taxonomy, refuse_meaningless
 from .version import Version
 
 
@@ -115,10 +115,10 @@ class Cache(Version):
 
     @cached_property
     def _decoded(self) -> DecodedLabels:
-        label_ids = self._settled[1]
-        reading = self._label_ids or self.taxonomy.detect_label_ids(label_ids.sum(axis=0, dtype=np.int64))
-        decoded = self.taxonomy.decode(label_ids, reading)
-        refuse_meaningless(label_ids, self.table.tile, decoded, reading)
+        raw = RawLabels.pack(self._settled[1])
+        reading = self._label_ids or self.taxonomy.detect_label_ids(raw.totals)
+        decoded = self.taxonomy.decode(raw, reading)
+        refuse_meaningless(raw, self.table.tile, decoded, reading)
         return decoded
 
     @cached_property
@@ -140,6 +140,8 @@ class Cache(Version):
         Raises:
             IntegrityError: a committed block cannot be read or contradicts its commit.
         """
+        wanted = np.flatnonzero(self._commits().any(axis=1))
+        wanted = wanted if blocks is None else np.intersect1d(wanted, blocks)
         seen = []
 
         def note(block: int, values: BlockValues) -> None:
@@ -147,8 +149,6 @@ class Cache(Version):
             seen.append(block)
 
         self.scan(note, blocks)
-        wanted = np.flatnonzero(self._commits().any(axis=1))
-        wanted = wanted if blocks is None else np.intersect1d(wanted, blocks)
         damaged = np.setdiff1d(wanted, seen).tolist()
         if damaged:
             rows = self.layout.block_slice(damaged[0])
@@ -160,8 +160,10 @@ class Cache(Version):
 
     # In a bucket each of these is a request, and a sealed version does not change.
 
-    def _commits(self) -> UInt8Array:
-        return self._known_commits
+    def _commits(self, blocks: slice = slice(None)) -> UInt8Array:
+        if blocks == slice(None) or "_known_commits" in vars(self):
+            return self._known_commits[blocks]
+        return super()._commits(blocks)  # of a share of the blocks, which asks nothing of the others
 
     @cached_property
     def _known_commits(self) -> UInt8Array:

@@ -90,5 +90,9 @@ class Layout:
             raise IndexError(f"block {block} of {self.blocks}")
         return slice(block * self.block_rows, min((block + 1) * self.block_rows, self.rows))
 
+    def span(self, blocks: slice) -> slice:
+        """Rows of blocks that lie side by side, `blocks` with start and stop; there may be none."""
+        return slice(blocks.start * self.block_rows, min(blocks.stop * self.block_rows, self.rows))
+
     def block_slices(self) -> Iterator[slice]:
         return (self.block_slice(block) for block in range(self.blocks))

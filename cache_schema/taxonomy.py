@@ -7,6 +7,7 @@ both, so a wrong guess would mislabel silently; `detect_label_ids` decides only 
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,11 +17,35 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import TaxonomyError
-from .layout import LABEL_ID_COLUMNS, BoolArray, UInt16Array
+from .layout import LABEL_ID_COLUMNS, BoolArray, UInt8Array, UInt16Array
 
 LabelIds = Literal["type", "class"]
 MAX_MEANINGLESS = 0.01
 """Largest share of label lines that are malformed or name an unknown id, for a set to be trained on."""
+
+
+@dataclass(frozen=True, eq=False)
+class RawLabels:
+    """What the label files of N tiles say in raw ids, in a sixteenth of the room that their counts take.
+
+    Attributes:
+        marks: (N, 16) uint8, a bit for each of the 128 ids, set where the id occurs, as `np.packbits` packs them.
+        totals: (128,) int64, instances of each id in all tiles.
+    """
+
+    marks: UInt8Array
+    totals: npt.NDArray[np.int64]
+
+    @classmethod
+    def pack(cls, label_ids: UInt16Array) -> Self:
+        """Of (N, 128) uint16 instances per raw id."""
+        return cls(np.packbits(label_ids > 0, axis=1), label_ids.sum(axis=0, dtype=np.int64))
+
+    def find(self, ids: Sequence[int]) -> BoolArray:
+        """(N, len(ids)) bool, the ids that occur in each tile."""
+        columns = np.asarray(ids, np.intp)
+        bits = (0x80 >> columns % 8).astype(np.uint8)
+        return np.asarray((self.marks[:, columns // 8] & bits) != 0)
 
 
 @dataclass(frozen=True)
@@ -117,7 +142,7 @@ class Taxonomy:
         """Whether raw ids are type ids or class ids, from how often each occurs in the whole set.
 
         Args:
-            histogram: (128,) instances per raw id.
+            histogram: (128,) instances per raw id, such as `RawLabels.totals`.
 
         Raises:
             TaxonomyError: ids that only one reading explains occur for both readings, or for neither.
@@ -140,11 +165,11 @@ class Taxonomy:
             )
         return "class" if only_class else "type"
 
-    def decode(self, label_ids: UInt16Array, reading: LabelIds) -> DecodedLabels:
+    def decode(self, raw: RawLabels, reading: LabelIds) -> DecodedLabels:
         """Labels of N tiles.
 
         Args:
-            label_ids: (N, 128) uint16, instances per raw id.
+            raw: what their label files say.
             reading: which ids the raw ids are.
         """
         columns = list(range(len(self)))
@@ -152,11 +177,11 @@ class Taxonomy:
             if self.type_ids is None:
                 raise TaxonomyError("this class list has no type_id column: use --label-ids class")
             columns = list(self.type_ids)
-        totals = label_ids.sum(axis=0, dtype=np.int64)
+        totals = raw.totals
         artefacts = sorted(self.artefacts) if reading == "type" else []
         known = {*columns, *artefacts, LABEL_ID_COLUMNS - 1}
-        labels = label_ids[:, columns] > 0
-        empty = np.asarray(~label_ids.any(axis=1))
+        labels = raw.find(columns)
+        empty = np.asarray(~raw.marks.any(axis=1))
         return DecodedLabels(
             labels=labels,
             empty=empty,
@@ -168,11 +193,9 @@ class Taxonomy:
         )
 
 
-def describe_meaningless(
-    label_ids: UInt16Array, tiles: npt.NDArray[np.str_], decoded: DecodedLabels, reading: LabelIds
-) -> str:
+def describe_meaningless(raw: RawLabels, tiles: npt.NDArray[np.str_], decoded: DecodedLabels, reading: LabelIds) -> str:
     """Which label lines of N tiles mean nothing, where the first of them are, and what to do."""
-    rows = np.flatnonzero(label_ids[:, [*decoded.unknown, LABEL_ID_COLUMNS - 1]].any(axis=1))[:3].tolist()
+    rows = np.flatnonzero(raw.find([*decoded.unknown, LABEL_ID_COLUMNS - 1]).any(axis=1))[:3].tolist()
     ids = ", ".join(f"{label_id} ({count:,}x)" for label_id, count in decoded.unknown.items())
     parts = [f"no {reading} ids of this class list: {ids}"] if ids else []
     parts += (
@@ -185,16 +208,14 @@ def describe_meaningless(
     )
 
 
-def refuse_meaningless(
-    label_ids: UInt16Array, tiles: npt.NDArray[np.str_], decoded: DecodedLabels, reading: LabelIds
-) -> None:
+def refuse_meaningless(raw: RawLabels, tiles: npt.NDArray[np.str_], decoded: DecodedLabels, reading: LabelIds) -> None:
     """Check that these are the right class list and reading for the labels of N tiles.
 
     Raises:
         TaxonomyError: more than 1 % of all lines mean nothing.
     """
     if decoded.meaningless > MAX_MEANINGLESS * decoded.instances:
-        raise TaxonomyError(describe_meaningless(label_ids, tiles, decoded, reading))
+        raise TaxonomyError(describe_meaningless(raw, tiles, decoded, reading))
 
 
 def format_histogram(histogram: npt.NDArray[np.integer]) -> str:

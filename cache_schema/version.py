@@ -228,27 +228,31 @@ class Version:
             take: gets a block's number and values, which it must not keep; called from several threads, in any order.
             blocks: ascending numbers of those to read, None for all.
         """
-        commits = self._commits()
+        wanted = np.arange(self.layout.blocks) if blocks is None else np.asarray(blocks, np.intp)
+        if not len(wanted):
+            return
+        span = slice(None) if blocks is None else slice(wanted[0], wanted[-1] + 1)
+        commits = self._commits(span)[wanted - wanted[0]]
+        digests = {block: commit.tobytes() for block, commit in zip(wanted.tolist(), commits, strict=True)}
         try:
             arrays = {name: self._open(name) for name in (*self.layout.pooling, "label_ids", "status")}
         except IntegrityError:
             return
-        committed = np.flatnonzero(commits.any(axis=1))
-        committed = committed if blocks is None else np.intersect1d(committed, blocks)
+        committed = wanted[commits.any(axis=1)]
         together = max(1, _SCAN_BYTES // (self.layout.block_rows * self.layout.width * POOLED_DTYPE.itemsize))
         cuts = np.flatnonzero((np.diff(committed) > 1) | (np.diff(committed // together) > 0)) + 1
 
         runs = [run.tolist() for run in np.split(committed, cuts) if len(run)]
         # In a bucket a block takes longer to arrive than to check.
         with ThreadPoolExecutor(_SCAN_THREADS) as threads:
-            for _ in threads.map(lambda blocks: self._hand_over(blocks, arrays, commits, take), runs):
+            for _ in threads.map(lambda blocks: self._hand_over(blocks, arrays, digests, take), runs):
                 pass
 
     def _hand_over(
         self,
         blocks: list[int],
         arrays: Mapping[str, Any],
-        commits: UInt8Array,
+        digests: Mapping[int, bytes],
         take: Callable[[int, BlockValues], None],
     ) -> None:
         """Read blocks that lie side by side in one go, and give `take` those that agree with their commit."""
@@ -258,12 +262,12 @@ class Version:
         except IntegrityError:
             if len(blocks) > 1:  # a chunk that cannot be read costs its own block alone
                 for block in blocks:
-                    self._hand_over([block], arrays, commits, take)
+                    self._hand_over([block], arrays, digests, take)
             return
         for block in blocks:
             rows = self.layout.block_slice(block)
             part = values.select(slice(rows.start - start, rows.stop - start))
-            if part.digest(self.layout.pooling) == commits[block].tobytes():
+            if part.digest(self.layout.pooling) == digests[block]:
                 take(block, part)
 
     def open_pooled(self, names: Sequence[str]) -> Callable[[int], list[Float16Array]]:
@@ -327,15 +331,16 @@ class Version:
         except IntegrityError:
             return np.zeros(DIGEST_BYTES, np.uint8)
 
-    def _commits(self) -> UInt8Array:
-        """(blocks, 32) uint8, zeros where there is no record."""
+    def _commits(self, blocks: slice = slice(None)) -> UInt8Array:
+        """(n, 32) uint8 of n blocks side by side, by default all; zeros where there is no record."""
         try:
-            return self._read("commit")
+            return self._read("commit", blocks)
         except IntegrityError:
-            commits = np.zeros((self.layout.blocks, DIGEST_BYTES), np.uint8)
-        for block in range(self.layout.blocks):
+            numbers = range(self.layout.blocks)[blocks]
+            commits = np.zeros((len(numbers), DIGEST_BYTES), np.uint8)
+        for i, block in enumerate(numbers):
             try:
-                commits[block] = self._read("commit", slice(block, block + 1))[0]
+                commits[i] = self._read("commit", slice(block, block + 1))[0]
             except IntegrityError:
                 continue
         return commits

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from .errors import AgreementError, ConfigError
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_HOST = torch.device("cpu")
 Counter = Callable[[int], int]
 """`add(n)` gives the total of all ranks after adding n."""
 
@@ -87,6 +88,11 @@ class Ranks:
     device: torch.device
     store: dist.Store
 
+    @classmethod
+    def alone(cls, device: torch.device = _HOST) -> Self:
+        """A process that has no peers, or asks none: it needs no process group."""
+        return cls(0, 1, 1, device, dist.HashStore())
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -118,7 +124,8 @@ class Ranks:
             except TileprobeError as error:
                 _log.debug("where the error arose:", exc_info=True)
                 outcome[0] = error.with_traceback(None)
-        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
         result = outcome[0]
         if isinstance(result, TileprobeError):
             raise result if self.is_main else ToldByMainError(str(result))
@@ -132,8 +139,9 @@ class Ranks:
         except TileprobeError as error:
             _log.debug("where the error arose:", exc_info=True)
             failure = error.with_traceback(None)
-        failures: list[TileprobeError | None] = [None] * self.world_size
-        dist.all_gather_object(failures, failure)
+        failures = [failure] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(failures, failure)
         first = next((error for error in failures if error is not None), None)
         if first is not None:
             raise first if self.is_main else ToldByMainError(str(first))
@@ -142,12 +150,14 @@ class Ranks:
     def agree(self, holds: bool) -> bool:
         """Whether something holds on every rank."""
         answers = [holds] * self.world_size
-        dist.all_gather_object(answers, holds)
+        if self.world_size > 1:
+            dist.all_gather_object(answers, holds)
         return all(answers)
 
     def wait(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        if self.world_size > 1:
+            dist.barrier()
 
     def make_counter(self, name: str) -> Counter:
         """A counter shared by all ranks; its key carries a nonce, so a restarted job starts from zero."""

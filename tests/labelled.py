@@ -9,6 +9,7 @@ import numpy as np
 
 from cache_schema import LABEL_ID_COLUMNS
 from cache_schema.layout import BoolArray
+from extract.distributed import Ranks
 from tests.caches import write_rows
 from train.config import TrainConfig
 from train.sets import Sets, read_sets
@@ -44,7 +45,7 @@ def write_taxonomy(path: Path, classes: int) -> str:
 
 def open_sets(config: TrainConfig) -> Sets:
     """The sets of a run, in memory."""
-    return read_sets(config)
+    return read_sets(config, Ranks.alone())
 
 
 def plant_labels(rng: np.random.Generator, scenes: np.ndarray, classes: int) -> BoolArray:

@@ -111,7 +111,7 @@ def _run_step(arguments: list[str]) -> Step:
 
 def _compare(extracted: Step, again: Step, head: Step, ranks: Ranks) -> str:
     head_run, tuned_run = RunDirectory.open(str(RUNS / "head")), RunDirectory.open(str(RUNS / "finetune"))
-    sets = read_sets(head_run.read_config())
+    sets = read_sets(head_run.read_config(), ranks)
     if sets.test is None:
         raise TrainError("the demo's head was trained without its test set: run `make demo` again")
     counted = ~sets.test.rows.empty

@@ -53,7 +53,8 @@ def describe_training(config: TrainConfig) -> dict[str, Any] | None:
 def _describe(config: TrainConfig, ranks: Ranks) -> tuple[list[str], dict[str, Any]]:
     config, head, notes = resolve_config(config)
     budget = config.memory_budget or choose_budget(ranks.device, ranks.local_world_size)
-    sets = read_sets(replace(config, memory_budget=budget), ranks.device)
+    # The other ranks wait for this one, and take no part.
+    sets = read_sets(replace(config, memory_budget=budget), Ranks.alone(ranks.device))
     config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
     room = check_run(config, head, sets)
     steps = math.ceil(count_epoch(sets.train.rows, config.seed, 0) / config.batch_size)

@@ -15,7 +15,16 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, TileTable, Version, open_cache
+from cache_schema import (
+    BlockValues,
+    IntegrityError,
+    ProvenanceError,
+    RawLabels,
+    Status,
+    TileTable,
+    Version,
+    open_cache,
+)
 from cache_schema.layout import UInt8Array, UInt16Array
 from extract.agreement import Asked
 from extract.backbone import Backbone
@@ -323,7 +332,8 @@ def _put_in_order(mine: Iterator[Scored], batches: int, ranks: Ranks) -> Iterato
 def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[str, dict[str, Any]]:
     assert inference is not None
     data = loaded.config.data
-    rows = label_rows(inference.table, inference.label_ids, inference.status, data, reading=loaded.meta.reading)
+    raw = RawLabels.pack(inference.label_ids)
+    rows = label_rows(inference.table, raw, inference.status, data, reading=loaded.meta.reading)
     if rows.class_names != loaded.meta.class_names:
         raise TrainError(
             f"{data.taxonomy} does not name the classes that {loaded.directory} was trained on: it has changed since, "

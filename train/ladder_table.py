@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from extract.distributed import Ranks
+
 from .baselines import FloatArray
 from .errors import TrainError
 from .intervals import Interval, bootstrap_difference, intervals_to_json
@@ -117,7 +119,7 @@ def summarise(ladder: RunDirectory, records: Sequence[Record]) -> Summary:
     """
     runs = [RunDirectory.open(str(ladder.path / record.rung.name)) for record in records]
     config = runs[0].read_config()
-    sets = read_sets(replace(config, test_cache=None, folds=0))
+    sets = read_sets(replace(config, test_cache=None, folds=0), Ranks.alone())
     results = tuple(_read_result(run, record, sets) for run, record in zip(runs, records, strict=True))
     rows = sets.val.rows.select(sets.counted)
     # What layers start from is what they have to beat; without it the cheapest.

@@ -34,7 +34,7 @@ def run_neighbours(config: TrainConfig) -> None:
     """
     with stop_on_signals(), join_ranks(config.device, Asked.of("train neighbours", config)) as ranks:
         config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
-        sets = read_sets(config, ranks.device)
+        sets = read_sets(config, ranks)
         if not can_look_up(sets.train, sets.val):
             raise TrainError(
                 "nearest neighbours need the vectors in memory, where they do not fit: give a larger --memory-budget, "

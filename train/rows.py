@@ -6,24 +6,27 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cache_schema import (
     LABEL_ID_COLUMNS,
     BlockValues,
     IntegrityError,
     LabelIds,
+    RawLabels,
     Status,
     Taxonomy,
     TileTable,
     Version,
-    open_cache,
 )
-from cache_schema.layout import LABEL_IDS_DTYPE, STATUS_DTYPE, BoolArray, UInt8Array, UInt16Array
+from cache_schema.layout import STATUS_DTYPE, BoolArray, UInt8Array
 from cache_schema.taxonomy import describe_meaningless, refuse_meaningless
+from extract.distributed import Ranks
 from extract.scenes import find_scenes
 
 from .config import DataConfig
 from .errors import TrainError
+from .exchange import exchange, share_out
 from .vectors import Residence, Vectors
 
 
@@ -95,30 +98,77 @@ class LabelledCache:
 
 
 def read_labelled_cache(
-    cache: str,
+    version: Version,
     config: DataConfig,
     residence: Residence,
+    ranks: Ranks,
     *,
     allow_unsealed: bool = False,
     reading: LabelIds | None = None,
 ) -> LabelledCache:
-    """Read a cache once: what each row's labels are, and its vectors, to where they shall live.
+    """Read a cache once between all ranks: what each row's labels are, and its vectors, to where they shall live.
+
+    Every rank must call this and gets the same, or all end.
 
     Args:
-        cache: directory or `gs://…`.
+        version: the same on every rank.
         config: classes and label rules.
         residence: whether vectors are held or stay in the cache; what else there is of a row is held.
+        ranks: among whom the blocks are shared out.
         allow_unsealed: accept an unfinished version, without its missing rows.
         reading: of the raw ids, where another cache has decided it.
 
     Raises:
-        CacheError: the cache is missing, unfinished or damaged, or holds vectors that are not finite.
+        CacheError: the cache is damaged, or holds vectors that are not finite.
         TaxonomyError: labels that fit neither reading, or too many that mean nothing.
         TrainError: rows are missing, or none is embedded, or the memory budget is too small.
     """
-    version = open_cache(cache, allow_unsealed=allow_unsealed)
-    vectors = residence.place(version)
-    label_ids, status = _scan(cache, version, vectors)
+    url = version.root.url
+    vectors = ranks.run_everywhere(lambda: residence.place(version))
+    raw, status = _scan(version, vectors, ranks)
+
+    def label() -> LabelledRows:
+        _check_status(url, status, allow_unsealed)
+        return label_rows(version.read_table(), raw, status, config, reading=reading)
+
+    rows = ranks.run_everywhere(label)
+    return LabelledCache(version, vectors, replace(rows, notes=(f"cache {url}", *rows.notes)))
+
+
+def _scan(version: Version, vectors: Vectors, ranks: Ranks) -> tuple[RawLabels, UInt8Array]:
+    """Raw labels and status (N,) of all rows, pending where a block cannot be trusted; vectors are kept.
+
+    Ranks exchange 17 bytes a row and 1 KiB a block here, and what `vectors` keeps.
+    """
+    layout = version.layout
+    marks = np.zeros((layout.rows, LABEL_ID_COLUMNS // 8), np.uint8)
+    totals = np.zeros((layout.blocks, LABEL_ID_COLUMNS), np.int64)
+    status = np.full(layout.rows, Status.PENDING, STATUS_DTYPE)
+
+    def take(block: int, values: BlockValues) -> None:
+        rows = layout.block_slice(block)
+        # A digest vouches for NaN as well, and one of them would spoil every weight.
+        for line in values.find_contradictions(layout, rows):
+            url = version.root.url
+            raise IntegrityError(
+                f"{url}: {line}: `python -m cache_schema verify {url} --repair` and `make extract` redo its block"
+            )
+        found = RawLabels.pack(values.label_ids)
+        marks[rows], totals[block], status[rows] = found.marks, found.totals, values.status
+        vectors.keep(block, values)
+
+    shares = share_out(layout.blocks, ranks.world_size)
+    mine = shares[ranks.rank]
+    ranks.run_everywhere(lambda: version.scan(take, range(mine.start, mine.stop)))
+    of_rows = [layout.span(share) for share in shares]
+    for values, parts in ((marks, of_rows), (status, of_rows), (totals, shares)):
+        exchange(torch.from_numpy(values), parts, ranks)
+    vectors.exchange(shares, ranks)
+    return RawLabels(marks, totals.sum(axis=0)), status
+
+
+def _check_status(cache: str, status: UInt8Array, allow_unsealed: bool) -> None:
+    """Refuse a cache that lacks rows, unless it may, or has no row to train on."""
     missing, embedded = int((status == Status.PENDING).sum()), int((status == Status.EMBEDDED).sum())
     if missing and not allow_unsealed:
         raise TrainError(
@@ -130,32 +180,11 @@ def read_labelled_cache(
             f"no row of {cache} is embedded: {len(status) - missing:,} are quarantined, {missing:,} missing: see "
             f"`python -m cache_schema info {cache}`, mend the tiles and run `make extract ARGS=--retry-quarantined`"
         )
-    rows = label_rows(version.read_table(), label_ids, status, config, reading=reading)
-    return LabelledCache(version, vectors, replace(rows, notes=(f"cache {cache}", *rows.notes)))
-
-
-def _scan(cache: str, version: Version, vectors: Vectors) -> tuple[UInt16Array, UInt8Array]:
-    """Label ids (N, 128) and status (N,) of all rows, pending where a block cannot be trusted; vectors are kept."""
-    label_ids = np.zeros((version.layout.rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE)
-    status = np.full(version.layout.rows, Status.PENDING, STATUS_DTYPE)
-
-    def take(block: int, values: BlockValues) -> None:
-        rows = version.layout.block_slice(block)
-        # A digest vouches for NaN as well, and one of them would spoil every weight.
-        for line in values.find_contradictions(version.layout, rows):
-            raise IntegrityError(
-                f"{cache}: {line}: `python -m cache_schema verify {cache} --repair` and `make extract` redo its block"
-            )
-        label_ids[rows], status[rows] = values.label_ids, values.status
-        vectors.keep(block, values)
-
-    version.scan(take)
-    return label_ids, status
 
 
 def label_rows(
     table: TileTable,
-    label_ids: UInt16Array,
+    raw: RawLabels,
     status: UInt8Array,
     config: DataConfig,
     *,
@@ -165,7 +194,7 @@ def label_rows(
 
     Args:
         table: the tiles.
-        label_ids: (N, 128) uint16 instances per raw id.
+        raw: what their label files say.
         status: (N,) uint8, see `Status`.
         config: classes and label rules.
         reading: of the raw ids, where it is known; else as `config` says.
@@ -176,10 +205,9 @@ def label_rows(
     """
     taxonomy = Taxonomy.from_file(config.taxonomy) if config.taxonomy else Taxonomy.xview()
     if reading is None:
-        histogram = label_ids.sum(axis=0, dtype=np.int64)
-        reading = taxonomy.detect_label_ids(histogram) if config.label_ids == "auto" else config.label_ids
-    decoded = taxonomy.decode(label_ids, reading)
-    refuse_meaningless(label_ids, table.tile, decoded, reading)
+        reading = taxonomy.detect_label_ids(raw.totals) if config.label_ids == "auto" else config.label_ids
+    decoded = taxonomy.decode(raw, reading)
+    refuse_meaningless(raw, table.tile, decoded, reading)
     kept = [i for i in range(len(taxonomy)) if i not in config.exclude]
     if not kept or set(config.exclude) - set(range(len(taxonomy))):
         raise TrainError(
@@ -197,7 +225,7 @@ def label_rows(
     if decoded.artefacts:
         notes.append(f"{decoded.artefacts:,} instances of annotation artefacts dropped")
     if decoded.meaningless:
-        notes.append(describe_meaningless(label_ids, table.tile, decoded, reading))
+        notes.append(describe_meaningless(raw, table.tile, decoded, reading))
     index = np.flatnonzero(embedded & table.labelled & ~decoded.unusable)
     return LabelledRows(
         index=index,

@@ -68,7 +68,7 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
             resolved, head, notes = ranks.run_on_main(lambda: resolve_config(config))
             config = resolved.on_node_of(config)
             config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
-            sets = ranks.run_everywhere(lambda: read_sets(config, ranks.device))
+            sets = read_sets(config, ranks)
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
             start = ranks.run_on_main(lambda: open_run(config, head, sets))
             for line in (*sets.notes, *notes, *start.notes):

@@ -1,13 +1,14 @@
 """The sets of a run: which rows train, validate and test."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from cache_schema import ProvenanceError, Version, open_cache
+from cache_schema import LabelIds, ProvenanceError, Version, open_cache
 from cache_schema.layout import BoolArray
+from extract.distributed import Ranks
 
 from .config import ORIGINAL_IMAGE_SIZE, EmptyTiles, TrainConfig
 from .errors import TrainError
@@ -17,8 +18,6 @@ from .sampling import compute_repeat_factors, describe_repeats
 from .scenes import check_folds, split_rows
 from .vectors import Residence
 from .weights import describe_weights
-
-_HOST = torch.device("cpu")
 
 _NAMED = 10
 """Classes a line names before it only counts them."""
@@ -50,24 +49,41 @@ class Sets:
         return {side: tiles.tolist() for side, tiles in self.sides.items()}
 
 
-def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
+def read_sets(config: TrainConfig, ranks: Ranks) -> Sets:
     """Rows of all caches in use, split, with empty tiles where they belong.
 
+    Every rank must call this and gets the same, but for the device on which vectors are held; or all end.
+
     Args:
-        config: of the run.
-        device: where vectors are held, if they are.
+        config: of the run, the same on every rank; several ranks have agreed on its memory budget.
+        ranks: who read the caches between them.
 
     Raises:
         TileprobeError: a cache, its labels, or the split asked for cannot serve.
     """
-    if config.data.split_tiles:
-        _refuse_unlike_original(config)
-    urls = filter(None, (config.cache, config.val_cache, config.test_cache))
-    versions = [open_cache(url, allow_unsealed=config.allow_unsealed) for url in urls]
-    for version in versions:
-        _check_features(config.features, version)
-    residence = Residence.choose(config, versions, device)
-    whole = read_labelled_cache(config.cache, config.data, residence, allow_unsealed=config.allow_unsealed)
+    opened = ranks.run_everywhere(lambda: _open_caches(config))
+    chosen = ranks.run_on_main(lambda: [version.id for version in opened])
+    ranks.run_everywhere(lambda: _refuse_other_versions(opened, chosen))
+    residence = Residence.choose(config, opened, ranks.device)
+
+    def read(version: Version, reading: LabelIds | None) -> LabelledCache:
+        allowed = config.allow_unsealed
+        return read_labelled_cache(version, config.data, residence, ranks, allow_unsealed=allowed, reading=reading)
+
+    whole = read(opened[0], None)
+    val = read(opened[1], whole.rows.reading) if config.val_cache else None
+    test = read(opened[-1], whole.rows.reading) if config.test_cache else None
+    return ranks.run_everywhere(lambda: _make_sets(config, residence, whole, val, test))
+
+
+def _make_sets(
+    config: TrainConfig,
+    residence: Residence,
+    whole: LabelledCache,
+    val: LabelledCache | None,
+    test: LabelledCache | None,
+) -> Sets:
+    """The sets of a run from its caches, as they were read."""
     notes = list(whole.rows.notes)
     if not len(whole.rows):
         raise TrainError(
@@ -77,8 +93,8 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
     notes += () if config.unfreeze else (residence.describe(whole.vectors),)
     if config.folds:
         check_folds(whole.rows.scenes, config.folds)
-    if config.val_cache:
-        train, val = whole, _read_other(config, config.val_cache, whole, residence)
+    if val is not None:
+        train = whole
         notes += val.rows.notes
     else:
         rows = whole.rows
@@ -92,7 +108,6 @@ def read_sets(config: TrainConfig, device: torch.device = _HOST) -> Sets:
     if not len(train.rows) or not counted.any():
         raise TrainError("no tile with a known class is left to train or to validate on: check labels and --exclude")
     notes += _name_missing_classes(train.rows, val.rows.select(counted))
-    test = _read_other(config, config.test_cache, whole, residence) if config.test_cache else None
     notes += test.rows.notes if test else ()
     empty = int(left_out.sum() + (~counted).sum())
     notes.append(
@@ -152,6 +167,25 @@ def _name_missing_classes(train: LabelledRows, val: LabelledRows) -> list[str]:
     return lines
 
 
+def _open_caches(config: TrainConfig) -> list[Version]:
+    """The versions in use, of the training tiles and of what is validated and tested on, if they go together.
+
+    Raises:
+        TileprobeError: one is missing or unfinished, lacks a feature, or holds the same tiles as the first or other
+            embeddings.
+    """
+    urls = filter(None, (config.cache, config.val_cache, config.test_cache))
+    opened: list[Version] = [open_cache(url, allow_unsealed=config.allow_unsealed) for url in urls]
+    first, *others = opened
+    if config.data.split_tiles:
+        _refuse_unlike_original(first)
+    for version in opened:
+        _check_features(config.features, version)
+    for version in others:
+        _refuse_unlike_first(version, first)
+    return opened
+
+
 def _check_features(features: str, version: Version) -> None:
     """Refuse pooled arrays that the cache does not hold.
 
@@ -167,25 +201,34 @@ def _check_features(features: str, version: Version) -> None:
         )
 
 
-def _refuse_unlike_original(config: TrainConfig) -> None:
-    size = open_cache(config.cache, allow_unsealed=config.allow_unsealed).provenance.image_size
+def _refuse_unlike_original(version: Version) -> None:
+    size = version.provenance.image_size
     if size != ORIGINAL_IMAGE_SIZE:
         raise TrainError(
-            f"--like-original needs a cache of {ORIGINAL_IMAGE_SIZE} px and {config.cache} is of {size} px: "
+            f"--like-original needs a cache of {ORIGINAL_IMAGE_SIZE} px and {version.root.url} is of {size} px: "
             f"run `make extract IMAGE_SIZE={ORIGINAL_IMAGE_SIZE}`"
         )
 
 
-def _read_other(config: TrainConfig, url: str, whole: LabelledCache, residence: Residence) -> LabelledCache:
-    """A validation or test set: the same embeddings and label rules, or an error."""
-    reading = whole.rows.reading
-    other = read_labelled_cache(url, config.data, residence, allow_unsealed=config.allow_unsealed, reading=reading)
-    if other.version.id == whole.version.id:
-        raise TrainError(f"{url} holds the very tiles of {config.cache}: a set to score on needs tiles of its own")
-    differences = other.version.provenance.differences(whole.version.provenance)
+def _refuse_unlike_first(other: Version, first: Version) -> None:
+    """Check that a validation or test set is of other tiles and the same embeddings as the training set."""
+    if other.id == first.id:
+        raise TrainError(
+            f"{other.root.url} holds the very tiles of {first.root.url}: a set to score on needs tiles of its own"
+        )
+    differences = other.provenance.differences(first.provenance)
     if differences:
         raise ProvenanceError(
-            f"{url} and {config.cache} hold different embeddings ({'; '.join(differences)}): "
+            f"{other.root.url} and {first.root.url} hold different embeddings ({'; '.join(differences)}): "
             "extract both with the same BACKBONE, IMAGE_SIZE and --precision"
         )
-    return other
+
+
+def _refuse_other_versions(opened: Sequence[Version], chosen: Sequence[str]) -> None:
+    """Check that this rank opened the very versions that rank 0 did, whose ids are `chosen`."""
+    for version, version_id in zip(opened, chosen, strict=True):
+        if version.id != version_id:
+            raise TrainError(
+                f"{version.root.url} holds version {version_id} for one rank and {version.id} for another: give every "
+                "node the same cache, or start again if it was extracted anew just now"
+            )

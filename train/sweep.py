@@ -66,7 +66,7 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
         ranks.run_on_main(lambda: _refuse_several(ranks.world_size))
         run = None
         try:
-            sets = read_sets(base, ranks.device)
+            sets = read_sets(base, ranks)
             if not isinstance(sets.train.vectors, HeldVectors):
                 raise TrainError(
                     "a sweep looks at the vectors many times over and needs them in memory, where they do not "
@@ -198,7 +198,7 @@ class Sweep:
         write_settings(self._run, config, self._sets.train.version)
         save_checkpoint(self._run.best, {f"head.{name}": tensor for name, tensor in head.tensors.items()}, best)
         classifier = Classifier(self._make_head(config), None, meta.features).to(self._ranks.device)
-        own = read_sets(config, self._ranks.device)  # with its features alone
+        own = read_sets(config, self._ranks)  # with its features alone
         finish_run(config, self._run, own, classifier, lambda cache: open_cached_tiles(cache, self._ranks), self._ranks)
 
     def _describe(self, ranked: Sequence[Ranked], honest: dict[str, float] | None, outcome: Outcome) -> list[str]:

@@ -84,10 +84,10 @@ def run_triage(config: TrainConfig, out: Path, *, top: int) -> None:
     with join_ranks(config.device, Asked.of("train triage", config)) as ranks:
         if ranks.world_size > 1:
             raise TrainError("triage runs in one process: start it with `python -m train triage`, not with torchrun")
-        residence = Residence.choose(
-            config, [open_cache(config.cache, allow_unsealed=config.allow_unsealed)], ranks.device
-        )
-        cache = read_labelled_cache(config.cache, config.data, residence, allow_unsealed=config.allow_unsealed)
+        allowed = config.allow_unsealed
+        version = open_cache(config.cache, allow_unsealed=allowed)
+        residence = Residence.choose(config, [version], ranks.device)
+        cache = read_labelled_cache(version, config.data, residence, ranks, allow_unsealed=allowed)
         for line in cache.rows.notes:
             print(line, flush=True)
         check_doubtable(cache.rows)

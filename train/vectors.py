@@ -1,6 +1,7 @@
 """A version's vectors, held on a device or left in the cache.
 
-Either is filled by the one scan that also reads labels and checks digests: before training a cache is read once.
+Either is filled by the one scan that also reads labels and checks digests: before training, the ranks of a job read a
+cache once between them. Each keeps the blocks of its share, and the exchange afterwards gives it those of the others.
 """
 
 import hashlib
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from cache_schema import BlockValues, IntegrityError, Version
-from cache_schema.layout import Float16Array
+from cache_schema.layout import DIGEST_BYTES, Float16Array
+from extract.distributed import Ranks
 
 from .config import TrainConfig
+from .exchange import exchange
 from .memory import StreamingMemory, choose_budget, format_bytes
 
 
@@ -45,6 +48,10 @@ class HeldVectors:
         for column, name in zip(columns, self._features, strict=True):
             column.copy_(torch.from_numpy(values.pooled[name]))
 
+    def exchange(self, shares: Sequence[slice], ranks: Ranks) -> None:
+        """Get the blocks that the other ranks kept, `shares[i]` those of rank i; all of them must call this."""
+        exchange(self._vectors, [self._layout.span(share) for share in shares], ranks)
+
     def gather(self, rows: Tensor) -> Tensor:
         """(len(rows), F) float16 copies of rows of the table; `rows` is int64 on the same device."""
         return self._vectors.index_select(0, rows)
@@ -67,7 +74,7 @@ class BlockVectors:
         self.memory = memory
         self._url = version.root.url
         self._features = features
-        self._digests: dict[int, bytes] = {}
+        self._digests = np.zeros((version.layout.blocks, DIGEST_BYTES), np.uint8)
         self._read = version.open_pooled(features)
 
     @property
@@ -77,7 +84,11 @@ class BlockVectors:
 
     def keep(self, block: int, values: BlockValues) -> None:
         """Remember what a block's vectors are; any thread may."""
-        self._digests[block] = _digest([values.pooled[name] for name in self._features])
+        self._digests[block] = np.frombuffer(_digest([values.pooled[name] for name in self._features]), np.uint8)
+
+    def exchange(self, shares: Sequence[slice], ranks: Ranks) -> None:
+        """Get the digests that the other ranks kept, `shares[i]` those of rank i; all of them must call this."""
+        exchange(torch.from_numpy(self._digests), shares, ranks)
 
     def read(self, block: int) -> list[Float16Array]:
         """A block's vectors: for each feature (rows of the block, D) float16, side by side F columns.
@@ -87,7 +98,7 @@ class BlockVectors:
         """
         try:
             parts = self._read(block)
-            if _digest(parts) != self._digests[block]:
+            if _digest(parts) != self._digests[block].tobytes():
                 raise IntegrityError("its vectors are not what they were when the run began")
         except IntegrityError as error:
             raise IntegrityError(

@@ -12,7 +12,7 @@ from math import comb
 import numpy as np
 from PIL import Image
 
-from cache_schema import Status, Taxonomy, TaxonomyError, format_histogram
+from cache_schema import RawLabels, Status, Taxonomy, TaxonomyError, format_histogram
 from cache_schema.taxonomy import MAX_MEANINGLESS
 
 from ..batch import PendingBatch, TileBatch, make_requests
@@ -150,23 +150,22 @@ def check_label_ids(sample: Sample, taxonomy_file: str | None) -> Verdict[str]:
         TaxonomyError: a class list that cannot be read.
     """
     taxonomy = Taxonomy.from_file(taxonomy_file) if taxonomy_file else Taxonomy.xview()
-    label_ids = sample.batch.label_ids
-    histogram = label_ids.sum(axis=0, dtype=np.int64)
-    seen = f"in a sample of {len(label_ids)} tiles; instances per id: {format_histogram(histogram)}"
-    if not histogram[:-1].any():
+    raw = RawLabels.pack(sample.batch.label_ids)
+    seen = f"in a sample of {len(raw.marks)} tiles; instances per id: {format_histogram(raw.totals)}"
+    if not raw.totals[:-1].any():
         remedy = "draw a larger --sample; training decides on the whole set"
         return Verdict("unknown", "", [Concern("warning", f"no label id {seen}", remedy)])
     try:
-        reading = taxonomy.detect_label_ids(histogram)
+        reading = taxonomy.detect_label_ids(raw.totals)
     except TaxonomyError:
         # Where each reading leaves ids unexplained, both kinds were mixed, and a larger sample can only confirm it.
-        mixed = all(taxonomy.decode(label_ids, reading).unknown for reading in ("type", "class"))
+        mixed = all(taxonomy.decode(raw, reading).unknown for reading in ("type", "class"))
         what = "type ids and class ids are mixed" if mixed else "every id is both a type id and a class id"
         remedy = "train with ARGS='--label-ids type' or 'class', whichever is meant"
         if mixed:
             remedy = f"mend the labels, or {remedy}"
         return Verdict("unknown", "", [Concern("fail" if mixed else "warning", f"{what} {seen}", remedy)])
-    decoded = taxonomy.decode(label_ids, reading)
+    decoded = taxonomy.decode(raw, reading)
     classes = int(decoded.labels.any(axis=0).sum())
     detail = f"{reading} ids, {classes} of {len(taxonomy)} classes, {seen}"
     if decoded.artefacts:

@@ -38,7 +38,7 @@ def measure_sweep(fixtures: Fixtures) -> list[Figure]:
         data=DataConfig(label_ids="class"),
     )
     with join_ranks("cpu") as ranks:
-        sets = read_sets(base)
+        sets = read_sets(base, ranks)
         base = replace(base, batch_size=choose_batch_size(len(sets.train.rows), base.batch_size))
         return [_compare(base, head, sets, ranks) for head in BOUNDS]
 

@@ -55,7 +55,7 @@ def train_head(
         data=DataConfig(val_fraction=VAL_ROWS / open_cache(str(cache)).layout.rows, empty="keep"),
     )  # fmt: skip
     with join_ranks("cpu") as ranks:
-        sets = read_sets(config)
+        sets = read_sets(config, ranks)
         meta = make_meta(config, sets.train)
         classifier = Classifier(make_head(meta, sets.train.version.layout.width, 0), None, meta.features)
         val = ValidationSet(open_cached_tiles(sets.val, ranks), sets.val.rows, sets.counted)

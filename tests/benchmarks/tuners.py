@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cache_schema import open_cache
 from extract.backbone import Backbone, Checkpoint, find_checkpoint
 from extract.distributed import Ranks, join_ranks
 from extract.feed import TileFeed
@@ -73,7 +74,7 @@ def compare_epochs(cache: str, checkpoint: Path, batch: int, workers: int) -> di
     with join_ranks("cpu") as ranks:
         found = find_checkpoint(str(checkpoint), IMAGE_SIZE)
         residence = Residence(("cls",), CPU, size=0, budget=0, batch_size=batch, held=True)
-        rows = read_labelled_cache(cache, DataConfig(empty="keep"), residence)
+        rows = read_labelled_cache(open_cache(cache), DataConfig(empty="keep"), residence, ranks)
         precision = rows.version.provenance.precision
         step = _make_step(found, precision, batch, ranks)
         feed = TileFeed(open_source(rows.version.recorded.tiles), workers=workers)

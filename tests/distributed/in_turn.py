@@ -1,6 +1,6 @@
 """Several `python -m train` commands in one torchrun job, since starting one costs more than what it is to compute.
 
-`in_turn.py '[["head", "--epochs", "2"], ["finetune"]]'`
+`in_turn.py '[["head", "--epochs", "2"], ["finetune"]]'`; a command `read` stands for `read_between`.
 """
 
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.distributed.read_between import read_between
 from train.__main__ import main
 
 rendezvous = dist.rendezvous
@@ -24,7 +25,10 @@ def run_in_turn(commands: list[list[str]]) -> None:
             yield dist.PrefixStore(str(number), store), rank, world_size
 
         dist.rendezvous = set_apart
-        main(arguments, prog_name="python -m train", standalone_mode=False)
+        if arguments[0] == "read":
+            read_between(*arguments[1:])
+        else:
+            main(arguments, prog_name="python -m train", standalone_mode=False)
 
 
 if __name__ == "__main__":

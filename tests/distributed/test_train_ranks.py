@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -22,21 +25,26 @@ import rasterio
 import torch
 import torch.distributed as dist
 import zarr
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import storage
 from rasterio.transform import Affine
 from safetensors.numpy import load_file
 
+from cache_schema import TileprobeError, open_cache
 from extract.backbone import find_checkpoint
 from extract.distributed import Ranks
 from extract.feed import TileFeed
 from extract.source import open_source
-from tests.caches import plant_cache
+from tests.caches import plant_cache, rewrite_block
 from tests.checkpoints import MEAN, STD, make_checkpoint
+from tests.distributed.read_between import read as read_caches
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
+from tests.proxy import Proxy
 from train.augment import Augmentation
 from train.batches import epoch_order
 from train.config import DataConfig
-from train.rows import read_labelled_cache
+from train.rows import LabelledCache, read_labelled_cache
 from train.sampling import compute_repeat_factors, draw_epoch
 from train.streaming import StreamedTiles
 from train.vectors import Residence
@@ -59,6 +67,63 @@ PREDICT = ("--tta", "d4", "--device", "cpu", "--workers", 0)
 NAMED = ("--window", 8, "--out", "named.jsonl", "--device", "cpu", "--workers", 0)
 AUGMENTED = ("--views", "d4", "--jitter", 0.3, "--crop-scale", 0.7)
 FINETUNE = ("--epochs", 2, "--unfreeze", 2, "--batch-size", 4, "--dropout", 0, "--no-amp", "--device", "cpu")
+
+
+COPIES = ("held", "streamed")
+READS = {
+    "held": 1 << 20,
+    "streamed": 64 << 10,
+    **dict.fromkeys(["nan", "cut", "unknown", "apart-{rank}", "lacking-{rank}"], 1 << 20),
+}
+"""Caches that two ranks read between them, and bytes for their vectors: two copies of `vectors` in a bucket, and others
+that cannot serve."""
+
+
+@dataclass(frozen=True)
+class InBucket:
+    """Copies of `vectors` in a bucket that is seen through a proxy."""
+
+    url: str
+    proxy: Proxy
+
+    def find(self, made: Path, name: str) -> str:
+        """Where a cache of `READS` is."""
+        return f"{self.url}/{name}" if name in COPIES else str(made / name)
+
+    def count_reads(self, copy: str, array: str) -> dict[int, int]:
+        """How often the chunk of each block was read."""
+        chunk = re.compile(rf"/{copy}/\w+\.zarr/{array}/c/(\d+)[^?]*\?.*alt=media")
+        return Counter(int(found[1]) for path in self.proxy.asked if (found := chunk.search(unquote(path))))
+
+
+@pytest.fixture(scope="module")
+def in_bucket(made: Path, gcs_server: str) -> Iterator[InBucket]:
+    client = storage.Client(project="tests", credentials=AnonymousCredentials())
+    bucket = client.create_bucket(f"test-{uuid.uuid4().hex[:16]}")
+    for path in filter(Path.is_file, (made / "vectors").rglob("*")):
+        for copy in COPIES:
+            bucket.blob(f"{copy}/{path.relative_to(made / 'vectors')}").upload_from_filename(path)
+    with Proxy(gcs_server).serve() as proxy:
+        yield InBucket(f"gs://{bucket.name}", proxy)
+
+
+def spoil_copies(root: Path) -> None:
+    """Of nine blocks the last five are rank 1's: one of them with a vector that is not finite, or without its labels;
+    in another cache, one of rank 0's with labels that mean nothing. And caches of each rank's own: rank 1 has another,
+    or none."""
+    for name in ("nan", "cut", "unknown"):
+        shutil.copytree(root / "vectors", root / name)
+    values = open_cache(root / "nan").read_block(6)
+    values.pooled["cls"][3, 2] = np.nan
+    rewrite_block(str(root / "nan"), 6, values)
+    values = open_cache(root / "unknown").read_block(2)
+    values.label_ids[:, -1] = 1
+    rewrite_block(str(root / "unknown"), 2, values)
+    (chunk,) = (root / "cut").glob("*.zarr/label_ids/c/7/0")
+    chunk.write_bytes(b"cut")
+    for name in ("apart-0", "lacking-0"):
+        (root / name).symlink_to("vectors")
+    plant_cache(str(root / "apart-1"), 300)
 
 
 def torchrun(ranks: int, *arguments: object) -> list[str]:
@@ -140,6 +205,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiles = sorted(f"images/{path.name}" for path in (root / "tiles" / "images").iterdir())
     shown = [tile for tile in tiles if (root / "tiles" / "labels" / f"{Path(tile).stem}.txt").read_text()]
     plant_cache(str(root / "vectors"), 2_100, seed=seed)  # nine blocks, 66K
+    plant_cache(str(root / "others"), 200, seed=seed + 1)  # one block, so that a rank of two has none
+    spoil_copies(root)
     # 35 x 35 windows of 8 pixels: more batches than two ranks put in order at once, and more rows than a batch has.
     pixels = np.random.default_rng(seed).integers(0, 256, (3, 280, 280), dtype=np.uint8)
     placed: dict[str, Any] = {"crs": "EPSG:32633", "transform": Affine(0.3, 0, 500_000, 0, -0.3, 5_000_000)}
@@ -156,10 +223,11 @@ def data(made: Path) -> tuple[object, ...]:
 
 
 @pytest.fixture(scope="module")
-def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def both(made: Path, in_bucket: InBucket, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Working directories of the same runs, head and fine-tuned, on one rank and on two; the two also predict with the
     one's model, and train a head with dropout that another test stops and resumes. The two fine-tune from the prefix
-    cache and in parts. Heads on made-up vectors are trained in memory on one rank, streamed on two."""
+    cache and in parts. Heads on made-up vectors are trained in memory on one rank, streamed on two. Then the two read
+    caches between them, see `READS`."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     head = ("head", *data(made), *HEAD, "--folds", 2)
     finetune = ("finetune", *data(made), *FINETUNE, "--views", "d4", "--head-run", one / "runs" / "head")
@@ -175,9 +243,17 @@ def both(made: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
     streamed = ((*command, *STREAMED) for command in held)
     in_parts = (*finetune, "--cache-prefix", "--accumulate", 2, "--grad-checkpoint")
-    out = run_in_turn(two, make_env(), head, in_parts, predict, named, whole, controlled, *streamed)
+    places = {name: in_bucket.find(made, name) for name in READS}
+    reads = (("read", two / name, place, made / "others", READS[name]) for name, place in places.items())
+    env = make_env() | {"STORAGE_EMULATOR_HOST": in_bucket.proxy.url}
+    out = run_in_turn(two, env, head, in_parts, predict, named, whole, controlled, *streamed, *reads)
     assert out.count("vectors stay in the cache") == 2
     return one, two
+
+
+def read_alone(made: Path) -> LabelledCache:
+    residence = Residence(("cls",), torch.device("cpu"), size=0, budget=0, batch_size=16, held=True)
+    return read_labelled_cache(open_cache(str(made / "cache")), DataConfig(empty="keep"), residence, Ranks.alone())
 
 
 def make_env() -> dict[str, str]:
@@ -236,6 +312,58 @@ def test_two_ranks_that_stream_train_what_one_does_in_memory(both: tuple[Path, P
     assert streamed[0]["train_loss"] != held[0]["train_loss"]
 
 
+@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_know_what_one_does_of_a_cache_they_read_between_them(
+    both: tuple[Path, Path], made: Path, name: str, rank: int
+) -> None:
+    """Bit for bit; streamed vectors are whatever the rank reads, and takes for what the other found in its share."""
+    known = np.load(both[1] / f"{name}-{rank}.npz")
+    alone = read_caches(str(made / "vectors"), str(made / "others"), READS[name], Ranks.alone())
+    assert set(known) == set(alone)
+    for key, expected in alone.items():
+        np.testing.assert_array_equal(known[key], expected, strict=True)
+    for side, cache in (("train", "vectors"), ("val", "others")):
+        rows = open_cache(made / cache).read_rows()
+        np.testing.assert_array_equal(known[f"{side}_index"], np.arange(len(rows.status)))
+        np.testing.assert_array_equal(known[f"{side}_labels"], rows.label_ids[:, :60] > 0)
+        np.testing.assert_array_equal(known[f"{side}_vectors"], rows.pooled["cls"], strict=True)
+
+
+def test_two_ranks_read_each_chunk_once_between_them(both: tuple[Path, Path], in_bucket: InBucket) -> None:
+    """Streamed vectors are read a second and a third time here, by either rank, to see that both can check them."""
+    for copy, name, times in [
+        *((copy, name, 1) for copy in COPIES for name in ("label_ids", "status", "commit")),
+        ("held", "cls", 1),
+        ("streamed", "cls", 3),
+    ]:
+        assert in_bucket.count_reads(copy, name) == dict.fromkeys(range(9), times), (copy, name)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("nan", f"array cls of row {6 * 256 + 3} is not finite"),
+        ("cut", "256 rows of"),
+        ("unknown", r"% of all label lines are ignored: 256 malformed"),
+        ("apart", r"apart-1 holds version \w+ for one rank and \w+ for another: give every node the same cache"),
+        ("lacking", "no cache at .*lacking-1: run `make extract` first"),
+    ],
+)
+def test_what_one_rank_finds_ends_all_with_the_line_of_one_process(
+    both: tuple[Path, Path], made: Path, name: str, said: str
+) -> None:
+    """One rank alone finds it, or counts it, and rank 0 says it."""
+    lines = [str(np.load(path)["error"]) for path in sorted(both[1].glob(f"{name}*.npz"))]
+    assert len(lines) == 2
+    assert lines[0] == lines[1]
+    assert re.search(said, lines[0])
+    if (made / name).is_dir():
+        with pytest.raises(TileprobeError) as alone:
+            read_caches(str(made / name), str(made / "others"), READS[name], Ranks.alone())
+        assert str(alone.value) == lines[0]
+
+
 def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: tuple[Path, Path]) -> None:
     """Every step is clipped, by the norm of the gradient over all ranks; both ranks stop after the same epoch."""
     first, second = (read_history(root / "runs" / "controlled") for root in both)
@@ -251,8 +379,7 @@ def test_weights_repeats_clipping_and_patience_do_not_depend_on_the_ranks(both: 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank: int) -> None:
     """The rank's share of each batch, pixels and labels of the very rows."""
-    residence = Residence(("cls",), torch.device("cpu"), size=0, budget=0, batch_size=16, held=True)
-    cache = read_labelled_cache(str(made / "cache"), DataConfig(empty="keep"), residence)
+    cache = read_alone(made)
     rows = replace(cache.rows, repeat_factors=compute_repeat_factors(cache.rows.labels, 0.7))
     ranks = Ranks(rank, 2, 2, torch.device("cpu"), dist.HashStore())
     feed = TileFeed(open_source(str(made / "tiles")), workers=0)
@@ -261,7 +388,7 @@ def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank
     order = draw_epoch(rows, 3, 1)
     assert len(order) > len(rows) + 5
     batches = list(tiles.iterate_epoch(batch_size=16, seed=3, epoch=1))
-    alone = Ranks(0, 1, 1, torch.device("cpu"), dist.HashStore())
+    alone = Ranks.alone()
     pixels = torch.cat(
         list(StreamedTiles(cache, feed, checkpoint, alone, dtype=torch.float32, eval_batch=16).iterate_share())
     )
@@ -274,8 +401,7 @@ def test_repeated_tiles_are_streamed_as_often_as_they_are_drawn(made: Path, rank
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_tiles_are_augmented_by_their_row_to_train_on_and_never_to_be_scored(made: Path, rank: int) -> None:
-    residence = Residence(("cls",), torch.device("cpu"), size=0, budget=0, batch_size=16, held=True)
-    cache = read_labelled_cache(str(made / "cache"), DataConfig(empty="keep"), residence)
+    cache = read_alone(made)
     feed, checkpoint = TileFeed(open_source(str(made / "tiles")), workers=0), find_checkpoint(str(made / "checkpoint"))
     ranks = Ranks(rank, 2, 2, torch.device("cpu"), dist.HashStore())
     options: dict[str, Any] = {"dtype": torch.float32, "eval_batch": 16}

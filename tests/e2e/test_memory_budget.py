@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_schema import BlockValues, CacheRoot, Status, Version
+from cache_schema import CacheRoot, Status
 from extract.distributed import join_ranks
-from tests.caches import plant_cache
+from tests.caches import plant_cache, rewrite_block
 from tests.planted import Finished, fresh_seed
 from tests.planted import train as run_train
 from train.cached import open_cached_tiles
@@ -66,7 +66,7 @@ def fit_head(cache: Path, root: Path, split: Path, *, seed: int, budget: int | N
         str(cache), str(root), data=data, epochs=4, batch_size=64, lr=0.01, seed=seed, memory_budget=budget
     )
     with join_ranks("cpu") as ranks:
-        sets = read_sets(config)
+        sets = read_sets(config, ranks)
         meta = make_meta(config, sets.train)
         classifier = Classifier(make_head(meta, 16, seed), None, meta.features)
         run = RunDirectory.create(str(root / f"{budget}-{seed}"))
@@ -161,24 +161,12 @@ def test_a_budget_that_cannot_work_names_the_least_that_does(cache: Path, tmp_pa
     assert "lots: bytes above 0, with K, M or G if you like, such as 512M" in result.err
 
 
-def rewrite_block(cache: Path, block: int, values: BlockValues) -> None:
-    """Past the check of what may be stored, with a commit that agrees, as another program might."""
-    root = CacheRoot(str(cache))
-    version: Version = root.open_version(read(cache / "current")["version"], read_only=False)
-    rows = version.layout.block_slice(block)
-    for name, vectors in values.pooled.items():
-        version._array(name)[rows] = vectors
-    version._array("status")[rows] = values.status
-    version._array("commit")[block] = np.frombuffer(values.digest(version.layout.pooling), np.uint8)
-    version.seal()
-
-
 @pytest.mark.parametrize("budget", [(), STREAMED])
 def test_a_vector_that_is_not_finite_is_named(own: Path, tmp_path: Path, budget: tuple[object, ...]) -> None:
     version = CacheRoot(str(own)).open_version(read(own / "current")["version"])
     values = version.read_block(3)
     values.pooled["cls"][5, 2] = np.nan
-    rewrite_block(own, 3, values)
+    rewrite_block(str(own), 3, values)
     assert_refused(
         train_head(tmp_path, own, *budget),
         f"array cls of row {3 * 256 + 5} is not finite",
@@ -193,7 +181,7 @@ def test_a_cache_of_quarantined_rows_alone_says_so(own: Path, tmp_path: Path) ->
         values = version.read_block(block)
         values.pooled["cls"][:] = np.nan
         values.status[:] = Status.UNDECODABLE
-        rewrite_block(own, block, values)
+        rewrite_block(str(own), block, values)
     assert_refused(
         train_head(tmp_path, own),
         f"no row of {own} is embedded: 2,600 are quarantined, 0 missing",

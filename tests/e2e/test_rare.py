@@ -66,11 +66,11 @@ def read_val(root: Path, run: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def read_class_id(type_id: int) -> int:
-    from cache_schema import Taxonomy
+    from cache_schema import RawLabels, Taxonomy
 
     label_ids = np.zeros((1, 128), np.uint16)
     label_ids[0, type_id] = 1
-    return int(Taxonomy.xview().decode(label_ids, "type").labels[0].argmax())
+    return int(Taxonomy.xview().decode(RawLabels.pack(label_ids), "type").labels[0].argmax())
 
 
 def test_a_run_keeps_its_validation_logits(trained: tuple[Path, Finished]) -> None:

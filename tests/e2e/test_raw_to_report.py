@@ -15,7 +15,7 @@ import pytest
 import rasterio
 from google.cloud import storage
 
-from cache_schema import Taxonomy, open_cache
+from cache_schema import RawLabels, Taxonomy, open_cache
 from tests.raw_xview import UNLABELLED_SCENE, RawXView, make_raw_xview
 
 PROJECT_ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_raw_xview_to_a_report(tmp_path: Path, bucket: storage.Bucket, make: Mak
     table, rows = cache.read_table(), cache.read_rows()
     assert [Path(name).stem for name in table.tile.tolist()] == sorted(cut)
     taxonomy = Taxonomy.xview()
-    labels = taxonomy.decode(rows.label_ids, "type").labels
+    labels = taxonomy.decode(RawLabels.pack(rows.label_ids), "type").labels
     assert taxonomy.type_ids is not None
     for name, found in zip(table.tile.tolist(), labels, strict=True):
         ids = {taxonomy.type_ids[c] for c in np.flatnonzero(found)}

@@ -17,6 +17,7 @@ from cache_schema import (
     CacheRoot,
     Embeddings,
     IntegrityError,
+    RawLabels,
     Status,
     Taxonomy,
     TaxonomyError,
@@ -118,7 +119,7 @@ def test_status_labels_and_masks_are_those_of_a_trainer(tmp_path: Path) -> None:
     root.set_current(version.id)
 
     cache = open_cache(url)
-    expected = label_rows(make_table(ROWS), label_ids, read_plainly(url)["status"], DataConfig())
+    expected = label_rows(make_table(ROWS), RawLabels.pack(label_ids), read_plainly(url)["status"], DataConfig())
     np.testing.assert_array_equal(np.flatnonzero(cache.usable), expected.index)
     np.testing.assert_array_equal(cache.labels[cache.usable], expected.labels, strict=True)
     np.testing.assert_array_equal(cache.tiles[cache.usable], expected.tiles)

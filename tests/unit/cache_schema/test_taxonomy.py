@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_schema import LABEL_ID_COLUMNS, Taxonomy, TaxonomyError, format_histogram
+from cache_schema import LABEL_ID_COLUMNS, RawLabels, Taxonomy, TaxonomyError, format_histogram
+from tests.planted import fresh_seed
 
 XVIEW = Taxonomy.xview()
 ONLY_CLASS = {*range(11), 14, 16, 22, 30, 31, 39, 43, 46, 48, 58}
@@ -23,12 +24,24 @@ def count(**ids: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return histogram
 
 
-def make_rows(*rows: dict[int, int]) -> np.ndarray[Any, np.dtype[np.uint16]]:
+def make_rows(*rows: dict[int, int]) -> RawLabels:
     label_ids = np.zeros((len(rows), LABEL_ID_COLUMNS), np.uint16)
     for row, ids in enumerate(rows):
         for label_id, instances in ids.items():
             label_ids[row, label_id] = instances
-    return label_ids
+    return RawLabels.pack(label_ids)
+
+
+def test_packed_labels_know_which_ids_occur_and_how_often_in_all() -> None:
+    rng = np.random.default_rng(fresh_seed())
+    label_ids = rng.integers(0, 2**16, (50, LABEL_ID_COLUMNS)).astype(np.uint16)
+    label_ids[rng.random(label_ids.shape) < 0.7] = 0
+    raw = RawLabels.pack(label_ids)
+    ids = rng.permutation(LABEL_ID_COLUMNS).tolist()
+    np.testing.assert_array_equal(raw.find(ids), label_ids[:, ids] > 0)
+    assert raw.totals.tolist() == [sum(column) for column in label_ids.T.tolist()]
+    assert raw.marks.nbytes == 16 * len(label_ids)
+    assert raw.find([]).shape == (50, 0)
 
 
 def test_xview_has_its_60_classes() -> None:

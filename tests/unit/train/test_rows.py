@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_schema import LABEL_ID_COLUMNS, NO_LABEL, Status, TaxonomyError, TileTable
+from cache_schema import LABEL_ID_COLUMNS, NO_LABEL, RawLabels, Status, TaxonomyError, TileTable
 from tests.planted import fresh_seed
 from train.config import DataConfig
 from train.errors import TrainError
@@ -46,9 +46,8 @@ def label(counts: np.ndarray, status: dict[int, Status] | None = None, **options
     for row, state in (status or {}).items():
         states[row] = state
     reading = options.pop("reading", None)
-    return label_rows(
-        make_table(len(counts), unlabelled=unlabelled), counts, states, DataConfig(**options), reading=reading
-    )
+    table, raw = make_table(len(counts), unlabelled=unlabelled), RawLabels.pack(counts)
+    return label_rows(table, raw, states, DataConfig(**options), reading=reading)
 
 
 def noted(rows: LabelledRows, text: str) -> bool:

@@ -62,9 +62,10 @@ def test_no_tile_is_judged_by_a_head_that_saw_its_scene(tmp_path: Path) -> None:
     labels = rng.random((200, 8)) < 0.4
     write_cache(tmp_path / "cache", rng.standard_normal((200, 64)).astype(np.float16), labels)
     config = TrainConfig(cache=str(tmp_path / "cache"), run="r", epochs=12, lr=0.01, data=DataConfig(empty="keep"))
-    residence = Residence.choose(config, [open_cache(config.cache)], torch.device("cpu"))
-    cache = read_labelled_cache(config.cache, config.data, residence)
+    version = open_cache(config.cache)
+    residence = Residence.choose(config, [version], torch.device("cpu"))
     with join_ranks("cpu") as ranks:
+        cache = read_labelled_cache(version, config.data, residence, ranks)
         found = predict_out_of_fold(config, cache, ranks, folds=5, say=print)
     assert found is not None
     shown = cache.rows.labels.any(axis=0)
