@@ -209,14 +209,18 @@ class Version:
         self.scan(take)
         return CacheRows(dict(whole.pooled), whole.label_ids, whole.status)
 
-    def read_status(self) -> UInt8Array:
-        """(N,) uint8, the status of `read_rows`, every digest checked with a few blocks in memory at a time."""
+    def read_status(self, blocks: npt.ArrayLike | None = None) -> UInt8Array:
+        """(N,) uint8, the status of `read_rows`, every digest checked with a few blocks in memory at a time.
+
+        Args:
+            blocks: ascending numbers of those to look at, None for all; rows of the others are pending.
+        """
         status = np.zeros(self.layout.rows, STATUS_DTYPE)
 
         def take(block: int, values: BlockValues) -> None:
             status[self.layout.block_slice(block)] = values.status
 
-        self.scan(take)
+        self.scan(take, blocks)
         return status
 
     def scan(self, take: Callable[[int, BlockValues], None], blocks: npt.ArrayLike | None = None) -> None:

@@ -29,6 +29,7 @@ from .distributed import Counter as SharedCounter
 from .distributed import Ranks, join_ranks
 from .embed import TileEmbedder
 from .errors import QuarantineError, RunError
+from .exchange import exchange, share_out
 from .feed import TileFeed
 from .plan import Plan, make_plan
 from .reuse import EarlierRows
@@ -91,8 +92,9 @@ def run_extraction(config: ExtractConfig) -> Finished | None:
                     tried.update(plan.pending)
                 timings: list[Timing] = [timing] * ranks.world_size
                 torch.distributed.all_gather_object(timings, timing)
+                status = _recheck(plan, ranks)
                 elapsed = time.perf_counter() - started
-                outcome = ranks.run_on_main(partial(_finish, config, plan, timings, ranks, elapsed, tried))
+                outcome = ranks.run_on_main(partial(_finish, config, plan, status, timings, ranks, elapsed, tried))
                 if isinstance(outcome, Finished):
                     if ranks.is_main:
                         print(outcome.text, flush=True)
@@ -224,6 +226,19 @@ class _BlockDraw:
         return rows_to_do
 
 
+def _recheck(plan: Plan, ranks: Ranks) -> UInt8Array:
+    """(N,) uint8, status of all rows as they are stored now, pending where a block cannot be trusted.
+
+    All ranks call this once none of them writes any more; each reads its share of the cache.
+    """
+    version = ranks.run_everywhere(lambda: CacheRoot(plan.cache).open_version(plan.version_id))
+    shares = share_out(version.layout.blocks, ranks.world_size)
+    mine = shares[ranks.rank]
+    status = ranks.run_everywhere(lambda: version.read_status(range(mine.start, mine.stop)))
+    exchange(torch.from_numpy(status), [version.layout.span(share) for share in shares], ranks)
+    return status
+
+
 def _reopen_damaged(version: Version, status: UInt8Array, tried: Mapping[int, int]) -> tuple[int, ...]:
     """Blocks that hold pending rows; those whose values contradict their commit lose it, and the version its seal.
 
@@ -246,21 +261,22 @@ def _reopen_damaged(version: Version, status: UInt8Array, tried: Mapping[int, in
 def _finish(
     config: ExtractConfig,
     plan: Plan,
+    status: UInt8Array,
     timings: list[Timing],
     ranks: Ranks,
     elapsed: float,
     tried: Mapping[int, int],
 ) -> Finished | Plan:
-    """Recheck; refuse or seal, move `current`, and say what there is now, or plan what is to be computed again.
+    """Refuse or seal, move `current`, and say what there is now, or plan what is to be computed again.
 
     Args:
         config, plan, timings, ranks: of the run.
+        status: (N,) uint8, of all rows as they are stored.
         elapsed: seconds since it began.
         tried: how often it has computed each block.
     """
     root = CacheRoot(plan.cache)
     version = root.open_version(plan.version_id, read_only=False)
-    status = version.read_status()
     missing, quarantined = int((status == Status.PENDING).sum()), int((status > Status.EMBEDDED).sum())
     if missing:
         return replace(plan, pending=_reopen_damaged(version, status, tried), to_do=missing)

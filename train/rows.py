@@ -22,11 +22,11 @@ from cache_schema import (
 from cache_schema.layout import STATUS_DTYPE, BoolArray, UInt8Array
 from cache_schema.taxonomy import describe_meaningless, refuse_meaningless
 from extract.distributed import Ranks
+from extract.exchange import exchange, share_out
 from extract.scenes import find_scenes
 
 from .config import DataConfig
 from .errors import TrainError
-from .exchange import exchange, share_out
 from .vectors import Residence, Vectors
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from cache_schema import BlockValues, IntegrityError, Version
 from cache_schema.layout import DIGEST_BYTES, Float16Array
 from extract.distributed import Ranks
+from extract.exchange import exchange
 
 from .config import TrainConfig
-from .exchange import exchange
 from .memory import StreamingMemory, choose_budget, format_bytes
 
 

@@ -152,6 +152,11 @@ def test_a_scan_reads_a_few_blocks_at_a_time(cache_url: str, monkeypatch: pytest
     assert status.dtype == np.uint8
     assert status.tolist() == version.read_rows().status.tolist()
 
+    asked.clear()
+    part = version.read_status(range(1, 2))
+    assert asked == [slice(256, 512)]
+    assert part.tolist() == [0] * 256 + status[256:512].tolist() + [0] * 188
+
 
 def test_a_scan_holds_on_to_nothing(cache_url: str) -> None:
     """What `take` fills may be hundreds of megabytes, which must not wait for the garbage collector."""

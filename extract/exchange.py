@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch.distributed as dist
 from torch import Tensor
 
-from extract.distributed import Ranks
+from .distributed import Ranks
 
 PIECE_BYTES = 64 << 20
 """What is sent at once. Where ranks talk through GPUs, an array in main memory takes that much of one."""
