@@ -1,4 +1,4 @@
-"""Measures of scale: the simulator against a real run of two ranks, and what it says of up to 1,024."""
+"""Measures of scale: the simulator against a real run of two ranks, what it says of up to 1,024, and a second host."""
 
 import itertools
 import os
@@ -20,6 +20,7 @@ from .fixtures import WORKERS, Fixtures, make_small_tiles
 from .measure import Bound, Figure, run_rounds
 from .processes import run_apart
 from .recording import Recording, record_extraction
+from .scale_hosts import measure_hosts
 from .schedule import RESTARTS, Costs, Outcome, Restart, Samples, Setting, simulate
 
 ROUNDS = 3
@@ -78,7 +79,7 @@ def measure_simulation(fixtures: Fixtures) -> list[Figure]:
     return [*_simulate_many_ranks(recorded), *_simulate_preemption(recorded), _simulate_cold_bucket(recorded)]
 
 
-MEASURES = {"prediction": measure_prediction, "simulation": measure_simulation}
+MEASURES = {"prediction": measure_prediction, "simulation": measure_simulation, "hosts": measure_hosts}
 
 
 def _simulate_many_ranks(recorded: Costs) -> list[Figure]:
