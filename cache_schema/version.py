@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,17 +147,26 @@ class Version:
     def write_block(self, block: int, values: BlockValues) -> None:
         """Write one block, then its commit record; until that last put the block counts as pending.
 
+        The chunks are written side by side, since in a bucket each is a round trip or two; meanwhile all of them are in
+        memory a second time, encoded.
+
         Raises:
             IntegrityError: values that no block may hold, see `BlockValues.refuse_unstorable`.
+            StorageError: a chunk cannot be written; no other write is under way any more, and the block is pending.
         """
         rows = self.layout.block_slice(block)
         values.refuse_unstorable(self.layout, rows)
+        chunks: dict[str, npt.NDArray[Any]] = {name: values.pooled[name] for name in self.layout.pooling}
+        chunks |= {"label_ids": values.label_ids, "status": values.status}
         with storage_errors(self.root.url):
-            for name in self.layout.pooling:
-                self._array(name)[rows] = values.pooled[name]
-            self._array("label_ids")[rows] = values.label_ids
-            self._array("status")[rows] = values.status
-            self._array("commit")[block] = np.frombuffer(values.digest(self.layout.pooling), np.uint8)
+            arrays = self._block_arrays
+            # Leaving waits for all of them: none may arrive after the commit, or after another's error was raised.
+            with ThreadPoolExecutor(len(chunks)) as threads:
+                writes = [threads.submit(arrays[name].__setitem__, rows, chunk) for name, chunk in chunks.items()]
+                digest = values.digest(self.layout.pooling)
+            for write in writes:
+                write.result()
+            arrays["commit"][block] = np.frombuffer(digest, np.uint8)
 
     def read_block(self, block: int) -> BlockValues:
         """One block as stored, not checked against its commit.
@@ -350,6 +360,11 @@ class Version:
         return commits
 
     # Arrays
+
+    @cached_property
+    def _block_arrays(self) -> dict[str, zarr.Array[Any]]:
+        """What blocks are written to, opened once: in a bucket each array's metadata is a request."""
+        return {name: self._array(name) for name in (*self.layout.pooling, "label_ids", "status", "commit")}
 
     def _array(self, name: str) -> zarr.Array[Any]:
         array: Any = self.group[name]

@@ -22,6 +22,8 @@ from extract.distributed import GROUP_TIMEOUT
 WRITES_PER_S, READS_PER_S = 1000.0, 5000.0
 DOUBLING_S = 20 * 60.0
 LIST_PAGE = 1000
+ONE_REQUEST_BYTES = 8 * 2**20
+"""A larger object is sent in two requests by google-cloud-storage: the first asks where to send it."""
 CLASS_A_USD, CLASS_B_USD = 0.005 / 1000, 0.0004 / 1000
 STORAGE_USD_GB_MONTH = 0.020
 
@@ -37,7 +39,8 @@ TABLE_BYTES_A_ROW = 93
 CLASSES = 60
 """Bool labels of a row that a trainer keeps."""
 
-_CHECKSUM = 4
+CHECKSUM_BYTES = 4
+"""Of every chunk."""
 _ARRAYS_BESIDE_POOLED = ("label_ids", "status", "commit", "tile", *COLUMN_DTYPES, "seal")
 
 
@@ -85,21 +88,26 @@ class Cache:
         return self.chunks + self.pooled + len(_ARRAYS_BESIDE_POOLED) + 2 + 1
 
     @property
+    def vector_bytes(self) -> int:
+        """Of a row in one array of embeddings."""
+        return self.width * POOLED_DTYPE.itemsize
+
+    @property
     def bytes_a_row(self) -> int:
         """Of the arrays that blocks are written to, without checksums and commits."""
-        vectors = self.pooled * self.width * POOLED_DTYPE.itemsize
-        return vectors + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize + STATUS_DTYPE.itemsize
+        return self.pooled * self.vector_bytes + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize + STATUS_DTYPE.itemsize
 
     @property
     def bytes(self) -> int:
         """Of the chunks; a short last one is stored as large as the others."""
-        blocks = self.blocks * (self.block_rows * self.bytes_a_row + DIGEST_BYTES + self.chunks_a_block * _CHECKSUM)
+        checksums = self.chunks_a_block * CHECKSUM_BYTES
+        blocks = self.blocks * (self.block_rows * self.bytes_a_row + DIGEST_BYTES + checksums)
         chunk_rows = min(self.rows, TABLE_CHUNK_ROWS)
-        columns = sum(chunk_rows * dtype.itemsize + _CHECKSUM for dtype in COLUMN_DTYPES.values())
+        columns = sum(chunk_rows * dtype.itemsize + CHECKSUM_BYTES for dtype in COLUMN_DTYPES.values())
         # vlen-utf8: a count, then a length before every string, those of the last chunk's padding too.
-        names = 4 + 4 * chunk_rows + _CHECKSUM
+        names = 4 + 4 * chunk_rows + CHECKSUM_BYTES
         named = 22 * self.rows if self.name_bytes is None else self.name_bytes
-        return blocks + self.table_chunks * (columns + names) + named + DIGEST_BYTES + _CHECKSUM
+        return blocks + self.table_chunks * (columns + names) + named + DIGEST_BYTES + CHECKSUM_BYTES
 
 
 @dataclass(frozen=True)
@@ -119,10 +127,9 @@ class Requests:
 
     @classmethod
     def of(cls, cache: Cache, ranks: int = 1) -> "Requests":
-        """With every tile labelled. Writing a block looks at the metadata of its arrays; rank 0 reads every commit four
-        times (what is pending, the recheck, twice for the seal) and every block once; each rank reads the tile table,
-        rank 0 three times in all."""
-        per_block = cache.chunks_a_block + 4 + (cache.chunks_a_block - 1)
+        """With every tile labelled. Rank 0 reads every commit four times (what is pending, the recheck, twice for the
+        seal) and every block once; each rank reads the tile table, rank 0 three times in all."""
+        per_block = 4 + (cache.chunks_a_block - 1)
         table = cache.table_chunks * (1 + len(COLUMN_DTYPES)) * (ranks + 2)
         return cls(
             lists=2 * -(-cache.rows // LIST_PAGE),
@@ -168,6 +175,18 @@ class Ramp:
 def tiles_per_s(model: str) -> float:
     """Of one H100, its feed keeping up."""
     return MATMUL_FLOPS * EFFICIENCY / TILE_FLOP[model]
+
+
+def write_s(chunk_bytes: float, round_trip_s: float, bytes_s: float) -> float:
+    """Seconds to write a block into a bucket: its chunks side by side, and then its commit.
+
+    Args:
+        chunk_bytes: of the largest chunk.
+        round_trip_s: of a request.
+        bytes_s: that one request uploads a second.
+    """
+    requests = 2 if chunk_bytes > ONE_REQUEST_BYTES else 1
+    return (requests + 1) * round_trip_s + chunk_bytes / bytes_s
 
 
 def gpu_hours(tiles: int, model: str) -> float:

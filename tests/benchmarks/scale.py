@@ -1,4 +1,4 @@
-"""Measures of scale: the simulator against a real run of two ranks, and what it says of up to 1,024."""
+"""Measures of scale: the simulator against a real run of two ranks, what it says of up to 1,024, and a second host."""
 
 import itertools
 import os
@@ -15,11 +15,12 @@ import numpy as np
 from extract.source import CONCURRENT_READS
 from tests.checkpoints import make_checkpoint
 
-from .arithmetic import DECODE_S, READS_PER_S, WRITES_PER_S, Cache, Ramp, tiles_per_s
+from .arithmetic import CHECKSUM_BYTES, DECODE_S, READS_PER_S, WRITES_PER_S, Cache, Ramp, tiles_per_s, write_s
 from .fixtures import WORKERS, Fixtures, make_small_tiles
 from .measure import Bound, Figure, run_rounds
 from .processes import run_apart
 from .recording import Recording, record_extraction
+from .scale_hosts import measure_hosts
 from .schedule import RESTARTS, Costs, Outcome, Restart, Samples, Setting, simulate
 
 ROUNDS = 3
@@ -78,7 +79,7 @@ def measure_simulation(fixtures: Fixtures) -> list[Figure]:
     return [*_simulate_many_ranks(recorded), *_simulate_preemption(recorded), _simulate_cold_bucket(recorded)]
 
 
-MEASURES = {"prediction": measure_prediction, "simulation": measure_simulation}
+MEASURES = {"prediction": measure_prediction, "simulation": measure_simulation, "hosts": measure_hosts}
 
 
 def _simulate_many_ranks(recorded: Costs) -> list[Figure]:
@@ -203,20 +204,20 @@ def _predict(setting: Setting, costs: Costs) -> float:
 def scale_costs(recorded: Costs, setting: Setting, model: str) -> Costs:
     """Spreads as recorded, means of an H100's rank that reads from a bucket and writes to one.
 
-    A tile and its label are fetched one after the other, 32 of them at a time; a worker decodes on a core; the metadata
-    and the chunk of each of a block's five arrays are a round trip each, one after the other.
+    A tile and its label are fetched one after the other, 32 of them at a time; a worker decodes on a core; a block's
+    chunks are written side by side, and then its commit.
     """
 
     def move(samples: Samples, mean: float) -> Samples:
         """What delayed a batch of a millisecond does not grow with the batch."""
         return np.maximum(samples - samples.mean() + mean, 0.0)
 
-    batch, block_bytes = setting.batch, setting.block_rows * Cache(setting.tiles).bytes_a_row
+    batch, vectors = setting.batch, setting.block_rows * Cache(setting.tiles).vector_bytes + CHECKSUM_BYTES
     return Costs(
         fetch=move(recorded.fetch, 2 * ROUND_TRIP_S * batch / CONCURRENT_READS),
         decode=move(recorded.decode, DECODE_S * batch),
         device=recorded.device * (batch / tiles_per_s(model) / recorded.device.mean()),
-        write=move(recorded.write, 10 * ROUND_TRIP_S + block_bytes / UPLOAD_BYTES_S),
+        write=move(recorded.write, write_s(vectors, ROUND_TRIP_S, UPLOAD_BYTES_S)),
         start=START_S,
     )
 

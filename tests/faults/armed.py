@@ -65,7 +65,7 @@ class Fired:
 
     Attributes:
         key: of the operation.
-        puts: of this process before it.
+        puts: that this process had begun before it.
         pids: all ranks and their launcher, or the process itself.
     """
 
@@ -96,7 +96,7 @@ class _Fuse:
                 self._met += 1
                 if self._met == charge.nth:
                     self._fire(key)
-            self._puts += (operation, when) == ("put", "after")
+            self._puts += (operation, when) == ("put", "before")
 
     def _fire(self, key: str) -> None:
         charge, launcher = self._charge, os.getppid()

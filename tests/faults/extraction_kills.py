@@ -30,13 +30,13 @@ _TIMEOUT_S = 120.0
 _PROJECT_ROOT = str(Path(__file__).parents[2])
 _ARMED_MODULE = Charge.__module__
 _POINTS: dict[str, dict[str, Any]] = {
-    "before a block's first put": {"key": r"(^|/)cls/c/"},
-    "between two arrays": {"key": r"(^|/)label_ids/c/"},
+    "before a block's chunk": {"key": r"(^|/)cls/c/"},
     "while a chunk is written": {"key": r"(^|/)patch_mean/c/", "when": "during"},
+    "between two arrays": {"key": r"(^|/)label_ids/c/", "when": "after"},
     "before the commit": {"key": r"(^|/)commit/c/"},
     "after the commit": {"key": r"(^|/)commit/c/", "when": "after"},
 }
-"""Moments in the life of a block, by name."""
+"""Moments in the life of a block, by name. Chunks are written side by side: chance decides which others are there."""
 _LAST_POINTS: dict[str, dict[str, Any]] = {
     "before the seal": {"key": r"(^|/)seal/c/"},
     "before `current` moves": {"key": r"^current$"},
@@ -131,7 +131,7 @@ def run_extraction_kills(folder: Path, kills: int, seed: int, cache: str | None 
     differing = sorted(key for key in undisturbed.keys() | left.keys() if undisturbed.get(key) != left.get(key))
     assert not differing, f"the killed extraction left something else than the undisturbed one: {differing}"
     later = sum(count > 0 for count in puts)
-    print(f"{kills} kills, {later} of them after the first put of their run", flush=True)
+    print(f"{kills} kills, {later} of them after the first put of their run had begun", flush=True)
     assert later >= 0.6 * kills, "too many kills came before there was anything to lose"
     return [{"fault": f"extract: {fault}", "tried": n, "survived": n} for fault, n in sorted(tried.items())]
 

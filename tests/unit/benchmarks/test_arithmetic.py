@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from google.cloud import storage
@@ -12,11 +12,12 @@ from transformers import DINOv3ViTConfig
 
 from cache_schema import CacheRoot
 from cache_schema.creation import create_arrays
+from cache_schema.gcs_objects import GcsObjects
 from cache_schema.layout import DIGEST_BYTES, TABLE_CHUNK_ROWS
 from cache_schema.table import COLUMN_DTYPES
 from extract.backbone import count_flop
 from tests.benchmarks import arithmetic, scale_page
-from tests.benchmarks.arithmetic import Cache, Ramp, Requests
+from tests.benchmarks.arithmetic import ONE_REQUEST_BYTES, Cache, Ramp, Requests, write_s
 from tests.caches import WIDTH, make_provenance, make_recorded, make_table, make_values
 from tests.proxy import Proxy
 
@@ -81,6 +82,20 @@ def test_a_bucket_is_asked_as_often_as_the_page_counts(bucket: storage.Bucket, p
     assert writes[1] - writes[0] == large.cache_writes - small.cache_writes
     # Of rank 0's three, the one that plans its blocks is not in `fill_cache`.
     assert table_reads == [2, 2]
+
+
+def test_an_object_above_8_mib_takes_a_second_request(bucket: storage.Bucket, proxy: Proxy) -> None:
+    objects = GcsObjects(f"gs://{bucket.name}")
+    for size in (ONE_REQUEST_BYTES, ONE_REQUEST_BYTES + 1):
+        objects.upload(str(size), bytes(size))
+    # The second one of the larger object goes where the first was told to send it.
+    asked = [parse_qs(urlsplit(path).query) for path in proxy.asked if path.startswith("/upload/")]
+    assert [query["uploadType"] for query in asked] == [["multipart"], ["resumable"]]
+
+
+def test_a_block_takes_a_round_trip_for_its_chunks_and_one_for_its_commit() -> None:
+    assert write_s(ONE_REQUEST_BYTES, 0.05, 1e8) == pytest.approx(2 * 0.05 + 0.08388608)
+    assert write_s(ONE_REQUEST_BYTES + 1, 0.05, 1e8) == pytest.approx(3 * 0.05 + 0.08388609)
 
 
 def test_the_larger_block_starts_above_a_million_rows() -> None:
