@@ -31,7 +31,7 @@ STORAGE_USD_GB_MONTH = 0.020
 MATMUL_FLOPS, EFFICIENCY = 798e12, 0.80
 TILE_FLOP = {"vitl16 at 224": 125.5e9, "vitl16 at 512": 727e9, "vit7b16 at 224": 2.72e12, "vit7b16 at 512": 14.5e12}
 TILE_BYTES = 340_000
-DECODE_S = 0.005
+DECODE_S = 0.002
 """Of such a tile, a PNG of 512 px, on one core."""
 LISTING_BYTES_A_ROW = 186
 TABLE_BYTES_A_ROW = 93

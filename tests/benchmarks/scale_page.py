@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from cache_schema.layout import LABEL_ID_COLUMNS, LABEL_IDS_DTYPE, POOLED_DTYPE, STATUS_DTYPE
+from cache_schema.layout import LABEL_ID_COLUMNS, POOLED_DTYPE, STATUS_DTYPE
 
 from .arithmetic import (
     CLASSES,
@@ -74,14 +74,11 @@ def make_tables() -> dict[str, str]:
     """Per name the Markdown that stands between `<!-- NAME -->` and `<!-- end -->` in the page."""
     pace = {model: tiles_per_s(model) for model in TILE_FLOP}
     held = {rows: rows * 1024 * POOLED_DTYPE.itemsize for rows in SIZES}
-    labels = LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize + STATUS_DTYPE.itemsize + CLASSES
+    labels = LABEL_ID_COLUMNS // 8 + STATUS_DTYPE.itemsize + CLASSES
     reads, writes = Ramp(READS_PER_S), Ramp(WRITES_PER_S)
-    scan = Cache(SIZES[-1]).bytes_a_row
     alone = [
         ("listing, at 0.1 s a page", 0.1 / LIST_PAGE),
         ("listing, at 0.5 s a page", 0.5 / LIST_PAGE),
-        ("reading the cache for the recheck, at 1 GB/s", scan / 1e9),
-        ("reading the cache for the recheck, at 100 MB/s", scan / 1e8),
     ]
     return {
         "cache": _by_size(
