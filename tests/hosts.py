@@ -51,10 +51,13 @@ class Host:
         """Run a short command to its end; returns what it printed."""
         return _run(self.wrap(command))
 
-    def start(self, command: Sequence[object], *, env: Mapping[str, str], **options: Any) -> "subprocess.Popen[str]":
+    def start(
+        self, command: Sequence[object], *, cwd: Path, env: Mapping[str, str], **options: Any
+    ) -> "subprocess.Popen[str]":
         """Start a command here; gloo and NCCL are told of the one interface that leads to the others."""
         told = {**env, "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}
-        return subprocess.Popen(self.wrap(command), env=told, text=True, **options)
+        # Not Popen's cwd: entering the namespace of mounts leads to its root.
+        return subprocess.Popen(self.wrap(["env", f"--chdir={cwd}", *command]), env=told, text=True, **options)
 
     def unplug(self) -> None:
         """Take the cable out: nothing arrives or leaves any more, and nobody is told."""
