@@ -17,6 +17,7 @@ import torch.distributed as dist
 from cache_schema import TileprobeError
 
 from .errors import ConfigError
+from .peers import read_peer_timeout, watch_peers
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ Counter = Callable[[int], int]
 """`add(n)` gives the total of all ranks after adding n."""
 
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for another before the job ends with a message; longer than the slowest single block."""
+"""How long a rank waits for one that lives, above all for rank 0 while it lists; of one that is gone, see `peers`."""
 
 
 class ToldByMainError(TileprobeError):
@@ -153,10 +154,10 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
             threads (torchrun alone would give it one).
 
     Raises:
-        ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
+        ConfigError: CUDA asked for and not there, fewer GPUs than local ranks, or PEER_TIMEOUT is no time.
     """
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = choose_device(device, local_rank, local_world)
+    chosen, peer_timeout = choose_device(device, local_rank, local_world), read_peer_timeout()
     store: dist.Store
     if "RANK" in os.environ:
         shared, rank, world_size = next(dist.rendezvous("env://", timeout=GROUP_TIMEOUT))
@@ -176,7 +177,8 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
     if chosen.type == "cpu":
         torch.set_num_threads(ranks.cores)
     try:
-        yield ranks
+        with watch_peers(dist.PrefixStore("peers", store), rank, world_size, peer_timeout):
+            yield ranks
     except RuntimeError as error:
         if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise PeerLostError(f"rank {rank} lost touch with the other ranks: see their messages") from error
