@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cache_schema import TileprobeError
 
 from .errors import ConfigError
-from .peers import read_peer_timeout, watch_peers
+from .peers import REMEDY, read_peer_timeout, watch_peers
 
 _log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def join_ranks(device: str = "auto") -> Iterator[Ranks]:
             yield ranks
     except RuntimeError as error:
         if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise PeerLostError(f"rank {rank} lost touch with the other ranks: see their messages") from error
+            raise PeerLostError(f"rank {rank} lost touch with the other ranks: see their messages; {REMEDY}") from error
         raise
     finally:
         dist.destroy_process_group()

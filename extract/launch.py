@@ -22,6 +22,8 @@ def main() -> None:
 
 
 def _launch() -> None:
+    # A connection that ends is a warning to PyTorch's C++ part, here and in the ranks, with a stack trace of its own.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException

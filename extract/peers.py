@@ -18,6 +18,7 @@ from .errors import ConfigError
 
 VARIABLE = "PEER_TIMEOUT"
 """Seconds of silence after which a rank is lost, in the environment; make hands on what its command line sets."""
+REMEDY = "once all machines and the network are there, the same command goes on, a trainer's with ARGS=--resume"
 _TIMEOUT_S = 120.0  # as long as the owner of a cache may be silent; a machine that moves to another host is faster
 _LOOKS = 20
 _LEFT = "left"
@@ -113,8 +114,7 @@ class _PeerWatch:
         host = self._last[peer].partition(" ")[2]
         print(
             f"\nerror: rank {peer}{host and f' on {host}'} has not been heard of for {self._timeout_s:g} s "
-            f"({VARIABLE}), so rank {self._rank} ends: once its machine and the network are back, run the same "
-            "command again on all nodes, a trainer with ARGS=--resume",
+            f"({VARIABLE}), so rank {self._rank} ends: {REMEDY}",
             file=sys.stderr,
             flush=True,
         )
