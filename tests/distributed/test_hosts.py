@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 BUCKET = "between-hosts"
 SERVER = f"{SWITCH}:4443"
 TIMEOUT_S = 150
+LISTENING, CONNECTED = ("local", "0A"), ("remote", "01")
 SILENCE_S = 6
 """Enough for a rank that is only slow, on a machine with other work to do."""
 SCENES, PER_SCENE, BLOCK = 16, 56, 256
@@ -105,7 +106,7 @@ class Site:
                 started[node] = node.start(
                     command,
                     cwd=self.find(node),
-                    env=env | ({"PET_RDZV_CONF": "last_call_timeout=1"} if ":" in nnodes else {}),
+                    env=env | ({"PET_RDZV_CONF": "last_call_timeout=8"} if ":" in nnodes else {}),
                     stdout=log,
                     stderr=subprocess.STDOUT,
                 )
@@ -129,9 +130,7 @@ def open_site(made: Made, folder: Path, count: int) -> Iterator[Site]:
     with join_hosts(count) as (*nodes, switch), (folder / "server.log").open("w") as log:
         serve = [*make_server_command(SERVER), "-backend", "filesystem", "-filesystem-root", made.objects.parent]
         server = switch.start(serve, cwd=folder, env=os.environ, stdout=log, stderr=subprocess.STDOUT)
-        port = f":{int(SERVER.rpartition(':')[2]):04X} "
-        listening = Path(f"/proc/{switch.first}/net/tcp")
-        wait_until(lambda: port in listening.read_text(), server)
+        wait_until(lambda: LISTENING in list_connections(switch), server)
         yield Site(made, folder, nodes)
 
 
@@ -141,6 +140,15 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def list_connections(host: Host) -> set[tuple[str, str]]:
+    """Of a host's TCP sockets with the bucket's server: which end that is, and the state, as the kernel puts it."""
+    port = f"{int(SERVER.rpartition(':')[2]):04X}"
+    lines = [line.split() for line in Path(f"/proc/{host.first}/net/tcp").read_text().splitlines()[1:]]
+    ends = ((("local", line[1]), ("remote", line[2])) for line in lines)
+    states = [line[3] for line in lines]
+    return {(end, state) for pair, state in zip(ends, states, strict=True) for end, at in pair if at.endswith(port)}
 
 
 def list_blocks(made: Made, cache: str) -> dict[str, list[tuple[str, int]]]:
@@ -232,10 +240,12 @@ def test_a_host_cut_off_ends_the_job_and_costs_no_block(made: Made, tmp_path: Pa
 
 
 def test_an_elastic_extraction_goes_on_without_the_hosts_it_loses(made: Made, tmp_path: Path) -> None:
-    """Of three hosts one is switched off and one cut off; the first does the rest."""
+    """Of three hosts one is switched off and one cut off; the first does the rest, whichever loss it notices first."""
     with open_site(made, tmp_path, 3) as site:
         first, cut_off, off = site.nodes
         started = site.start("extract", "1:3", **name_extraction("elastic"))
+        # A host that is late makes all start again; once it reads tiles, it is among them.
+        wait_until(lambda: all(CONNECTED in list_connections(node) for node in site.nodes), started[first])
         wait_until(lambda: len(list_blocks(made, "elastic")) >= 1, started[first])
         cut_off.unplug()
         off.kill()
@@ -243,8 +253,8 @@ def test_an_elastic_extraction_goes_on_without_the_hosts_it_loses(made: Made, tm
         assert started[first].wait(timeout=TIMEOUT_S) == 0, site.read_log(first, "extract")
         said = site.read_log(first, "extract")
     assert len(kept) < -(-TILES // BLOCK), "it was over before a host could be lost"
-    assert f"has not been heard of for {SILENCE_S} s" in said
-    assert "is taken over from it" in said
+    assert "has not been heard of" in said or "lost touch" in said
+    assert [int(line.split()[0].replace(",", "")) for line in said.splitlines() if " to do in " in line][0::2] == [TILES]
     after = list_blocks(made, "elastic")
     assert {block: after[block] for block in kept} == kept
     assert_same_cache(made, "elastic")
@@ -263,7 +273,8 @@ def test_trainers_on_two_hosts_give_what_one_process_does(made: Made, tmp_path: 
         tune = {"CACHE": made.cache, "RUN": f"gs://{BUCKET}/runs/finetune", "UNFREEZE": UNFREEZE}
         started = site.start("finetune", "2", **tune, ARGS=f"{args} --workers 0")
         saved = made.objects / "runs" / "finetune-001" / "checkpoints"
-        wait_until(lambda: len(list(saved.glob("*.json"))) >= 1, started[first])
+        # The first is the run's beginning.
+        wait_until(lambda: len(list(saved.glob("*.json"))) >= 2, started[first])
         off.kill()
         assert started[first].wait(timeout=TIMEOUT_S) != 0
         said = site.read_log(first, "finetune")
