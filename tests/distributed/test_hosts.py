@@ -254,7 +254,9 @@ def test_an_elastic_extraction_goes_on_without_the_hosts_it_loses(made: Made, tm
         said = site.read_log(first, "extract")
     assert len(kept) < -(-TILES // BLOCK), "it was over before a host could be lost"
     assert "has not been heard of" in said or "lost touch" in said
-    assert [int(line.split()[0].replace(",", "")) for line in said.splitlines() if " to do in " in line][0::2] == [TILES]
+    assert [int(line.split()[0].replace(",", "")) for line in said.splitlines() if " to do in " in line][0::2] == [
+        TILES
+    ]
     after = list_blocks(made, "elastic")
     assert {block: after[block] for block in kept} == kept
     assert_same_cache(made, "elastic")
