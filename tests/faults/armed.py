@@ -18,12 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+# Imported here, as extract.run is, for the processes that are forked from one which has loaded this module.
 import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401
 from zarr.storage import LocalStore
 
 import cache_schema.creation
-
-# Imported here for the processes that are forked from one which has loaded this module.
 import extract.run  # noqa: F401
 from cache_schema.gcs import GcsStore
 from cache_schema.gcs_objects import GcsObjects
