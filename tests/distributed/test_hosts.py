@@ -281,7 +281,7 @@ def test_trainers_on_two_hosts_give_what_one_process_does(made: Made, tmp_path: 
         assert started[first].wait(timeout=TIMEOUT_S) != 0
         said = site.read_log(first, "finetune")
         assert "head starts from gs://" in said
-        assert "error: rank 0 lost touch with the other ranks" in said
+        assert "error: rank 0 lost touch with the other ranks" in said or "error: rank 1 on node1 has not been" in said
     assert not (made.objects / "runs" / "finetune-001" / "metrics.json").exists()
     again = tmp_path / "again"
     again.mkdir()
