@@ -19,6 +19,7 @@ from cache_schema import TileprobeError
 
 from .agreement import NOTHING_ASKED, Asked, Member, decline, settle
 from .errors import AgreementError, ConfigError
+from .peers import REMEDY, read_peer_timeout, watch_peers
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ Counter = Callable[[int], int]
 """`add(n)` gives the total of all ranks after adding n."""
 
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for another before the job ends with a message; longer than the slowest single block."""
+"""How long a rank waits for one that lives, above all for rank 0 while it lists; of one that is gone, see `peers`."""
 _DECLINE_TIMEOUT = timedelta(seconds=30)
 """How long a rank that ends before it has joined tries to tell the others."""
 _arrived = threading.Event()
@@ -175,11 +176,11 @@ def join_ranks(device: str = "auto", asked: Asked = NOTHING_ASKED) -> Iterator[R
         asked: what all ranks must have been asked alike.
 
     Raises:
-        ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
+        ConfigError: CUDA asked for and not there, fewer GPUs than local ranks, or PEER_TIMEOUT is no time.
         AgreementError: on rank 0, nodes that do not belong together; on the others `ToldByMainError`.
     """
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen = choose_device(device, local_rank, local_world)
+    chosen, peer_timeout = choose_device(device, local_rank, local_world), read_peer_timeout()
     store: dist.Store
     if "RANK" in os.environ:
         store, rank, world_size = _open_store(GROUP_TIMEOUT)
@@ -200,10 +201,11 @@ def join_ranks(device: str = "auto", asked: Asked = NOTHING_ASKED) -> Iterator[R
     if chosen.type == "cpu":
         torch.set_num_threads(ranks.cores)
     try:
-        yield ranks
+        with watch_peers(dist.PrefixStore("peers", store), rank, world_size, peer_timeout):
+            yield ranks
     except RuntimeError as error:
         if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise PeerLostError(f"rank {rank} lost touch with the other ranks: see their messages") from error
+            raise PeerLostError(f"rank {rank} lost touch with the other ranks: see their messages; {REMEDY}") from error
         raise
     finally:
         dist.destroy_process_group()

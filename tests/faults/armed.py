@@ -15,17 +15,15 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-# Imported here for the processes that are forked from one which has loaded this module.
+# Imported here, as extract.run is, for the processes that are forked from one which has loaded this module.
 import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401
 from zarr.storage import LocalStore
 
 import cache_schema.creation
-import extract.distributed
-import extract.run
+import extract.run  # noqa: F401
 from cache_schema.gcs import GcsStore
 from cache_schema.gcs_objects import GcsObjects
 from extract.__main__ import run
@@ -79,7 +77,7 @@ def arm(charge: Charge | None) -> None:
     cache_schema.creation.choose_block_rows = lambda rows: BLOCK_ROWS  # type: ignore[assignment]
     if charge:
         if charge.signal == signal.SIGSTOP:
-            extract.distributed.GROUP_TIMEOUT = timedelta(seconds=20)
+            os.environ["PEER_TIMEOUT"] = "20"
         _watch_stores(_Fuse(charge).note)
 
 
