@@ -27,7 +27,8 @@ class Host:
     def __init__(self, name: str, address: str, within: "Host | None" = None) -> None:
         self.name = name
         self.address = address
-        entry = within.wrap([]) if within else []
+        # The switch ends with this process, and all hosts with the switch they were made in.
+        entry = within.wrap([]) if within else ["setpriv", "--pdeathsig", "KILL"]
         user = [] if within or os.geteuid() == 0 else ["--user", "--map-root-user"]
         script = f"hostname {name} && ip link set lo up && echo ready && exec sleep infinity"
         # The kernel ends everything in a PID namespace with its first process, and --kill-child ends that with this.
