@@ -112,8 +112,12 @@ class Ranks:
         """Feed processes of this rank: as asked, else one per core that computing leaves."""
         return max(1, self.cores - 1) if asked is None else asked
 
-    def run_on_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T], tell: Callable[[T], T] = lambda result: result) -> T:
         """Run `work` on rank 0 and give its result to all; an error a user can act on ends every rank.
+
+        Args:
+            work: what to run.
+            tell: what the other ranks get of the result, where all of it would be too much.
 
         Raises:
             TileprobeError: on rank 0, what `work` raised; on the others `ToldByMainError`.
@@ -121,16 +125,17 @@ class Ranks:
         outcome: list[T | TileprobeError | None] = [None]
         if self.is_main:
             try:
-                outcome[0] = work()
+                result = work()
+                outcome[0] = tell(result)
             except TileprobeError as error:
                 _log.debug("where the error arose:", exc_info=True)
                 outcome[0] = error.with_traceback(None)
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0, device=self.device)
-        result = outcome[0]
-        if isinstance(result, TileprobeError):
-            raise result if self.is_main else ToldByMainError(str(result))
-        return result  # type: ignore[return-value]
+        told = outcome[0]
+        if isinstance(told, TileprobeError):
+            raise told if self.is_main else ToldByMainError(str(told))
+        return result if self.is_main else told  # type: ignore[return-value]
 
     def run_everywhere(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank and give each its own result; if it fails on one, all end and rank 0 says why."""

@@ -48,7 +48,8 @@ class Tiles(Protocol):
         """This rank's share of every global batch of an epoch, from `first_step` on."""
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Inputs of the rows in `share`, in its order and unpadded."""
+        """Inputs of the rows in `share`, in its order and unpadded; what a backbone is to run on, in as many batches on
+        every rank."""
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
@@ -60,3 +61,12 @@ def epoch_order(rows: int, seed: int, epoch: int) -> Tensor:
 def take_share(rows: Tensor, ranks: Ranks) -> Tensor:
     """Every world_size-th of `rows`, beginning at this rank; unlike DistributedSampler, nothing is repeated."""
     return rows[ranks.rank :: ranks.world_size]
+
+
+def split_evenly(share: Tensor, total: int, size: int, ranks: Ranks) -> list[Tensor]:
+    """A rank's share of `total` rows in parts of `size`, on every rank as many as an even share has, so that the last
+    may hold nothing: ranks that share out a model's weights compute together or not at all. Where shares are not even,
+    as those of streamed blocks, a larger one has larger parts."""
+    count = max(1, -(-total // (ranks.world_size * size)))
+    mine = max(size, -(-len(share) // count))
+    return [share[part * mine : (part + 1) * mine] for part in range(count)]

@@ -90,6 +90,19 @@ class LoadedCheckpoint:
     meta: CheckpointMeta
     optimizer: dict[str, Any] | None
 
+    def outline(self) -> Self:
+        """The same with tensors on the meta device, names and shapes alone: for ranks that are sent the values later,
+        one by one."""
+        optimizer = self.optimizer
+        if optimizer is not None:
+            state = {number: _outline(held) for number, held in optimizer["state"].items()}
+            optimizer = {**optimizer, "state": state}
+        return replace(self, tensors=_outline(self.tensors), optimizer=optimizer)
+
+
+def _outline(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+
 
 def save_checkpoint(
     directory: Path, tensors: dict[str, Tensor], meta: CheckpointMeta, optimizer: dict[str, Any] | None = None

@@ -83,6 +83,7 @@ class TrainConfig:
         save_steps: steps between checkpoints within an epoch; 0 makes none.
         accumulate: parts a rank's share of a batch is computed in.
         grad_checkpoint: compute trained layers again in the backward pass instead of keeping what they gave.
+        shard: share out trained layers, their gradients and AdamW's moments over the ranks.
         cache_prefix: keep on disk what enters the trained layers, and run the frozen ones once.
         scratch: folder for that.
         large_prefix: keep it even where it takes more than 50 GiB.
@@ -121,6 +122,7 @@ class TrainConfig:
     save_steps: int = 500
     accumulate: int = 1
     grad_checkpoint: bool = False
+    shard: bool = False
     layer_decay: float = 1.0
     cache_prefix: bool = False
     scratch: str = field(default=SCRATCH, metadata=PER_NODE)
@@ -157,6 +159,10 @@ class TrainConfig:
             raise TrainError(
                 "--views, --jitter and --crop-scale change pixels, and cached vectors have none: "
                 "set UNFREEZE=1 or more, or leave them out"
+            )
+        if self.shard and not self.unfreeze:
+            raise TrainError(
+                "--shard shares out trained layers, and UNFREEZE=0 trains none: set UNFREEZE=1 or more, or leave it out"
             )
         if self.cache_prefix and (self.jitter or self.crop_scale < 1):
             raise TrainError(
@@ -228,6 +234,7 @@ class TrainConfig:
             resume=True,
             device=self.device,
             workers=self.workers,
+            shard=self.shard,
             memory_budget=self.memory_budget or stored.memory_budget,
         )
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from cache_schema import Status, Version
 from extract.agreement import Asked
 from extract.backbone import Backbone, Checkpoint
@@ -19,14 +21,16 @@ from .model import Head
 from .run import check_run, resolve_config
 from .sampling import count_epoch
 from .sets import Sets, read_sets
-from .step import use_amp
+from .shards import describe_shards
+from .step import use_amp, use_shards
 from .step_zero import choose_block
 
 _KEPT = {"float32": 76, "autocast": 46, "checkpointed": 4}
 """Bytes per token, layer and unit of width that wait for the backward pass, as counted by autograd's own hooks on the
 256- to 1024-wide layers of this architecture (torch 2.13); a test counts them anew."""
 _TRAINED = 16
-"""Bytes a parameter in training: itself, its gradient, and the two moments of AdamW."""
+"""Bytes a parameter in training: itself, its gradient, and the two moments of AdamW. In shards, as many again for each
+of one layer: whole while it computes, as are its gradient, what of that is on its way, and the next layer."""
 
 
 def describe_training(config: TrainConfig) -> dict[str, Any] | None:
@@ -76,6 +80,7 @@ def _describe(config: TrainConfig, ranks: Ranks) -> tuple[list[str], dict[str, A
         *sets.notes,
         *notes,
         *room,
+        *([describe_shards(ranks)] if config.shard else ()),
         f"would train {training['tensors']:,} tensors ({training['parameters']:,} parameters): the last "
         f"{config.unfreeze} layers, the final norm and the head",
         f"{sizes['train']:,} tiles train, {sizes['val']:,} validate, {sizes['test']:,} test: {steps:,} steps an epoch "
@@ -113,19 +118,25 @@ def _describe_model(config: TrainConfig, sets: Sets, ranks: Ranks) -> dict[str, 
             "backbone_parameters": in_layers,
             "head_parameters": in_head,
         },
-        "memory": _estimate_memory(config, version, checkpoint, ranks, frozen, in_layers + in_head),
+        "memory": _estimate_memory(config, version, checkpoint, ranks, frozen, in_layers, in_head),
         "step_zero": _can_compare(version),
     }
 
 
 def _estimate_memory(
-    config: TrainConfig, version: Version, checkpoint: Checkpoint, ranks: Ranks, frozen: int, trained: int
+    config: TrainConfig,
+    version: Version,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    frozen: int,
+    in_layers: int,
+    in_head: int,
 ) -> dict[str, int]:
     """Bytes of one rank, what its libraries take left out.
 
     Args:
         config, version, checkpoint, ranks: of the run.
-        frozen, trained: parameters.
+        frozen, in_layers, in_head: parameters, the latter two trained.
     """
     precision: Any = version.provenance.precision
     amp = use_amp(config, ranks)
@@ -135,9 +146,13 @@ def _estimate_memory(
     kept = config.unfreeze * layer
     if config.grad_checkpoint:  # and one layer at a time whole again
         kept = config.unfreeze * unit * _KEPT["checkpointed"] + layer
+    held = trained = in_layers + in_head
+    if use_shards(config, ranks):
+        held = -(-trained // ranks.world_size) + in_layers // config.unfreeze
+    copies = trained if amp and not config.grad_checkpoint else 0  # autocast's, kept whole for the backward pass
     memory = {
         "weights": frozen * DTYPES[precision].itemsize,
-        "trained": trained * (_TRAINED + (2 if amp else 0)),  # autocast keeps a bf16 copy of each weight
+        "trained": held * _TRAINED + copies * torch.bfloat16.itemsize,
         "activations": kept,
     }
     return {**memory, "total": sum(memory.values()), "tiles_at_once": tiles}

@@ -49,7 +49,7 @@ def predict_logits(classifier: Classifier, tiles: Tiles, ranks: Ranks, *, amp: b
     classifier.eval()
     parts = []
     for inputs in tiles.iterate_share():
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp, cache_enabled=False):
             logits = classifier(inputs)
         parts.append(logits.float().cpu())
     mine = (tiles.share, torch.cat(parts)) if parts else None

@@ -3,9 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .rarest import average_rarest, find_rarest
 from .rows import LabelledRows
 from .rundir import RunDirectory
 from .sampling import count_epoch
+from .shards import gather_state, gather_tensors, send, send_state
 from .step import TrainStep, use_amp
 from .weights import compute_class_weights
 
@@ -106,11 +108,12 @@ class Trainer:
         self._step = TrainStep(classifier, config, weights, ranks)
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
-        """Go on after the epoch, or the step within one, that a checkpoint was saved at."""
+        """Go on after the epoch, or the step within one, that a checkpoint was saved at; rank 0 has it, the others its
+        outline."""
         if checkpoint.optimizer is None:
             raise CheckpointError("this checkpoint holds no optimiser state: it cannot be resumed")
-        load_tensors(self.classifier, checkpoint.tensors)
-        self._step.optimizer.load_state_dict(checkpoint.optimizer)
+        load_tensors(self.classifier, checkpoint.tensors, self._ranks)
+        send_state(checkpoint.optimizer, self._step.optimizer, self._ranks)
         meta = checkpoint.meta
         self._epoch, self._best, self._best_epoch, self._begun = meta.epoch, meta.best, meta.best_epoch, meta.begun
 
@@ -142,7 +145,12 @@ class Trainer:
                 logits = predict_logits(self.classifier, self._val.tiles, self._ranks, amp=self._amp)
                 self._epoch += 1
                 # What fails on rank 0 alone ends every rank.
-                over = self._ranks.run_on_main(partial(self._close_epoch, logits, trained, timing, started, bar, note))
+                closed = self._ranks.run_on_main(partial(self._close_epoch, logits, trained, timing, started))
+                if closed.best or closed.due:
+                    state = self._gather(optimizer=closed.due)
+                    self._ranks.run_on_main(partial(self._save_epoch, closed, state))
+                self._tell(closed, trained["train_loss"], timing, bar, note)
+                over = closed.over
         if self._epoch < self.config.epochs:
             note(
                 f"stopped early, after epoch {self._epoch} of {self.config.epochs}: no better {self.config.best_by} "
@@ -204,14 +212,15 @@ class Trainer:
         everywhere = total.clone()
         dist.all_reduce(everywhere)
         self._begun = Begun(steps, float(everywhere), int(clipped))
+        state = self._gather(optimizer=True)
 
         def save() -> None:
-            if not all(tensor.isfinite().all() for tensor in self.classifier.trained_tensors().values()):
+            if not all(tensor.isfinite().all() for tensor in state.tensors.values()):
                 raise TrainError(
                     f"the weights are no longer finite in epoch {self._epoch + 1}, after step {steps:,}: lower --lr, "
                     "or train without --amp; the checkpoints are as they were"
                 )
-            self._save(self._run.last, optimizer=True)
+            self._save(self._run.last, state)
             self._run.upload()
 
         self._ranks.run_on_main(save)
@@ -247,10 +256,8 @@ class Trainer:
         trained: dict[str, float],
         timing: EpochTiming,
         started: float,
-        bar: "tqdm[Any]",
-        note: Callable[[str], None],
-    ) -> bool:
-        """Rank 0: score the validation rows, leave all in the run directory, and say if this was the last epoch."""
+    ) -> "_ClosedEpoch":
+        """Rank 0: score the validation rows, leave the figures in the run directory, and say what is to be saved."""
         assert logits is not None
         # The very last step of an epoch can spoil the weights after its loss was still finite.
         spoilt = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
@@ -262,18 +269,6 @@ class Trainer:
             )
         metrics = score_epoch(logits, self._val.rows, self._val.counted, loss=self._loss)
         timing.val_s = time.perf_counter() - started
-        self._record(trained, metrics, timing, bar, note)
-        return self._is_over()
-
-    def _record(
-        self,
-        trained: dict[str, float],
-        metrics: dict[str, Any],
-        timing: EpochTiming,
-        bar: "tqdm[Any]",
-        note: Callable[[str], None],
-    ) -> None:
-        """Rank 0: history, best and last checkpoints, one line for the user."""
         figures = {name: value for name, value in metrics.items() if name != "per_class"}
         figures |= average_rarest(metrics, self._rarest)
         self._run.append_history(
@@ -281,17 +276,34 @@ class Trainer:
         )
         figures_of_cost = {**timing.__dict__, **report_device_peak(self._ranks.device)}
         self._run.append_timing({"epoch": self._epoch, **figures_of_cost, "tiles": self._epoch_tiles[self._epoch - 1]})
-        loss = trained["train_loss"]
         value = metrics[self.config.best_by]
         if value is None:
             raise TrainError("no validation tile shows any class: no epoch can be the best; give a larger VAL_CACHE")
-        if self._best is None or value > self._best:
+        best = self._best is None or value > self._best
+        if best:
             self._best, self._best_epoch = value, self._epoch
-            self._save(self._run.best)
-        if self._epoch % self.config.save_every == 0 or self._is_over():
+        over = self._is_over()
+        return _ClosedEpoch(metrics, best, over or self._epoch % self.config.save_every == 0, over)
+
+    def _save_epoch(self, closed: "_ClosedEpoch", state: "_State") -> None:
+        """Rank 0: the checkpoints that are due."""
+        if closed.best:
+            self._save(self._run.best, replace(state, optimizer=None))
+        if closed.due:
             sync(self._run.history)  # a checkpoint that outlived its history line could not be resumed
-            self._save(self._run.last, optimizer=True)
+            self._save(self._run.last, state)
             self._run.upload()
+
+    def _tell(
+        self,
+        closed: "_ClosedEpoch",
+        loss: float,
+        timing: EpochTiming,
+        bar: "tqdm[Any]",
+        note: Callable[[str], None],
+    ) -> None:
+        """One line for the user."""
+        metrics = closed.metrics
         bar.set_postfix_str(
             f"loss {loss:.4f}, F1 weighted {metrics['f1_weighted']:.3f}, mAP {metrics['map_macro']:.3f}", refresh=False
         )
@@ -301,10 +313,14 @@ class Trainer:
             f"tiles/s, {100 * timing.wait_s / timing.train_s:.0f} % of it waiting for tiles"
         )
 
-    def _save(self, directory: Any, *, optimizer: bool = False) -> None:
+    def _gather(self, *, optimizer: bool) -> "_State":
+        """What rank 0 is to save; every rank must call it."""
+        tensors = gather_tensors(self.classifier.trained_tensors(), self._ranks)
+        return _State(tensors, gather_state(self._step.optimizer, self._ranks) if optimizer else None)
+
+    def _save(self, directory: Path, state: "_State") -> None:
         meta = self._meta.at_epoch(self._epoch, self._best, self._best_epoch, self._begun)
-        state = self._step.optimizer.state_dict() if optimizer else None
-        save_checkpoint(directory, self.classifier.trained_tensors(), meta, state)
+        save_checkpoint(directory, state.tensors, meta, state.optimizer)
 
 
 def seed_dropout(seed: int, epoch: int, rank: int, steps: int = 0) -> None:
@@ -312,8 +328,13 @@ def seed_dropout(seed: int, epoch: int, rank: int, steps: int = 0) -> None:
     torch.manual_seed(((seed * 1_000_003 + epoch) * 8_191 + rank) ^ (steps << 40))
 
 
-def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor], ranks: Ranks | None = None) -> None:
     """Copy a checkpoint's tensors into the classifier.
+
+    Args:
+        classifier: whole or sharded.
+        tensors: by name.
+        ranks: where rank 0 alone has the tensors, and the others their outlines.
 
     Raises:
         CheckpointError: a name or a shape that this classifier does not have.
@@ -324,7 +345,28 @@ def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor]) ->
             raise CheckpointError(
                 f"tensor {name} {tuple(tensor.shape)} does not fit this model: the checkpoint belongs to another one"
             )
-    classifier.load_state_dict(dict(tensors), strict=False)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(send(tensor, state[name], ranks) if ranks else tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What a checkpoint is written from: tensors by name, and the optimiser's state if that is to be in it."""
+
+    tensors: dict[str, torch.Tensor]
+    optimizer: dict[str, Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _ClosedEpoch:
+    """What rank 0 made of an epoch: its metrics, whether it is the best so far, whether `last/` is due, and whether
+    training is over."""
+
+    metrics: dict[str, Any]
+    best: bool
+    due: bool
+    over: bool
 
 
 @dataclass(frozen=True, eq=False)

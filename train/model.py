@@ -129,4 +129,5 @@ def _fill_up(rows: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
 
     The result for no rows still hangs on every weight, with a gradient of zero, as DDP expects.
     """
-    return compute(rows) if len(rows) else compute(rows.new_zeros(1, *rows.shape[1:]))[:0]
+    # A copy, since hooks on the gradient of a view may be lost.
+    return compute(rows) if len(rows) else compute(rows.new_zeros(1, *rows.shape[1:]))[:0].clone()

@@ -135,6 +135,12 @@ FINETUNE: Options = [
         help="Compute trained layers twice rather than keep what they gave in memory.",
     ),
     click.option(
+        "--shard",
+        is_flag=True,
+        help="Share out trained layers, their gradients and AdamW's moments over the ranks, where one GPU cannot hold "
+        "them.",
+    ),
+    click.option(
         "--cache-prefix",
         is_flag=True,
         help="Keep on disk what enters the trained layers, and run the frozen ones once.",

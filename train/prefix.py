@@ -28,7 +28,7 @@ from extract.distributed import Ranks
 from extract.precision import DTYPES
 
 from .augment import apply_symmetry, draw_symmetries
-from .batches import Batch, take_share
+from .batches import Batch, split_evenly, take_share
 from .blocks import map_ahead
 from .errors import TrainError
 from .memory import format_bytes
@@ -197,8 +197,8 @@ class PrefixTiles:
         return take_share(torch.arange(len(self)), self._ranks)
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Tokens of the rows in `share`, unpadded, their tiles as they are."""
-        parts = [part for part in self.share.split(self._eval_batch) if len(part)]
+        """Tokens of the rows in `share`, unpadded, their tiles as they are, in as many batches on every rank."""
+        parts = split_evenly(self.share, len(self), self._eval_batch, self._ranks)
         return self._read(parts, [torch.zeros_like(part) for part in parts])
 
     def _draw(self, rows: Tensor, seed: int, epoch: int) -> Tensor:

@@ -7,7 +7,7 @@ classifier holds a backbone. Split, loop, metrics, checkpoints and report are th
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -36,6 +36,7 @@ from .resume import load_last, recover_run
 from .rows import LabelledCache
 from .rundir import RunDirectory
 from .sets import Sets, read_sets
+from .shards import describe_shards
 from .siblings import compare_with_plain, save_val_logits
 from .step import use_amp
 
@@ -49,6 +50,10 @@ class Start:
     run: RunDirectory
     resume: LoadedCheckpoint | None
     notes: tuple[str, ...]
+
+    def outline(self) -> Self:
+        """The same without the state itself."""
+        return replace(self, resume=self.resume and self.resume.outline())
 
 
 def run_training(config: TrainConfig) -> dict[str, Any] | None:
@@ -70,7 +75,7 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
             config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
             sets = read_sets(config, ranks)
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
-            start = ranks.run_on_main(lambda: open_run(config, head, sets))
+            start = ranks.run_on_main(lambda: open_run(config, head, sets), tell=Start.outline)
             for line in (*sets.notes, *notes, *start.notes):
                 _say(ranks, line)
             with deterministic_algorithms(config.deterministic):
@@ -85,12 +90,9 @@ def _train(
     config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks
 ) -> dict[str, Any] | None:
     """From the state decided on to a finished run."""
-    trainer, make_tiles = prepare_training(config, start.run, sets, ranks)
+    trainer, make_tiles = prepare_training(config, start.run, sets, ranks, head=None if start.resume else head)
     if start.resume is not None:
         trainer.restore(start.resume)
-    elif head is not None:
-        load_tensors(trainer.classifier, head.tensors)
-        _compare_cached_and_streamed(trainer, make_tiles, sets, ranks)
     trainer.fit(lambda line: _say(ranks, line))
     folds = None
     if sets.whole is not None:
@@ -245,8 +247,11 @@ def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
         )
 
 
-def prepare_training(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks) -> tuple[Trainer, MakeTiles]:
-    """Model, sets and trainer; on the streamed path the backbone too, once step 0 has passed."""
+def prepare_training(
+    config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks, *, head: LoadedCheckpoint | None = None
+) -> tuple[Trainer, MakeTiles]:
+    """Model, sets and trainer; on the streamed path the backbone too, once step 0 has passed, and from a trained head
+    if there is one."""
     version = sets.train.version
     features = tuple(config.features.split("+"))
     make_tiles: MakeTiles = lambda cache: open_cached_tiles(cache, ranks)  # noqa: E731
@@ -275,8 +280,12 @@ def prepare_training(config: TrainConfig, run: RunDirectory, sets: Sets, ranks: 
             )
         backbone, make_tiles = stream.backbone, stream.build
     meta = make_meta(config, sets.train)
-    head = make_head(meta, version.layout.width, config.seed)
-    classifier = Classifier(head, backbone, features).to(ranks.device)
+    classifier = Classifier(make_head(meta, version.layout.width, config.seed), backbone, features).to(ranks.device)
+    if head is not None:
+        load_tensors(classifier, head.tensors)
+        _compare_cached_and_streamed(config, classifier, make_tiles, sets, ranks)
+    if config.shard:
+        _say(ranks, describe_shards(ranks))
     val = ValidationSet(make_tiles(sets.val), sets.val.rows, sets.counted)
     return Trainer(classifier, make_tiles(sets.train), val, config, meta, run, ranks), make_tiles
 
@@ -307,9 +316,10 @@ def make_meta(config: TrainConfig, cache: LabelledCache) -> CheckpointMeta:
     )
 
 
-def _compare_cached_and_streamed(trainer: Trainer, make_tiles: MakeTiles, sets: Sets, ranks: Ranks) -> None:
+def _compare_cached_and_streamed(
+    config: TrainConfig, classifier: Classifier, make_tiles: MakeTiles, sets: Sets, ranks: Ranks
+) -> None:
     """The starting head on cached vectors and on streamed tiles, side by side."""
-    config, classifier = trainer.config, trainer.classifier
     on_cache = Classifier(classifier.head, None, classifier.features)
     figures = []
     for model, tiles in (
@@ -338,8 +348,8 @@ def finish_run(
     Returns:
         what `run_training` does.
     """
-    best = ranks.run_on_main(lambda: load_best(run.path))
-    load_tensors(classifier, best.tensors)
+    best = ranks.run_on_main(lambda: load_best(run.path), tell=LoadedCheckpoint.outline)
+    load_tensors(classifier, best.tensors, ranks)
     amp = use_amp(config, ranks)
     val_logits = predict_logits(classifier, make_tiles(sets.val), ranks, amp=amp)
     test_logits = None

@@ -1,22 +1,23 @@
 """One optimiser step over a global batch, in as many parts as memory asks for."""
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from extract.distributed import Ranks
 from extract.precision import multiplies_bf16
 
-from .batches import Batch
+from .batches import Batch, split_evenly
 from .config import TrainConfig
 from .errors import TrainError
 from .loss import LossConfig
 from .model import Classifier, TrainedPart
 from .optimizer import make_optimizer
+from .shards import is_sharded, shard_trained
 from .weights import weigh_positives
 
 _OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
@@ -47,16 +48,18 @@ class TrainStep:
     """
 
     def __init__(self, classifier: Classifier, config: TrainConfig, class_weights: Tensor | None, ranks: Ranks) -> None:
-        self.optimizer = make_optimizer(classifier, config)
         self._classifier = classifier
         self._config = config
         self._class_weights = class_weights
         self._ranks = ranks
         self._amp = use_amp(config, ranks)
         self._loss: LossConfig = config.make_loss()
-        self._part: nn.Module = TrainedPart(classifier)
-        if ranks.world_size > 1:
-            self._part = DistributedDataParallel(self._part, forward_sync_buffers=False)
+        self._part: nn.Module = classifier
+        if use_shards(config, ranks):
+            shard_trained(classifier, ranks)
+        elif ranks.world_size > 1:
+            self._part = DistributedDataParallel(TrainedPart(classifier), forward_sync_buffers=False)
+        self.optimizer = make_optimizer(classifier, config)  # of the shards, where there are any
 
     def close(self) -> None:
         """Let go of DDP.
@@ -79,7 +82,7 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
         self.optimizer.zero_grad(set_to_none=True)
-        parts = list(split_batch(batch, self._config.accumulate))
+        parts = split_batch(batch, self._config.accumulate, self._ranks)
         losses = []
         for part in parts:
             with nullcontext() if part is parts[-1] else self._without_sync():
@@ -100,27 +103,39 @@ class TrainStep:
 
     def _accumulate(self, part: Batch) -> Tensor:
         """Add a part's gradient to that of the parts before; returns its losses (b, C), detached."""
-        with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp):
+        # No weight is used twice: autocast's cache would only hold on to the copies of all layers.
+        with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp, cache_enabled=False):
             logits = self._part(self._classifier.encode(part.inputs))
         losses = self._loss(logits, part.labels.float())
         if self._class_weights is not None:
             losses = weigh_positives(losses, part.labels, self._class_weights)
-        # DDP averages over ranks: scaled like this the gradient is that of the mean over the global batch.
+        # DDP and FSDP average over ranks: scaled like this the gradient is that of the mean over the global batch.
         (losses.sum() * self._ranks.world_size / (part.global_size * part.labels.shape[1])).backward()
         return losses.detach()
 
     def _without_sync(self) -> AbstractContextManager[None]:
-        """Keep a part's gradient on this rank: the last part sends all of it at once."""
+        """Keep a part's gradient on this rank: the last part sends all of it at once.
+
+        Not where layers are sharded: what each part adds goes to its shard, or every rank would hold whole gradients.
+        """
         return self._part.no_sync() if isinstance(self._part, DistributedDataParallel) else nullcontext()
 
     def _clip(self) -> Tensor:
         if self._config.clip_norm is None:
             return torch.zeros((), dtype=torch.bool, device=self._ranks.device)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return nn.utils.clip_grad_norm_(parameters, self._config.clip_norm) > self._config.clip_norm
+        norm = nn.utils.clip_grad_norm_(parameters, self._config.clip_norm)
+        whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole > self._config.clip_norm
 
     def _find_what_fits(self, part: Batch, reason: str) -> TrainError:
         """What to do about too little memory, found by trying ever smaller parts."""
+        size = f"{len(part.inputs):,} tiles at once do not fit in memory"
+        if is_sharded(self._classifier):  # no rank can try alone
+            return TrainError(
+                f"{size} ({reason}): --accumulate {2 * self._config.accumulate} trains the same batches in parts of "
+                "half that size; --grad-checkpoint needs less memory for each, a larger NPROC for the weights"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         fits = len(part.inputs)
         while fits := fits // 2:
@@ -133,7 +148,6 @@ class TrainStep:
                     raise
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
-        size = f"{len(part.inputs):,} tiles at once do not fit in memory"
         if not fits:
             return TrainError(f"{size}, and not even 1 does ({reason}): lower --unfreeze, or add --grad-checkpoint")
         # The share of the largest batch, however many parts it is in now.
@@ -144,11 +158,14 @@ class TrainStep:
         )
 
 
-def split_batch(batch: Batch, parts: int) -> Iterator[Batch]:
-    """A share in up to `parts` parts of even size, at least one; gradients over them add up to that of the share."""
-    size = max(1, -(-len(batch.inputs) // parts))
-    split = zip(batch.inputs.split(size), batch.labels.split(size), batch.rows.split(size), strict=True)
-    return (Batch(inputs, labels, rows, batch.global_size) for inputs, labels, rows in split)
+def split_batch(batch: Batch, parts: int, ranks: Ranks) -> list[Batch]:
+    """A share in up to `parts` parts of even size, as many on every rank; gradients over them add up to that of the
+    share."""
+    size = max(1, -(-batch.global_size // (ranks.world_size * parts)))
+    inputs, labels, rows = (
+        split_evenly(of_share, batch.global_size, size, ranks) for of_share in (batch.inputs, batch.labels, batch.rows)
+    )
+    return [Batch(*part, batch.global_size) for part in zip(inputs, labels, rows, strict=True)]
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -157,6 +174,11 @@ def is_out_of_memory(error: Exception) -> bool:
         torch.cuda.empty_cache()
         return True
     return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def use_shards(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether to share out trained layers: as asked, where there is a rank to share with."""
+    return config.shard and ranks.world_size > 1
 
 
 def use_amp(config: TrainConfig, ranks: Ranks) -> bool:

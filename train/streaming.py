@@ -17,7 +17,7 @@ from extract.source import Source
 from extract.transform import TileTransform
 
 from .augment import NO_AUGMENTATION, Augmentation
-from .batches import Batch, take_share
+from .batches import Batch, split_evenly, take_share
 from .errors import TrainError
 from .rows import LabelledCache
 from .sampling import share_epoch
@@ -67,9 +67,9 @@ class StreamedTiles:
             self.rows, self._ranks, batch_size=batch_size, seed=seed, epoch=epoch, first_step=first_step
         )
         # A rank without a row in the last, short batch still takes part in it, with nothing.
-        pixels = self._read([share for share, _ in shares if len(share)])
-        for share, size in shares:
-            inputs = self._augment(next(pixels), share, seed, epoch) if len(share) else self._no_pixels()
+        pixels = self._read([share for share, _ in shares])
+        for (share, size), plain in zip(shares, pixels, strict=True):
+            inputs = self._augment(plain, share, seed, epoch) if len(share) else plain
             yield Batch(inputs, self._labels[share].to(self._ranks.device), share, size)
 
     @property
@@ -78,11 +78,13 @@ class StreamedTiles:
         return take_share(torch.arange(len(self)), self._ranks)
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Pixel values of the rows in `share`, unpadded."""
-        return self._read([part for part in self.share.split(self._eval_batch) if len(part)])
+        """Pixel values of the rows in `share`, unpadded, in as many batches on every rank."""
+        return self._read(split_evenly(self.share, len(self), self._eval_batch, self._ranks))
 
     def _read(self, batches: list[Tensor]) -> Iterator[Tensor]:
-        return self.read_rows([self.rows.index[batch.numpy()] for batch in batches])
+        """Pixel values of batches of rows, which may be of none."""
+        pixels = self.read_rows([self.rows.index[batch.numpy()] for batch in batches if len(batch)])
+        return (next(pixels) if len(batch) else self._no_pixels() for batch in batches)
 
     def read_rows(self, batches: Sequence[Index]) -> Iterator[Tensor]:
         """Pixel values (b, 3, S, S) of batches of rows of the table, in order."""

@@ -18,17 +18,21 @@ rendezvous = dist.rendezvous
 
 def run_in_turn(commands: list[list[str]]) -> None:
     for number, arguments in enumerate(commands):
-
-        def set_apart(*args: Any, number: int = number, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
-            """A process group leaves its keys in torchrun's store, and the next must not find them."""
-            store, rank, world_size = next(rendezvous(*args, **options))
-            yield dist.PrefixStore(str(number), store), rank, world_size
-
-        dist.rendezvous = set_apart
+        set_apart(str(number))
         if arguments[0] == "read":
             read_between(*arguments[1:])
         else:
             main(arguments, prog_name="python -m train", standalone_mode=False)
+
+
+def set_apart(name: str) -> None:
+    """A process group leaves its keys in torchrun's store, and the next must not find them."""
+
+    def set_apart_by_name(*args: Any, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+        store, rank, world_size = next(rendezvous(*args, **options))
+        yield dist.PrefixStore(name, store), rank, world_size
+
+    dist.rendezvous = set_apart_by_name
 
 
 if __name__ == "__main__":

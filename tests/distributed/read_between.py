@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from cache_schema import TileprobeError
+from extract import exchange
 from extract.distributed import Ranks, join_ranks
-from train import exchange
 from train.config import DataConfig, TrainConfig
 from train.rows import LabelledCache
 from train.sets import read_sets

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cache_schema import BlockValues, Layout
 from extract.distributed import Ranks
 from tests.planted import fresh_seed
-from train.batches import epoch_order, take_share
+from train.batches import epoch_order, split_evenly, take_share
 from train.cached import CachedTiles
 from train.rows import LabelledRows
 from train.vectors import HeldVectors
@@ -135,6 +135,19 @@ def test_evaluation_shares_make_up_all_rows() -> None:
             tiles = CachedTiles(make_rows(index), vectors, make_ranks(rank, world_size))
             whole[tiles.share] = torch.cat(list(tiles.iterate_share()))
         assert whole[:, 0].tolist() == index
+
+
+def test_split_evenly_gives_every_rank_as_many_parts() -> None:
+    rng = np.random.default_rng(fresh_seed())
+    for world_size, size in ((1, 4), (2, 4), (3, 5), (30, 2)):
+        for total in (*rng.integers(1, 60, 8).tolist(), 2 * world_size * size, 1):
+            rows = torch.randperm(total)
+            shares = [take_share(rows, make_ranks(rank, world_size)) for rank in range(world_size)]
+            parts = [split_evenly(share, total, size, make_ranks(0, world_size)) for share in shares]
+            assert {len(mine) for mine in parts} == {-(-len(shares[0]) // size)}
+            for share, mine in zip(shares, parts, strict=True):
+                assert torch.equal(torch.cat(mine), share)
+                assert max(map(len, mine)) <= size
 
 
 def test_features_are_joined_in_the_order_asked_for() -> None:

@@ -89,6 +89,22 @@ def test_round_trip(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "last").iterdir()) == sorted(FILES)
 
 
+def test_an_outline_holds_shapes_and_no_values(last: Path) -> None:
+    whole = load_checkpoint(last)
+    outline = whole.outline()
+    assert outline.meta == whole.meta
+    pairs = [(outline.tensors, whole.tensors)]
+    assert whole.optimizer is not None
+    assert outline.optimizer is not None
+    assert outline.optimizer["param_groups"] == whole.optimizer["param_groups"]
+    pairs += [(outline.optimizer["state"][number], held) for number, held in whole.optimizer["state"].items()]
+    for outlined, held in pairs:
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in outlined.items()} == {
+            name: (tensor.shape, tensor.dtype) for name, tensor in held.items()
+        }
+        assert {tensor.device.type for tensor in outlined.values()} == {"meta"}
+
+
 def test_without_an_optimiser_there_is_none(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "best", train_a_little(0)[0], make_meta(1))
     assert load_checkpoint(tmp_path / "best").optimizer is None

@@ -91,6 +91,7 @@ def test_like_original_is_its_split_and_its_classes() -> None:
         ({"unfreeze": 1, "crop_scale": 0.4}, "--crop-scale 0.4: a share of the tile's area, 0.5 to 1: .* most objects"),
         ({"unfreeze": 1, "crop_scale": 1.1}, "--crop-scale 1.1"),
         ({"unfreeze": 1, "crop_scale": float("nan")}, "--crop-scale nan"),
+        ({"shard": True}, "--shard shares out trained layers, and UNFREEZE=0 trains none: set UNFREEZE=1"),
         ({"views": "d4"}, "cached vectors have none: set UNFREEZE=1 or more, or leave them out"),
         ({"unfreeze": 1, "jitter": 0.1, "cache_prefix": True}, "--cache-prefix keeps .* leave out either"),
         ({"unfreeze": 1, "crop_scale": 0.9, "cache_prefix": True}, "--cache-prefix keeps .* leave out either"),

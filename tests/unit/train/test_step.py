@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModel
 
 from extract.backbone import Backbone, find_checkpoint
-from extract.distributed import join_ranks
+from extract.distributed import Ranks, join_ranks
 from tests.checkpoints import make_checkpoint
 from tests.planted import fresh_seed
 from train.batches import Batch
@@ -93,10 +95,18 @@ def test_gradients_are_those_of_the_whole_graph(
     assert not result.clipped
 
 
-@pytest.mark.parametrize("rows, parts, sizes", [(7, 3, [3, 3, 1]), (8, 2, [4, 4]), (2, 5, [1, 1]), (0, 3, [0])])
-def test_a_share_is_split_evenly(rows: int, parts: int, sizes: list[int]) -> None:
-    batch = make_batch(fresh_seed(), rows)
-    split = list(split_batch(batch, parts))
+@pytest.mark.parametrize(
+    "rows, global_size, ranks, parts, sizes",
+    [
+        *((7, 7, 1, 3, [3, 3, 1]), (8, 8, 1, 2, [4, 4]), (2, 2, 1, 5, [1, 1])),
+        *((3, 5, 2, 3, [1, 1, 1]), (2, 5, 2, 3, [1, 1, 0]), (0, 1, 2, 3, [0]), (0, 1, 2, 1, [0])),
+        *((0, 0, 1, 3, [0]), (9, 10, 2, 1, [9]), (9, 10, 2, 2, [5, 4]), (1, 10, 2, 2, [1, 0])),
+    ],
+)
+def test_a_share_is_split_evenly(rows: int, global_size: int, ranks: int, parts: int, sizes: list[int]) -> None:
+    """On every rank into as many parts, whatever its share, and no row is lost."""
+    batch = replace(make_batch(fresh_seed(), rows), global_size=global_size)
+    split = split_batch(batch, parts, Ranks(0, ranks, ranks, torch.device("cpu"), dist.HashStore()))
     assert [len(part.inputs) for part in split] == sizes
     assert {part.global_size for part in split} == {batch.global_size}
     assert torch.equal(torch.cat([part.inputs for part in split]), batch.inputs)
