@@ -76,6 +76,7 @@ RULES = (
         parsed="names the target; it is run with its variables",
     ),
     Rule("make .* RDZV=.*", parsed="wants two machines"),
+    Rule("make finetune UNFREEZE=(20|40) .*", parsed="more layers than the stand-in has; test_shards.py runs it"),
     Rule("make tile .*", extra="--size 128 --stride 128"),
     Rule("make extract .*", extra=STREAMED),
     Rule("make train-head( .*)?", extra=EPOCHS),
