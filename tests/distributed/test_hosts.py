@@ -32,9 +32,10 @@ from tests.planted import train as run_train
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "between-hosts"
-SERVER = f"{SWITCH}:4443"
+PORT = 4443
+SERVER = f"{SWITCH}:{PORT}"
 TIMEOUT_S = 150
-LISTENING, CONNECTED = ("local", "0A"), ("remote", "01")
+LISTENING, CONNECTED = "0A", "01"  # as the kernel writes them
 SILENCE_S = 6
 """Enough for a rank that is only slow, on a machine with other work to do."""
 SCENES, PER_SCENE, BLOCK = 16, 56, 256
@@ -131,7 +132,7 @@ def open_site(made: Made, folder: Path, count: int) -> Iterator[Site]:
     with join_hosts(count) as (*nodes, switch), (folder / "server.log").open("w") as log:
         serve = [*make_server_command(SERVER), "-backend", "filesystem", "-filesystem-root", made.objects.parent]
         server = switch.start(serve, cwd=folder, env=os.environ, stdout=log, stderr=subprocess.STDOUT)
-        wait_until(lambda: LISTENING in list_connections(switch), server)
+        wait_until(lambda: has_socket(switch, LISTENING), server)
         yield Site(made, folder, nodes)
 
 
@@ -143,13 +144,10 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[str]) -> None
         time.sleep(0.01)
 
 
-def list_connections(host: Host) -> set[tuple[str, str]]:
-    """Of a host's TCP sockets with the bucket's server: which end that is, and the state, as the kernel puts it."""
-    port = f"{int(SERVER.rpartition(':')[2]):04X}"
-    lines = [line.split() for line in Path(f"/proc/{host.first}/net/tcp").read_text().splitlines()[1:]]
-    ends = ((("local", line[1]), ("remote", line[2])) for line in lines)
-    states = [line[3] for line in lines]
-    return {(end, state) for pair, state in zip(ends, states, strict=True) for end, at in pair if at.endswith(port)}
+def has_socket(host: Host, state: str) -> bool:
+    """Whether a host has a TCP socket in that state which the bucket's server is one end of."""
+    lines = [line.split() for line in Path(f"/proc/{host.first}/net/tcp").read_text().splitlines()]
+    return any(f":{PORT:04X}" in local + remote and found == state for _, local, remote, found, *_ in lines)
 
 
 def list_blocks(made: Made, cache: str) -> dict[str, list[int]]:
@@ -249,7 +247,7 @@ def test_an_elastic_extraction_goes_on_without_the_hosts_it_loses(made: Made, tm
         first, cut_off, off = site.nodes
         started = site.start("extract", "1:3", **name_extraction("elastic"))
         # A host that is late makes all start again; once it reads tiles, it is among them.
-        wait_until(lambda: all(CONNECTED in list_connections(node) for node in site.nodes), started[first])
+        wait_until(lambda: all(has_socket(node, CONNECTED) for node in site.nodes), started[first])
         wait_until(lambda: len(list_blocks(made, "elastic")) >= 1, started[first])
         cut_off.unplug()
         off.kill()
