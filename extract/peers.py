@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
@@ -20,7 +20,7 @@ VARIABLE = "PEER_TIMEOUT"
 """Seconds of silence after which a rank is lost, in the environment; make hands on what its command line sets."""
 REMEDY = "once all machines and the network are there, the same command goes on, a trainer's with ARGS=--resume"
 _TIMEOUT_S = 120.0  # as long as the owner of a cache may be silent; a machine that moves to another host is faster
-_LOOKS = 20
+_LOOKS = 20  # in that time; as many heartbeats
 _LEFT = "left"
 
 
@@ -69,7 +69,7 @@ def watch_peers(store: dist.Store, rank: int, world_size: int, timeout_s: float)
 class _PeerWatch:
     """Two threads: one talks to the store, which may keep it waiting for a quarter of an hour; one counts meanwhile."""
 
-    def __init__(self, store: dist.Store, rank: int, watched: "range | list[int]", timeout_s: float) -> None:
+    def __init__(self, store: dist.Store, rank: int, watched: Sequence[int], timeout_s: float) -> None:
         self._store, self._rank, self._timeout_s = store, rank, timeout_s
         self._keys = {peer: _name_key(peer) for peer in watched}
         self._last = dict.fromkeys(watched, "")
