@@ -162,14 +162,14 @@ def test_resumed_with_every_option_it_is_an_undisturbed_run(tmp_path: Path, save
         epochs = len(whole.read_history())
         last = epochs if stop == "end" else epochs - 1
         stopped = make_trainer(tmp_path / "stopped", ranks, seed, **options)
-        saved = stopped._record
+        tell = stopped._tell
 
         def record(*args: Any) -> None:
-            saved(*args)
+            tell(*args)
             if stopped._epoch == last:
                 raise StopHereError
 
-        stopped._record = record  # type: ignore[method-assign]
+        stopped._tell = record  # type: ignore[method-assign]
         with pytest.raises(StopHereError):
             stopped.fit(print)
         run = RunDirectory(tmp_path / "stopped" / "head-001")
