@@ -121,9 +121,9 @@ def _make(
         command = ["make", "-s", "-f", PROJECT_ROOT / "Makefile", target, *(f"{k}={v}" for k, v in given.items())]
         log = fixtures.directory / f"{target}-{host.name}.log"
         with log.open("w") as output:
-            # A process that enters a mount namespace starts at its root.
-            placed = ["env", f"--chdir={fixtures.directory}", "taskset", "--cpu-list", core, *command]
-            started.append((host.start(placed, env=env, stdout=output, stderr=subprocess.STDOUT), log))
+            placed = ["taskset", "--cpu-list", core, *command]
+            process = host.start(placed, cwd=fixtures.directory, env=env, stdout=output, stderr=subprocess.STDOUT)
+            started.append((process, log))
     for process, log in started:
         if status := process.wait(_TIMEOUT_S):
             raise RuntimeError(f"make {target} on {len(hosts)} hosts ended with {status}: {log.read_text()[-2000:]}")

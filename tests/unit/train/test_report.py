@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import re
 import shlex
 from dataclasses import asdict, replace
@@ -413,7 +412,7 @@ def test_figures_that_are_not_there_leave_the_page_whole(tmp_path: Path, rng: np
     text = (run.path / "report.html").read_text()
     assert "metrics.json is an earlier release" in text
     assert 'id="training"' not in text
-    assert json.dumps(metrics["map_macro"])[:5] in text
+    assert f"{metrics['map_macro']:.3f}" in text
 
 
 def test_the_picture_takes_any_name(tmp_path: Path, rng: np.random.Generator) -> None:
