@@ -7,7 +7,7 @@ x = cache["cls"][cache.usable]                # (n, D) float16, digests checked
 y = cache.labels[cache.usable]                # (n, C) bool, columns named by cache.classes
 """
 
-from .block import BlockValues
+from .block import BlockValues, CacheRows
 from .cache import Cache, Embeddings, open_cache
 from .errors import (
     CacheError,
@@ -26,7 +26,7 @@ from .provenance import Provenance, Recorded
 from .root import CacheRoot
 from .table import NO_LABEL, TileTable
 from .taxonomy import DecodedLabels, LabelIds, RawLabels, Taxonomy, format_histogram
-from .version import CacheRows, Version
+from .version import Version
 
 __all__ = [
     "LABEL_ID_COLUMNS",

@@ -1,4 +1,4 @@
-"""The values of one block of rows: the unit of writing, committing and trusting."""
+"""The values of one block of rows, the unit of writing, committing and trusting; and of all blocks together."""
 
 import hashlib
 from collections.abc import Mapping
@@ -110,6 +110,29 @@ class BlockValues:
             for name, (shape, dtype) in expected.items()
             if name not in arrays or arrays[name].shape != shape or arrays[name].dtype != dtype
         ]
+
+
+@dataclass(frozen=True, eq=False)
+class CacheRows:
+    """A whole version in memory, digests checked.
+
+    Attributes:
+        pooled: per pooling (N, D) float16, NaN in rows that are not embedded.
+        label_ids: (N, 128) uint16, 0 in pending rows.
+        status: (N,) uint8; 0 in rows whose block is missing or contradicts its digest.
+    """
+
+    pooled: dict[str, Float16Array]
+    label_ids: UInt16Array
+    status: UInt8Array
+
+    @property
+    def embedded(self) -> BoolArray:
+        return np.asarray(self.status == Status.EMBEDDED)
+
+    @property
+    def missing(self) -> int:
+        return int((self.status == Status.PENDING).sum())
 
 
 def _find_finite(vectors: Float16Array) -> BoolArray:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from .block import BlockValues
+from .block import BlockValues, CacheRows
 from .errors import CacheFormatError, IntegrityError
 from .layout import (
     ATTRIBUTE,
@@ -23,9 +23,7 @@ from .layout import (
     BoolArray,
     Float16Array,
     Layout,
-    Status,
     UInt8Array,
-    UInt16Array,
 )
 from .provenance import Provenance, Recorded
 from .store import storage_errors
@@ -38,29 +36,6 @@ _SCAN_BYTES = 2**20
 
 if TYPE_CHECKING:
     from .root import CacheRoot
-
-
-@dataclass(frozen=True, eq=False)
-class CacheRows:
-    """A whole version in memory, digests checked.
-
-    Attributes:
-        pooled: per pooling (N, D) float16, NaN in rows that are not embedded.
-        label_ids: (N, 128) uint16, 0 in pending rows.
-        status: (N,) uint8; 0 in rows whose block is missing or contradicts its digest.
-    """
-
-    pooled: dict[str, Float16Array]
-    label_ids: UInt16Array
-    status: UInt8Array
-
-    @property
-    def embedded(self) -> BoolArray:
-        return np.asarray(self.status == Status.EMBEDDED)
-
-    @property
-    def missing(self) -> int:
-        return int((self.status == Status.PENDING).sum())
 
 
 class Version:
