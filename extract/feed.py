@@ -7,11 +7,13 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver, resource_tracker
+from types import TracebackType
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -157,6 +159,17 @@ def _end_with_rank(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="watch-rank", daemon=True).start()
+    sys.excepthook = _let_go_of_rank
+
+
+def _let_go_of_rank(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Be silent on a rank that was told to stop while it took over a batch, and hung up.
+
+    Python's server of shared memory (`multiprocessing.resource_sharer`), a thread of this worker with no other client,
+    would print where it was.
+    """
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _make_forkserver() -> multiprocessing.context.BaseContext:

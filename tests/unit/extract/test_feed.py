@@ -6,6 +6,8 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -344,6 +346,48 @@ def test_killed_worker_ends_the_run_with_a_remedy(source: Source, table: TileTab
                 mine = [c.pid for c in multiprocessing.active_children() if c.pid not in others]
                 assert len(mine) == 2
                 os.kill(int(mine[0] or 0), signal.SIGKILL)
+
+
+HANGS_UP = """
+import socket, sys
+from multiprocessing import resource_sharer
+
+from extract.batch import make_requests
+from extract.feed import TileFeed
+from extract.listing import list_tiles
+from extract.source import open_source
+from extract.stop import Stopped
+
+def hang_up(ticket):
+    address, _ = ticket
+    with socket.socket(socket.AF_UNIX) as rank:
+        rank.connect(address)
+    raise Stopped(15)
+
+if __name__ == "__main__":
+    source = open_source(sys.argv[1])
+    batches = [[request] for request in make_requests(list_tiles(source).table, range(6))]
+    feed = TileFeed(source, workers=1)
+    resource_sharer._resource_sharer.get_connection, connect = hang_up, resource_sharer._resource_sharer.get_connection
+    try:
+        list(feed.read(batches))
+    except Stopped:
+        resource_sharer._resource_sharer.get_connection = connect
+        print(len(list(feed.read(batches))), "after", "Stopped")
+"""
+
+
+def test_a_rank_told_to_stop_while_it_takes_over_a_batch_leaves_no_traceback_of_its_worker(
+    tmp_path: Path, objects: Objects, python_env: dict[str, str]
+) -> None:
+    """The rank hangs up on the worker's server of shared memory, which is a thread of Python's own."""
+    script = tmp_path / "hangs_up.py"
+    script.write_text(HANGS_UP)
+    tiles = write_directory(tmp_path / "tiles", objects)
+    result = subprocess.run(
+        [sys.executable, script, tiles], env=python_env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.stdout, result.stderr) == ("6 after Stopped\n", "")
 
 
 def test_error_that_is_no_workers_is_not_disguised(source: Source, table: TileTable) -> None:
