@@ -32,8 +32,7 @@ def find_port() -> int:
 def launch_nodes(
     cwd: Path, env: dict[str, str], backend: str, options: list[list[str]], *command: str
 ) -> list[tuple[int, str, str]]:
-    """Status, stdout and stderr of a launcher a node, each with one rank and with options of its own, which meet at a
-    free port."""
+    """Status, stdout and stderr of a launcher a node, each with one rank and, last, with options of its own."""
     shared = [f"--rdzv-endpoint=127.0.0.1:{find_port()}", f"--rdzv-backend={backend}", "--rdzv-id=odd"]
     processes = [
         subprocess.Popen(
@@ -133,16 +132,19 @@ def test_launchers_end_where_nnodes_differ(tmp_path: Path, python_env: dict[str,
 
 def test_a_rendezvous_that_nobody_can_reach_is_one_line(tmp_path: Path, python_env: dict[str, str]) -> None:
     """A port that nobody listens at, and a host that has no address."""
-    nowhere = [f"127.0.0.1:{find_port()}", "nobody.invalid:29400"]
-    short = "--rdzv-conf=timeout=2,join_timeout=2,read_timeout=2"
-    for backend, own in (("static", ["--node-rank=1"]), ("c10d", [])):
-        options = [["--nnodes=2", *own, f"--rdzv-endpoint={endpoint}", short] for endpoint in nowhere]
-        nodes = launch_nodes(tmp_path, python_env, backend, options, "-m", "extract", "run", "--tiles", "nowhere")
-        for endpoint, (status, out, err) in zip(nowhere, nodes, strict=True):
-            assert (status, out) == (1, ""), err
-            assert re.fullmatch(
-                rf"error: the nodes of this job \(2\) did not all meet at {endpoint}, .* check RDZV, .*\n", err
-            )
+    nowhere = [f"127.0.0.1:{find_port()}", "nobody.invalid:29400"] * 2
+    backends = ["static", "static", "c10d", "c10d"]
+    common = ["--nnodes=2", "--node-rank=1", "--rdzv-conf=timeout=2,join_timeout=2,read_timeout=2"]
+    options = [
+        [*common, f"--rdzv-backend={backend}", f"--rdzv-endpoint={endpoint}"]
+        for backend, endpoint in zip(backends, nowhere, strict=True)
+    ]
+    nodes = launch_nodes(tmp_path, python_env, "c10d", options, "-m", "extract", "run", "--tiles", "nowhere")
+    for endpoint, (status, out, err) in zip(nowhere, nodes, strict=True):
+        assert (status, out) == (1, ""), err
+        assert re.fullmatch(
+            rf"error: the nodes of this job \(2\) did not all meet at {endpoint}, .* check RDZV, .*\n", err
+        )
 
 
 def meet_all(backend: str, nodes: list[tuple[str, dict[str, Any]]]) -> list[str]:
