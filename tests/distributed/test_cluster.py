@@ -102,7 +102,7 @@ def count_committed(cache: Path) -> int:
 def test_slurm_job_that_runs_out_of_time_stops_cleanly_goes_back_and_is_finished_by_another(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
-    tiles = link_many(plant_tiles(tmp_path / "tiles", scenes=20, per_scene=9, seed=fresh_seed()), 24)
+    tiles = link_many(plant_tiles(tmp_path / "tiles", scenes=20, per_scene=9, seed=fresh_seed()), 14)
     checkpoint, cache = make_checkpoint(tmp_path / "checkpoint"), tmp_path / "cache"
     job = slurm | {"TILES": str(tiles), "BACKBONE": str(checkpoint), "CACHE": str(cache)}
     options = ["--device", "cpu", "--workers", "0", "--precision", "float32"]

@@ -23,10 +23,10 @@ from tests.planted import train as run_train
 TIMEOUT_S = 240
 ROOT = Path(__file__).parents[2]
 FINETUNE = (
-    *("finetune", "--empty", "keep", "--unfreeze", 2, "--epochs", 2, "--batch-size", 5, "--save-steps", 10, "--no-amp"),
+    *("finetune", "--empty", "keep", "--unfreeze", 2, "--epochs", 2, "--batch-size", 5, "--save-steps", 8, "--no-amp"),
     *("--dropout", 0, "--layer-decay", 0.75, "--clip-norm", 0.01, "--device", "cpu", "--workers", 0),
 )
-"""25 steps an epoch, of which the last has one row, so that one rank has none."""
+"""21 steps an epoch, of which the last has one row, so that one rank has none."""
 PARTS = ("--epochs", 1, "--accumulate", 3, "--grad-checkpoint", "--cache-prefix", "--amp")
 """Shares of 3 and 2 rows in three parts: one rank's third part is empty."""
 
@@ -50,14 +50,14 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """121 tiles train. 17 validate in batches of 4, so that one rank has a batch more than the other."""
+    """101 tiles train. 19 validate in batches of 4, so that one rank has a batch more than the other."""
     root = tmp_path_factory.mktemp("shards")
     seed = fresh_seed()
-    plant_tiles(root / "tiles", scenes=6, per_scene=23, seed=seed)
+    plant_tiles(root / "tiles", scenes=6, per_scene=20, seed=seed)
     checkpoint = make_checkpoint(root / "checkpoint", seed=seed, use_gated_mlp=True)
     extract_cache(root / "tiles", root / "cache", checkpoint, batch_size=4)
     tiles = sorted(f"images/{path.name}" for path in (root / "tiles" / "images").iterdir())
-    (root / "split.json").write_text(json.dumps({"train": tiles[:121], "val": tiles[121:]}))
+    (root / "split.json").write_text(json.dumps({"train": tiles[:101], "val": tiles[101:]}))
     data = ("--cache", root / "cache", "--split-file", root / "split.json")
     assert run_train(root, "head", *data, "--empty", "keep", "--epochs", 2, "--device", "cpu").status == 0
     finetune = (*FINETUNE, *data, "--head-run", root / "runs" / "head")
@@ -154,7 +154,7 @@ def test_a_run_goes_on_in_shards_and_back(job: Job) -> None:
     """From within an epoch; begun whole and resumed in shards, and the other way round."""
     begun, again = job.work / "runs", job.work / "again" / "runs"
     for run, out in (("whole", job.out[6]), ("shard", job.out[7])):
-        assert "after epoch 1 of 2, step 20 of the next" in out
+        assert "after epoch 1 of 2, step 16 of the next" in out
         assert ("--shard: each of 2" in out) == (run == "whole")
         assert_same_run(begun / run, again / run, find_head(job))
 
@@ -162,7 +162,7 @@ def test_a_run_goes_on_in_shards_and_back(job: Job) -> None:
 def test_alone_a_rank_goes_on_with_what_two_began_in_shards(job: Job) -> None:
     result = run_train(job.work / "alone", *RESUME, "runs/shard", "--shard")
     assert result.status == 0, result.err
-    assert "after epoch 1 of 2, step 20 of the next" in result.out
+    assert "after epoch 1 of 2, step 16 of the next" in result.out
     assert "--shard: one rank holds every layer whole" in result.out
     assert_same_run(job.work / "runs" / "shard", job.work / "alone" / "runs" / "shard", find_head(job))
 

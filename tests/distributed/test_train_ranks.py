@@ -52,7 +52,7 @@ from train.vectors import Residence
 TIMEOUT_S = 120
 IN_TURN = Path(__file__).with_name("in_turn.py")
 HEAD = ("--epochs", 2, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu")
-DROPPING = ("--epochs", 16, "--batch-size", 8, "--save-steps", 3, "--device", "cpu")
+DROPPING = ("--epochs", 10, "--batch-size", 8, "--save-steps", 3, "--device", "cpu")
 VECTORS = ("--epochs", 2, "--batch-size", 64, "--dropout", 0, "--no-amp", "--device", "cpu")
 CONVEX = ("--head", "linear", "--loss", "bce", "--weight-decay", 0, "--epochs", 12, "--lr", 0.05)
 """One minimum, which training reaches whatever the order of the rows: click takes the last value of an option."""
@@ -527,20 +527,20 @@ def test_killed_runs_resume_to_the_same_history(
     """With dropout and augmentation. A head on two ranks, resumed on two: byte for byte what it would have been.
     Fine-tuning on one, resumed on one: likewise; a copy of it, resumed on two, goes on to the end."""
     head, finetune = tmp_path / "runs" / "head", tmp_path / "runs" / "finetune"
-    start_and_kill(torchrun(2, "head", *data(made), *DROPPING), tmp_path, env, head, epochs=2, of=16)
-    options = ("--epochs", 8, "--unfreeze", 2, "--batch-size", 16, "--save-steps", 1, "--device", "cpu", "--workers", 0)
+    start_and_kill(torchrun(2, "head", *data(made), *DROPPING), tmp_path, env, head, epochs=2, of=10)
+    options = ("--epochs", 6, "--unfreeze", 2, "--batch-size", 16, "--save-steps", 5, "--device", "cpu", "--workers", 0)
     arguments = ("finetune", *data(made), *options, *AUGMENTED, "--head-run", both[0] / "runs" / "head")
     alone = [sys.executable, "-m", "train", *map(str, arguments)]
     # The first epoch may be killed before its checkpoint is there; of the second on, there is one.
-    start_and_kill(alone, tmp_path, env, finetune, epochs=2, of=8)
+    start_and_kill(alone, tmp_path, env, finetune, epochs=2, of=6)
     copy = Path(shutil.copytree(tmp_path, tmp_path.with_name("copy"), symlinks=True))
 
     resume = ("--resume", "--device", "cpu")
     there = ("finetune", *resume, "--workers", 0, "--run-dir", copy / "runs" / "finetune")
     out = run_in_turn(tmp_path, env, ("head", *resume), there)
-    assert re.search(r"resuming runs/head-001 after epoch \d+ of 16", out)
+    assert re.search(r"resuming runs/head-001 after epoch \d+ of 10", out)
     assert_same_run(head, both[1] / "runs" / "whole")
-    assert len(read_history(copy / "runs" / "finetune")) == 8
+    assert len(read_history(copy / "runs" / "finetune")) == 6
 
     result = run_train(tmp_path, "finetune", *resume, "--workers", 0)
     assert result.status == 0, result.err

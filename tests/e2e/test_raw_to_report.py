@@ -16,6 +16,7 @@ import rasterio
 from google.cloud import storage
 
 from cache_schema import RawLabels, Taxonomy, open_cache
+from tests.planted import train as run_train
 from tests.raw_xview import UNLABELLED_SCENE, RawXView, make_raw_xview
 
 PROJECT_ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def read_labels(bucket: storage.Bucket, prefix: str) -> dict[str, set[int]]:
 
 
 def test_raw_xview_to_a_report(tmp_path: Path, bucket: storage.Bucket, make: Make) -> None:
-    raw: RawXView = make_raw_xview(tmp_path / "raw")
+    raw: RawXView = make_raw_xview(tmp_path / "raw", size=400)
     tiles = f"gs://{bucket.name}/xview/train"
 
     make(
@@ -81,9 +82,12 @@ def test_raw_xview_to_a_report(tmp_path: Path, bucket: storage.Bucket, make: Mak
     assert metrics["map_macro"] > metrics["baselines"]["label frequency"]["map_macro"]
 
     scene = raw.images / f"{UNLABELLED_SCENE}.tif"  # nobody has labelled it
-    options = f"ARGS=--window {SIZE} --stride {STRIDE}"
-    for name in ("windows.geojson", "windows.csv"):
-        make("predict", "RUN=runs/finetune", f"INPUT={scene}", f"OUT={name}", options)
+    windows = f"--window {SIZE} --stride {STRIDE}"
+    make("predict", "RUN=runs/finetune", f"INPUT={scene}", "OUT=windows.geojson", f"ARGS={windows}")
+    # A second time by the target's command, without another start.
+    again = ("predict", "--run-dir", "runs/finetune", *windows.split(), "--out", "windows.csv", scene)
+    predicted = run_train(tmp_path, *again)
+    assert predicted.status == 0, predicted.err
     features = json.loads((tmp_path / "windows.geojson").read_text())["features"]
     with (tmp_path / "windows.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -95,8 +99,10 @@ def test_raw_xview_to_a_report(tmp_path: Path, bucket: storage.Bucket, make: Mak
         assert feature["properties"]["Building"] == pytest.approx(float(line["Building"]), abs=1e-6)
         assert -180 <= feature["geometry"]["coordinates"][0][0][0] <= 180
 
+    make("report", "RUN=runs/head")
+    reported = run_train(tmp_path, "report", "--run-dir", "runs/finetune")
+    assert reported.status == 0, reported.err
     for run in ("head", "finetune"):
-        make("report", f"RUN=runs/{run}")
         page = (tmp_path / "runs" / run / "report.html").read_text()
         figure = json.loads((tmp_path / "runs" / run / "metrics.json").read_text())["f1_weighted"]
         assert f"{figure:.3f}" in page

@@ -34,13 +34,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(tmp_path_factory.mktemp("kills"), fresh_seed())
 
 
-def test_killed_at_drawn_moments_it_ends_where_an_undisturbed_run_does(tmp_path: Path) -> None:
+def test_killed_at_drawn_moments_it_ends_where_an_undisturbed_run_does(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").symlink_to(cache)
     rows = run_trainer_kills(tmp_path, 2, fresh_seed())
     assert sum(row["tried"] for row in rows) == sum(row["survived"] for row in rows) == 2
 
 
-def test_killed_at_named_points_of_a_save_it_loses_at_most_the_epoch_in_hand(tmp_path: Path) -> None:
+def test_killed_at_named_points_of_a_save_it_loses_at_most_the_epoch_in_hand(cache: Path, tmp_path: Path) -> None:
     """Some of the points in each run of the tests; `make soak` goes through all."""
+    (tmp_path / "cache").symlink_to(cache)
     seed = fresh_seed()
     draw = random.Random(seed)
     rows = run_named_kills(tmp_path, draw.sample(FIRST_SAVE, 1), draw.sample(LATER_SAVES, 2), seed)
