@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .errors import BackboneError
 from .hub import CONFIGURATION, download, measure_download, no_checkpoint
+from .packed import can_pack, pack, unpack
 from .precision import DTYPES, Precision
 
 POOLING = ("cls", "patch_mean")
@@ -170,7 +171,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, precision: Precision, device: torch.device) -> Self:
-        """Load weights in `precision` onto `device`.
+        """Load weights in `precision` onto `device`; its layers are packed where that is faster, see `packed`.
 
         Raises:
             BackboneError: the weights are damaged or do not fill the architecture.
@@ -201,7 +202,11 @@ class Backbone(nn.Module):
                 f"{checkpoint.path} leaves {len(unfilled)} tensors unfilled, such as {unfilled[0]}: "
                 "it does not belong to this architecture"
             )
-        return cls(vit.to(device))
+        backbone = cls(vit.to(device))
+        if can_pack(backbone.device, backbone.dtype):
+            for layer in backbone.layers:
+                pack(layer, vit.config.hidden_act)
+        return backbone
 
     @classmethod
     def outline(cls, checkpoint: Checkpoint) -> Self:
@@ -306,6 +311,7 @@ class Backbone(nn.Module):
             )
         self.trained_layers, self.checkpointing = layers, checkpointing
         for module in (*self.trained, self.vit.norm):
+            unpack(module)
             module.float().requires_grad_(True)
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         if not names:
