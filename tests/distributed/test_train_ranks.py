@@ -55,7 +55,9 @@ HEAD = ("--epochs", 2, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device"
 DROPPING = ("--epochs", 10, "--batch-size", 8, "--save-steps", 3, "--device", "cpu")
 VECTORS = ("--epochs", 2, "--batch-size", 64, "--dropout", 0, "--no-amp", "--device", "cpu")
 CONVEX = ("--head", "linear", "--loss", "bce", "--weight-decay", 0, "--epochs", 12, "--lr", 0.05)
-"""One minimum, which training reaches whatever the order of the rows: click takes the last value of an option."""
+"""Where training goes to whatever the order of the rows: click takes the last value of an option."""
+PLANTED = 8
+"""Classes that made-up vectors tell: see `plant_cache`."""
 STREAMED = ("--memory-budget", "64K")
 STILL = ("--lr", 1e-12)
 """Steps too small to change a weight."""
@@ -235,7 +237,8 @@ def both(made: Path, in_bucket: InBucket, tmp_path_factory: pytest.TempPathFacto
     held = ((*vectors, "runs/vectors", *CONVEX), (*vectors, "runs/still", *STILL))
     controlled = ("head", *data(made), *CONTROLLED)
     prefix = (*finetune, "--workers", 0, "--cache-prefix", "--run-dir", "runs/prefix")
-    for command in (head, (*finetune, "--workers", 0), prefix, controlled, *held):
+    shuffled = (*vectors, "runs/shuffled", *CONVEX, "--seed", 1, "--split-file", one / "runs/vectors/split.json")
+    for command in (head, (*finetune, "--workers", 0), prefix, controlled, *held, shuffled):
         result = run_train(one, *command)
         assert result.status == 0, result.err
     predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", *PREDICT)
@@ -303,13 +306,24 @@ def test_two_ranks_stream_every_row_once(both: tuple[Path, Path]) -> None:
         assert b["map_macro"] == pytest.approx(a["map_macro"], abs=1e-5)
 
 
-def test_two_ranks_that_stream_train_what_one_does_in_memory(both: tuple[Path, Path]) -> None:
-    """In another order, to the one minimum: validation loss within 2 % (0.4 % seen over seeds), mAP within 0.01."""
+def test_two_ranks_that_stream_train_what_one_does_in_memory(both: tuple[Path, Path], made: Path) -> None:
+    """In another order: validation loss within 2 % (1 % seen over seeds), and logits that differ no more than those of
+    one rank that shuffles by another seed do, twice over (1.3 times seen)."""
     held, streamed = (read_history(root / "runs" / "vectors") for root in both)
     assert held[0]["loss"] > 1.5 * held[-1]["loss"]
     assert streamed[-1]["loss"] == pytest.approx(held[-1]["loss"], rel=0.02)
-    assert streamed[-1]["map_macro"] == pytest.approx(held[-1]["map_macro"], abs=0.01)
     assert streamed[0]["train_loss"] != held[0]["train_loss"]
+    vectors = open_cache(made / "vectors")["cls"][:].astype(np.float64)
+
+    def compute_last(run: Path) -> np.ndarray:
+        tensors = load_file(run / "last" / "model.safetensors")
+        logits: np.ndarray = vectors @ tensors["head.0.weight"].T + tensors["head.0.bias"]
+        return logits[:, :PLANTED]  # no row shows the other classes: the minimum of their loss is at infinity
+
+    wanted, shuffled, found = map(
+        compute_last, [both[0] / "runs/vectors", both[0] / "runs/shuffled", both[1] / "runs/vectors"]
+    )
+    assert np.linalg.norm(found - wanted) <= 2 * np.linalg.norm(shuffled - wanted)
 
 
 @pytest.mark.parametrize("name", COPIES)
