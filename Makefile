@@ -101,7 +101,7 @@ check: $(READY) ## (more) lint, types, import contract
 	@$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 test: $(READY) ## run the tests
-	@$(PYTHON) -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTHON) -m pytest tests --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(READY) ## (more) kills, network faults and odd bytes by the thousand; figures go to runs/soak.json
 	@$(PYTHON) -m tests.faults.soak $(ARGS)
