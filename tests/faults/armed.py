@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# Imported here, as extract.run is, for the processes that are forked from one which has loaded this module.
-import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401
 from zarr.storage import LocalStore
 
 import cache_schema.creation
@@ -27,6 +25,10 @@ import extract.run  # noqa: F401
 from cache_schema.gcs import GcsStore
 from cache_schema.gcs_objects import GcsObjects
 from extract.__main__ import run
+
+if __name__ != "__mp_main__":  # what a rank's feed workers call it, who need no model
+    # Imported here, as extract.run is, for the processes that are forked from one which has loaded this module.
+    import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401
 
 ARMED = "ARMED"
 BLOCK_ROWS = 16
