@@ -294,7 +294,7 @@ def start_and_wait_for_a_commit(
     while not list(folder.glob("vectors/*.zarr/commit/c/*/0")):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        time.sleep(0.005)
     return process
 
 
