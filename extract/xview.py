@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from cache_schema.taxonomy import Taxonomy
 
-from .distributed import shows_bars
 from .errors import AnnotationError
 from .raster import RASTER_SUFFIXES
 
@@ -149,6 +148,8 @@ def read_features(path: str | Path) -> Iterator[Any]:
     Raises:
         AnnotationError: it cannot be read, is not JSON, is cut short, or has no `features`.
     """
+    from .distributed import shows_bars  # and with it torch, which a process that only cuts need not load
+
     try:
         with open(path, "rb") as file, io.TextIOWrapper(file, "utf-8-sig") as text:
             size = Path(path).stat().st_size

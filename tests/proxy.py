@@ -94,7 +94,10 @@ class Proxy:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(http.server.ThreadingHTTPServer):
+            request_queue_size = 128  # of 5, more readers at a time are let in a second later
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 

@@ -92,16 +92,16 @@ def upload(bucket: storage.Bucket, objects: Mapping[str, bytes], prefix: str = "
         list(threads.map(lambda item: bucket.blob(prefix + item[0]).upload_from_string(item[1]), objects.items()))
 
 
-def extract_command(*arguments: str | Path, nproc: int | None = None) -> list[str]:
-    """`python -m extract run …`, under torchrun when the number of ranks is given."""
+def extract_command(*arguments: str | Path, nproc: int | None = None, module: str = "extract") -> list[str]:
+    """`python -m extract run …`, under torchrun when the number of ranks is given; `module` may stand for it."""
     launcher = ["-m", "extract.launch", "--standalone", f"--nproc-per-node={nproc}"] if nproc else []
-    return [sys.executable, *launcher, "-m", "extract", "run", "--device", "cpu", *map(str, arguments)]
+    return [sys.executable, *launcher, "-m", module, "run", "--device", "cpu", *map(str, arguments)]
 
 
 def run_extract(
-    *arguments: str | Path, env: Mapping[str, str], cwd: Path, nproc: int | None = None
+    *arguments: str | Path, env: Mapping[str, str], cwd: Path, nproc: int | None = None, module: str = "extract"
 ) -> subprocess.CompletedProcess[str]:
-    command = extract_command(*arguments, nproc=nproc)
+    command = extract_command(*arguments, nproc=nproc, module=module)
     return subprocess.run(command, env=dict(env), cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 

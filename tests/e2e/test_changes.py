@@ -16,18 +16,21 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
+import cache_schema.creation
 from cache_schema import BlockValues, CacheRoot, Status, StorageError, Version, open_cache
+from extract.__main__ import run as extract_command_line
 from extract.config import ExtractConfig
 from extract.errors import RunError
 from extract.run import run_extraction
 from tests.caches import get_bytes, put_bytes
 from tests.checkpoints import make_checkpoint
-from tests.planted import fresh_seed
+from tests.faults.armed import BLOCK_ROWS
+from tests.planted import fresh_seed, run_here
 from tests.proxy import Proxy
 from tests.tiles import Objects, cosines, draw_objects, draw_tile, list_tree, read_arrays, run_extract, upload
 
-TILES = 560
-"""Three blocks, the last of them short."""
+TILES = 70
+"""Five blocks of `BLOCK_ROWS`, the last of them short."""
 POOLED = ("cls", "patch_mean")
 
 
@@ -36,10 +39,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "plain", seed=fresh_seed())
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_schema.creation, "choose_block_rows", lambda rows: BLOCK_ROWS)
+
+
 @pytest.fixture
 def config(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    defaults = {"backbone": str(checkpoint), "device": "cpu", "workers": 0, "precision": "float32", "batch_size": 16}
+    defaults = {"backbone": str(checkpoint), "device": "cpu", "workers": 0, "precision": "float32", "batch_size": 8}
+    defaults |= {"max_quarantined": 0.05}
     return lambda tiles, **changes: ExtractConfig(tiles=str(tiles), **(defaults | changes))
 
 
@@ -98,8 +107,9 @@ def label(number: int) -> str:
 
 
 LABEL = b"18 0.5 0.5 0.1 0.1\n"
-NEW = [f"images/{name}.png" for name in ("0_1", "100_0a", "125_6a", "142_1a", "142_1b", "999_1", "999_2")]
-CHANGED, RELABELLED, REMOVED = [3, 255, 256, 300, 559], [0, 100, 257, 400], [7, 150, 260, 511]
+NEW = [f"images/{name}.png" for name in ("0_1", "100_0a", "102_6a", "104_1a", "104_1b", "999_1", "999_2")]
+CHANGED, RELABELLED, REMOVED = [3, 15, 16, 37, 69], [0, 10, 17, 50], [7, 22, 33, 63]
+KEPT = TILES - len(CHANGED) - len(REMOVED)
 
 
 def draw_bucket(rng: np.random.Generator) -> Objects:
@@ -170,23 +180,23 @@ def test_every_kind_of_change_at_once(place: Place, config: Any, capsys: pytest.
     # Another size of batches is asked for: rows that are computed must not differ from those that are kept by it.
     run_extraction(config(place.url, cache="a", batch_size=5))
     output = capsys.readouterr().out
-    assert f"since version {old}: 7 new, 5 changed, 4 removed, 4 relabelled, 547 kept\n" in output
-    assert "differs from the run that made it: batch_size: 16, not 5\n" in output
+    assert f"since version {old}: 7 new, 5 changed, 4 removed, 4 relabelled, {KEPT - 4} kept\n" in output
+    assert "differs from the run that made it: batch_size: 8, not 5\n" in output
     assert "12 to do in float32 -> a (version " in output
-    assert f"551 rows kept from version {old}\n" in output
+    assert f"{KEPT} rows kept from version {old}\n" in output
     assert re.search(r"^12 tiles in ", output, re.MULTILINE)
     after = open_cache("a")
     assert after.id != old
-    assert after.recorded.batch_size == 16
+    assert after.recorded.batch_size == 8
     assert after.check_seal()
-    assert [after.check_block(block) for block in range(3)] == [None] * 3
+    assert [after.check_block(block) for block in range(after.layout.blocks)] == [None] * 5
 
     run_extraction(config(place.url, cache="fresh"))
     arrays, fresh = read_arrays("a"), read_arrays("fresh")
     assert open_cache("fresh").id == after.id
     assert_as_fresh(arrays, fresh)
     rows = kept_rows(before, arrays, [tile(i) for i in CHANGED])
-    assert len(rows) == 551
+    assert len(rows) == KEPT
     assert_kept(before, arrays, rows)
     # The version before is as it was, and no row of it was computed anew.
     assert open_cache("a", version=old).check_seal()
@@ -282,11 +292,11 @@ def test_a_damaged_block_is_not_trusted(
     place.put({"images/999_1.png": draw_tile(rng, 48), "labels/999_1.txt": LABEL})
     capsys.readouterr()
     run_extraction(config(place.url, cache="a"))
-    assert f"{TILES - 256} rows kept from version {old}\n" in capsys.readouterr().out
+    assert f"{TILES - BLOCK_ROWS} rows kept from version {old}\n" in capsys.readouterr().out
     after = read_arrays("a")
     assert (after["status"] == Status.EMBEDDED).all()
-    assert_kept(before, after, [(row, row) for row in (*range(256), *range(512, TILES))])
-    assert_kept(undamaged, after, [(row, row) for row in range(256, 512)])
+    assert_kept(before, after, [(row, row) for row in (*range(BLOCK_ROWS), *range(2 * BLOCK_ROWS, TILES))])
+    assert_kept(undamaged, after, [(row, row) for row in range(BLOCK_ROWS, 2 * BLOCK_ROWS)])
 
 
 def test_stopped_in_between_it_goes_on(place: Place, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,9 +337,7 @@ def test_stopped_in_between_it_goes_on(place: Place, config: Any, monkeypatch: p
     assert_as_fresh(after, read_arrays("fresh"))
 
 
-def test_losing_more_than_a_tenth_needs_a_word(
-    config: Any, checkpoint: Path, tmp_path: Path, python_env: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_losing_more_than_a_tenth_needs_a_word(config: Any, checkpoint: Path, tmp_path: Path) -> None:
     place = Place(tmp_path / "tiles")
     place.put(draw_objects(np.random.default_rng(fresh_seed()), 40))
     run_extraction(config(place.url, cache="a"))
@@ -338,20 +346,21 @@ def test_losing_more_than_a_tenth_needs_a_word(
     tenth = open_cache("a").id
     place.remove(*(tile(i) for i in range(10, 14)))
     there = list_tree(tmp_path)
-    command = ("--tiles", place.url, "--backbone", checkpoint, "--cache", "a", "--precision", "float32")
-    refused = run_extract(*command, env=python_env, cwd=tmp_path)
-    assert refused.returncode == 1
-    assert refused.stdout == ""
+    command = ("run", "--tiles", place.url, "--backbone", checkpoint, "--cache", "a", "--precision", "float32")
+    command += ("--device", "cpu", "--workers", 0)
+    refused = run_here(extract_command_line, tmp_path, *command)
+    assert refused.status == 1
+    assert refused.out == ""
     assert re.fullmatch(
         rf"error: 4 of the 36 tiles of version {tenth} in a are gone from {place.url}: check TILES, or go on without "
         r"them with ARGS=--yes\n",
-        refused.stderr,
+        refused.err,
     )
     assert list_tree(tmp_path) == there
     assert open_cache("a").id == tenth
-    accepted = run_extract(*command, "--yes", env=python_env, cwd=tmp_path)
-    assert accepted.returncode == 0, accepted.stderr
-    assert "0 new, 0 changed, 4 removed, 0 relabelled, 32 kept\n" in accepted.stdout
+    accepted = run_here(extract_command_line, tmp_path, *command, "--yes")
+    assert accepted.status == 0, accepted.err
+    assert "0 new, 0 changed, 4 removed, 0 relabelled, 32 kept\n" in accepted.out
     assert open_cache("a").layout.rows == 32
 
 
@@ -365,11 +374,11 @@ def test_two_ranks(config: Any, checkpoint: Path, tmp_path: Path, python_env: di
     before, old = read_arrays(cache), open_cache(cache).id
     change_everything(place, rng)
     result = run_extract(
-        "--tiles", place.url, "--backbone", checkpoint, "--cache", cache, "--workers", 1,
-        env=python_env | {"STORAGE_EMULATOR_HOST": gcs_server}, cwd=tmp_path, nproc=2,
+        "--tiles", place.url, "--backbone", checkpoint, "--cache", cache, "--workers", 0,
+        env=python_env | {"STORAGE_EMULATOR_HOST": gcs_server}, cwd=tmp_path, nproc=2, module="tests.faults.armed",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert f"551 rows kept from version {old}\n" in result.stdout
+    assert f"{KEPT} rows kept from version {old}\n" in result.stdout
     assert "12 to do in float32" in result.stdout, "auto keeps the precision of the rows it keeps"
     after = read_arrays(cache)
     assert_kept(before, after, kept_rows(before, after, [tile(i) for i in CHANGED]))
@@ -385,6 +394,6 @@ def test_rows_that_are_kept_fix_the_size_of_batches(
     place.put(draw_objects(rng, 20))
     run_extraction(config(place.url, cache="a"))
     place.put({tile(3): draw_tile(rng, 48)})
-    monkeypatch.setattr("extract.embed.TileEmbedder.fits", lambda self: self.batch_size <= 8)
-    with pytest.raises(RunError, match="a batch of 16 tiles does not fit in memory, and the rows kept from version"):
-        run_extraction(config(place.url, cache="a", batch_size=8))
+    monkeypatch.setattr("extract.embed.TileEmbedder.fits", lambda self: self.batch_size <= 4)
+    with pytest.raises(RunError, match="a batch of 8 tiles does not fit in memory, and the rows kept from version"):
+        run_extraction(config(place.url, cache="a", batch_size=4))

@@ -453,15 +453,10 @@ def test_too_many_quarantined_tiles_are_status_3(made: Path, tmp_path: Path) -> 
 
 
 def find_descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            children.setdefault(int(entry.read_text().rpartition(")")[2].split()[1]), []).append(int(entry.parent.name))
-        except OSError:
-            continue
     found = [pid]
     for one in found:
-        found += children.get(one, [])
+        for thread in Path(f"/proc/{one}/task").glob("*/children"):
+            found += map(int, read_bytes(str(thread)).split())
     return found
 
 
@@ -509,9 +504,10 @@ def slow_cache(bucket: Any, proxy: Proxy) -> Iterator[str]:
 def test_ctrl_c_is_one_line_and_status_130_and_leaves_nobody(
     made: Path, tmp_path: Path, slow_cache: str, proxy: Proxy, python_env: dict[str, str]
 ) -> None:
-    """The signal goes to every process of the group, as a terminal sends it; all commands at once, to save time."""
+    """The signal goes to every process of the group, as a terminal sends it; all commands at once, to save time, and
+    each as soon as it is far enough."""
     cache, many = made / "cache", ("--epochs", 5000, "--device", "cpu")
-    big = plant_tiles(tmp_path / "big", per_scene=40, seed=fresh_seed(), size=256)
+    big = plant_tiles(tmp_path / "big", per_scene=40, seed=fresh_seed())
     extracting = (
         "extract",
         "run",
@@ -548,6 +544,10 @@ def test_ctrl_c_is_one_line_and_status_130_and_leaves_nobody(
     }
     proxy.asked.clear()
     started: dict[str, subprocess.Popen[str]] = {}
+
+    def is_ready(name: str) -> bool:
+        return commands[name][1](tmp_path / name) or started[name].poll() is not None
+
     for name, (arguments, _, _) in commands.items():
         (tmp_path / name).mkdir()
         command = [sys.executable, "-m", *map(str, arguments)]
@@ -561,9 +561,12 @@ def test_ctrl_c_is_one_line_and_status_130_and_leaves_nobody(
             start_new_session=True,
         )
     try:
-        for name, (_, ready, line) in commands.items():
-            process = started[name]
-            wait_for(lambda: ready(tmp_path / name) or process.poll() is not None)  # noqa: B023
+        waiting = list(commands)
+        while waiting:
+            wait_for(lambda: any(map(is_ready, waiting)))
+            name = next(filter(is_ready, waiting))
+            waiting.remove(name)
+            process, line = started[name], commands[name][2]
             family = find_descendants(process.pid)
             assert all(map(blocks_ctrl_c, find_fork_servers(process.pid))), name
             os.killpg(process.pid, signal.SIGINT)

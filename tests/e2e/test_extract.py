@@ -27,6 +27,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from cache_schema import CacheNotFoundError, CacheRoot, Status, open_cache
+from extract.__main__ import run as extract_command_line
 from extract.config import LAST_CACHE, ExtractConfig
 from extract.embed import TileEmbedder
 from extract.errors import RunError
@@ -36,7 +37,7 @@ from extract.precision import choose_precision
 from extract.run import run_extraction
 from extract.scenes import find_scenes
 from tests.checkpoints import MEAN, STD, make_checkpoint
-from tests.planted import fresh_seed
+from tests.planted import Finished, fresh_seed, run_here
 from tests.proxy import Proxy
 from tests.tiles import (
     MODES,
@@ -113,6 +114,11 @@ def config(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     defaults = {"backbone": str(checkpoints["plain"]), "device": "cpu", "workers": 0, "precision": "float32"}
     return lambda tiles, **changes: ExtractConfig(tiles=str(tiles), **(defaults | changes))
+
+
+def extract(cwd: Path, *arguments: object) -> Finished:
+    """`python -m extract run …` in this process."""
+    return run_here(extract_command_line, cwd, "run", "--device", "cpu", "--workers", 0, *arguments)
 
 
 def assert_same_cache(a: str | Path, b: str | Path) -> None:
@@ -247,15 +253,13 @@ def test_what_is_printed(undisturbed: tuple[Path, str], tiles: str, objects: Obj
 
 
 def test_a_second_run_has_nothing_to_do(
-    undisturbed: tuple[Path, str], tiles: str, checkpoints: dict[str, Path], env: dict[str, str]
+    undisturbed: tuple[Path, str], tiles: str, checkpoints: dict[str, Path]
 ) -> None:
     cache = undisturbed[0]
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
-    result = run_extract(
-        "--tiles", tiles, "--backbone", checkpoints["plain"], "--cache", "vectors", *SLOW, env=env, cwd=cache.parent
-    )
-    assert result.returncode == 0, result.stderr
-    assert re.search(r"^0 to do, \d+ s$", result.stdout, re.MULTILINE)
+    result = extract(cache.parent, "--tiles", tiles, "--backbone", checkpoints["plain"], "--cache", "vectors", *SLOW)
+    assert result.status == 0, result.err
+    assert re.search(r"^0 to do, \d+ s$", result.out, re.MULTILINE)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == before
 
 
@@ -279,10 +283,10 @@ def find_descendants(pid: int) -> list[int]:
 
 
 def start_and_wait_for_a_commit(
-    tiles: str, checkpoint: Path, env: Mapping[str, str], folder: Path, nproc: int | None
+    tiles: str, checkpoint: Path, env: Mapping[str, str], folder: Path, nproc: int | None, workers: int = 1
 ) -> subprocess.Popen[str]:
     command = extract_command(
-        "--tiles", tiles, "--backbone", checkpoint, "--cache", "vectors", *SLOW, "--workers", "1", nproc=nproc
+        "--tiles", tiles, "--backbone", checkpoint, "--cache", "vectors", *SLOW, "--workers", str(workers), nproc=nproc
     )
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, env=env, cwd=folder, text=True, start_new_session=True, **streams)
@@ -302,20 +306,10 @@ def find_commits(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in chunks if path.parts[path.parts.index("c") + 1] in blocks}
 
 
-def resume(
-    tiles: str, checkpoint: Path, env: Mapping[str, str], folder: Path, nproc: int | None
-) -> subprocess.CompletedProcess[str]:
-    """The same command with another batch size, which must not count: the version keeps its own."""
-    arguments = [*SLOW[:2], "--batch-size", "32", *SLOW[4:]]
-    return run_extract(
-        "--tiles", tiles, "--backbone", checkpoint, "--cache", "vectors", *arguments, env=env, cwd=folder, nproc=nproc
-    )
-
-
 def test_killed_run_is_resumed_on_another_world_size(
     undisturbed: tuple[Path, str], tiles: str, checkpoints: dict[str, Path], env: dict[str, str], tmp_path: Path
 ) -> None:
-    process = start_and_wait_for_a_commit(tiles, checkpoints["plain"], env, tmp_path, 2)
+    process = start_and_wait_for_a_commit(tiles, checkpoints["plain"], env, tmp_path, 2, workers=0)
     for pid in find_descendants(process.pid):
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=30)
@@ -326,13 +320,15 @@ def test_killed_run_is_resumed_on_another_world_size(
     with pytest.raises(CacheNotFoundError, match="rows are missing"):
         open_cache(str(tmp_path / "vectors"))
 
-    result = resume(tiles, checkpoints["plain"], env, tmp_path, None)
-    assert result.returncode == 0, result.stderr
+    # The same command with another batch size, which must not count: the version keeps its own.
+    other = [*SLOW[:2], "--batch-size", "32", *SLOW[4:]]
+    result = extract(tmp_path, "--tiles", tiles, "--backbone", checkpoints["plain"], "--cache", "vectors", *other)
+    assert result.status == 0, result.err
     # Blocks are of 256, 256 and 48 rows, and which of them were done is the race's to say.
-    to_do = re.search(r"^(\d+) to do in float32 -> vectors", result.stdout, re.MULTILINE)
+    to_do = re.search(r"^(\d+) to do in float32 -> vectors", result.out, re.MULTILINE)
     assert to_do
     assert int(to_do[1]) < TILES
-    assert "differs from the run that began this version: batch_size: 4, not 32" in result.stdout
+    assert "differs from the run that began this version: batch_size: 4, not 32" in result.out
     assert_same_cache(tmp_path / "vectors", undisturbed[0])
     assert open_cache(str(tmp_path / "vectors")).recorded.batch_size == 4
     assert {path: path.stat().st_mtime_ns for path in committed} == committed, "committed blocks are not redone"
@@ -412,7 +408,7 @@ def test_malformed_labels_are_named(config: Any, tmp_path: Path, capsys: pytest.
 
 
 def test_too_many_quarantined_then_accepted_then_mended(
-    config: Any, checkpoints: dict[str, Path], env: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Any, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file that is mended keeps size and time of change here, so it is the same version."""
     objects = draw_objects(np.random.default_rng(fresh_seed()), 20)
@@ -421,14 +417,13 @@ def test_too_many_quarantined_then_accepted_then_mended(
     tile = write_directory(tmp_path / "tiles", objects) / "images/100_5.png"
     changed = tile.stat().st_mtime_ns
 
-    refused = run_extract(
-        "--tiles", "tiles", "--backbone", checkpoints["plain"], "--cache", "a", "--precision", "float32",
-        env=env, cwd=tmp_path,
-    )  # fmt: skip
-    assert refused.returncode == 3
-    assert "Traceback" not in refused.stderr
-    assert "error: 1 of 20 tiles are quarantined, more than --max-quarantined 0.01 allows: mend them" in refused.stderr
-    assert "\n  images/100_5.png: cannot be decoded as an image" in refused.stderr
+    refused = extract(
+        tmp_path, "--tiles", "tiles", "--backbone", checkpoints["plain"], "--cache", "a", "--precision", "float32"
+    )
+    assert refused.status == 3
+    assert "Traceback" not in refused.err
+    assert "error: 1 of 20 tiles are quarantined, more than --max-quarantined 0.01 allows: mend them" in refused.err
+    assert "\n  images/100_5.png: cannot be decoded as an image" in refused.err
     assert not (tmp_path / "a/current").exists()
     assert not (tmp_path / LAST_CACHE).exists()
     with pytest.raises(CacheNotFoundError):
@@ -480,18 +475,14 @@ def test_a_batch_that_does_not_fit_is_halved_before_the_first_block(
     assert open_cache("b").recorded.batch_size == 4, "with no block left, another size does no harm"
 
 
-def test_a_batch_of_more_than_the_address_space_does_not_fit(
-    config: Any, tmp_path: Path, env: dict[str, str], checkpoints: dict[str, Path]
-) -> None:
+def test_a_batch_of_more_than_the_address_space_does_not_fit(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     """Half a petabyte: the allocator's own refusal, on any machine."""
     write_directory(tmp_path / "tiles", draw_objects(np.random.default_rng(fresh_seed()), 4))
-    result = run_extract(
-        "--tiles", "tiles", "--backbone", checkpoints["plain"], "--image-size", 2**20, "--precision", "float32",
-        env=env, cwd=tmp_path,
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert result.stderr.count("error: not even half a batch of 32 tiles of 1048576 px fits in memory") == 1
-    assert "Traceback" not in result.stderr
+    command = ("--tiles", "tiles", "--backbone", checkpoints["plain"], "--image-size", 2**20, "--precision", "float32")
+    result = extract(tmp_path, *command)
+    assert result.status == 1
+    assert result.err.count("error: not even half a batch of 32 tiles of 1048576 px fits in memory") == 1
+    assert "Traceback" not in result.err
 
 
 def test_profile_is_a_trace_of_a_few_batches(config: Any, tmp_path: Path) -> None:
@@ -597,46 +588,69 @@ BAD_INPUT: dict[str, tuple[dict[str, str], str]] = {
     "no tiles given": ({"--tiles": ""}, r"TILES is not set: give gs://bucket/prefix or a directory"),
     "no such bucket": ({"--tiles": "gs://no-such-bucket/x"}, r"no bucket no-such-bucket .*check the name in TILES"),
     "no images/": ({"--tiles": "{tiles}/images"}, r"no tiles under .*/images/images/: check TILES"),
-    "no credentials": ({"--tiles": "gs://some-bucket/x", "env": "no credentials"}, r"no Google credentials .*gcloud"),
-    "gated model": ({"--backbone": "vitl16"}, r"is gated .*https://huggingface\.co/facebook/dinov3.*HF_TOKEN"),
-    "no network": ({"--backbone": "org/model", "env": "no hub"}, r"cannot download org/model .*check the network"),
+    "no credentials": ({"--tiles": "gs://some-bucket/x"}, r"no Google credentials .*gcloud"),
     "image size": ({"--image-size": "100"}, r"IMAGE_SIZE 100 is not a multiple of the 16 px patch: try 96 or 112"),
     "scene pattern": ({"--limit": "5", "--scene-regex": r"^(?P<scene>x.+)$"}, r"560 tile names do not fit"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, message", BAD_INPUT.values(), ids=BAD_INPUT)
+BAD_HUB: dict[str, tuple[str, str]] = {
+    "gated model": ("vitl16", r"is gated .*https://huggingface\.co/facebook/dinov3.*HF_TOKEN"),
+    "no network": ("org/model", r"cannot download org/model .*check the network"),
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> dict[str, str]:
+    """Variables of a user who has no credentials."""
+    home = str(tmp_path / "home")
+    return {"HF_HOME": home, "HOME": home, "CLOUDSDK_CONFIG": home, "NO_GCE_CHECK": "true"}
+
+
+def assert_one_line(status: int, out: str, err: str, message: str, work: Path) -> None:
+    assert status == 1
+    assert out == ""
+    assert re.fullmatch(rf"error: .*{message}.*\n", err), err
+    assert list_tree(work) == []
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line(
     tiles: str,
     checkpoints: dict[str, Path],
-    env: dict[str, str],
-    gated_hub: str,
+    home: dict[str, str],
     tmp_path: Path,
-    changes: dict[str, str],
-    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
 ) -> None:
-    changes = dict(changes)
-    home = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HOME": str(tmp_path / "home"),
-        "CLOUDSDK_CONFIG": str(tmp_path / "home"),
-    }
-    env = {k: v for k, v in env.items() if k not in ("HF_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS")} | home
-    env |= {"HF_ENDPOINT": gated_hub, "NO_GCE_CHECK": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    kind = changes.pop("env", "")
-    if kind == "no credentials":
-        del env["STORAGE_EMULATOR_HOST"]
-    elif kind == "no hub":
-        env["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    for name, value in home.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    if case == "no credentials":
+        monkeypatch.delenv("STORAGE_EMULATOR_HOST")
     work = tmp_path / "work"
     work.mkdir()
+    changes, message = BAD_INPUT[case]
     options = {"--tiles": tiles, "--backbone": str(checkpoints["plain"])} | changes
-    arguments = [part.replace("{tiles}", tiles) for option in options.items() for part in option]
-    result = run_extract(*arguments, env=env, cwd=work)
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert re.fullmatch(rf"error: .*{message}.*\n", result.stderr), result.stderr
-    assert list_tree(work) == []
+    result = extract(work, *(part.replace("{tiles}", tiles) for option in options.items() for part in option))
+    assert_one_line(result.status, result.out, result.err, message, work)
+
+
+@pytest.mark.parametrize("case", BAD_HUB)
+def test_a_hub_without_the_model_is_one_line(
+    tiles: str, env: dict[str, str], gated_hub: str, home: dict[str, str], tmp_path: Path, case: str
+) -> None:
+    """Processes of their own: the address of the hub is read when its library is imported."""
+    work = tmp_path / "work"
+    work.mkdir()
+    env = {name: value for name, value in env.items() if name != "HF_TOKEN"} | home
+    env |= {
+        "HF_ENDPOINT": gated_hub if case == "gated model" else "http://127.0.0.1:9",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    backbone, message = BAD_HUB[case]
+    result = run_extract("--tiles", tiles, "--backbone", backbone, env=env, cwd=work)
+    assert_one_line(result.returncode, result.stdout, result.stderr, message, work)
 
 
 def test_bad_input_under_torchrun_is_the_same_line(env: dict[str, str], tmp_path: Path) -> None:
@@ -648,8 +662,8 @@ def test_bad_input_under_torchrun_is_the_same_line(env: dict[str, str], tmp_path
     assert list_tree(tmp_path) == []
 
 
-def test_unknown_choice_shows_usage(env: dict[str, str], tmp_path: Path) -> None:
-    result = run_extract("--tiles", "x", "--precision", "fp8", env=env, cwd=tmp_path)
-    assert result.returncode == 2
-    assert "Usage: python -m extract run" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_unknown_choice_shows_usage(tmp_path: Path) -> None:
+    result = extract(tmp_path, "--tiles", "x", "--precision", "fp8")
+    assert result.status == 2
+    assert "Usage: python -m extract run" in result.err
+    assert "Traceback" not in result.err

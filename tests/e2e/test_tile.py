@@ -454,6 +454,12 @@ def test_a_stopped_tiling_leaves_no_half_scene_and_goes_on(
     assert not os.listdir(out / "tiling" / "unfinished")
 
 
+def test_a_process_that_cuts_loads_no_torch(python_env: dict[str, str]) -> None:
+    """It would cost each of them more seconds than a small scene."""
+    code = "import sys, extract.cutters; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=python_env, check=False).returncode == 0
+
+
 def test_a_bucket_gets_the_same_objects(raw: RawXView, tmp_path: Path, bucket: storage.Bucket) -> None:
     place = f"gs://{bucket.name}/xview/train"
     arguments = options(raw, place, "--size", 128, "--workers", 2)

@@ -18,12 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# Imported here, as extract.run is, for the processes that are forked from one which has loaded this module.
-import transformers.models.dinov3_vit.modeling_dinov3_vit  # noqa: F401
 from zarr.storage import LocalStore
 
 import cache_schema.creation
-import extract.run  # noqa: F401
+import extract.run  # noqa: F401  # for the processes that are forked from one which has loaded this module
 from cache_schema.gcs import GcsStore
 from cache_schema.gcs_objects import GcsObjects
 from extract.__main__ import run

@@ -1,6 +1,6 @@
 """One extraction that is killed again and again, and what it leaves in the end.
 
-python -m tests.faults.extraction_kills FOLDER KILLS SEED [gs://bucket/prefix]
+python -m tests.faults.extraction_kills FOLDER SEED KILLS [KILLS gs://bucket/prefix]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ import numpy as np
 
 from cache_schema import CacheError, CacheRoot, Version
 from tests.caches import get_all
-from tests.checkpoints import make_checkpoint
 from tests.tiles import draw_objects, write_directory
 
 from .armed import ARMED, BLOCK_ROWS, Charge, Fired, arm
@@ -29,6 +29,7 @@ from .armed import ARMED, BLOCK_ROWS, Charge, Fired, arm
 _TIMEOUT_S = 120.0
 _PROJECT_ROOT = str(Path(__file__).parents[2])
 _ARMED_MODULE = Charge.__module__
+_MODEL_MODULE = "transformers.models.dinov3_vit.modeling_dinov3_vit"
 _POINTS: dict[str, dict[str, Any]] = {
     "before a block's chunk": {"key": r"(^|/)cls/c/"},
     "while a chunk is written": {"key": r"(^|/)patch_mean/c/", "when": "during"},
@@ -112,8 +113,8 @@ def run_extraction_kills(folder: Path, kills: int, seed: int, cache: str | None 
     """
     tiles = BLOCK_ROWS * (4 + 3 * kills // 4)  # about every other kill finds one more block finished
     write_directory(folder / "tiles", draw_objects(np.random.default_rng(seed), tiles, size=32))
-    backbone = make_checkpoint(folder / "backbone", seed=seed, image_size=32)
-    runs = _Runs(folder, ["run", "--tiles", "tiles", "--backbone", str(backbone), "--batch-size", str(BLOCK_ROWS)])
+    runs = _Runs(folder, ["run", "--tiles", "tiles", "--backbone", "backbone", "--batch-size", str(BLOCK_ROWS)])
+    assert runs.fork(_make_backbone, folder, seed) == 0
     reference, cache = str(folder / "undisturbed"), cache or str(folder / "killed")
     assert runs.run_alone(reference) == 0, runs.log
     undisturbed = _read_objects(reference)
@@ -143,7 +144,7 @@ def run_hung_rank(folder: Path, seed: int) -> list[dict[str, Any]]:
         as `run_extraction_kills`.
     """
     write_directory(folder / "tiles", draw_objects(np.random.default_rng(seed), 100, size=32))
-    make_checkpoint(folder / "backbone", seed=seed, image_size=32)
+    _make_backbone(folder, seed)
     charge = Charge(str(folder / "marker"), "put", key="/commit/c/", signal=signal.SIGSTOP)
     process = start_armed(folder, charge, "--nproc-per-node=2")
     assert process.stdout
@@ -177,12 +178,15 @@ class _Runs:
         self._folder = folder
         self._arguments = [*arguments, "--device", "cpu", "--precision", "float32"]
         self._fork = multiprocessing.get_context("forkserver")
-        self._fork.set_forkserver_preload([_ARMED_MODULE])
+        self._fork.set_forkserver_preload([_ARMED_MODULE, _MODEL_MODULE])
         self.log = folder / "runs.log"
 
     def run_alone(self, cache: str, charge: Charge | None = None) -> int | None:
         arguments = [*self._arguments, "--workers", "0", "--cache", cache]
-        process = self._fork.Process(target=_run_armed, args=(self._folder, self.log, arguments, charge))
+        return self.fork(_run_armed, self._folder, self.log, arguments, charge)
+
+    def fork(self, target: Callable[..., None], *args: Any) -> int | None:
+        process = self._fork.Process(target=target, args=args)
         process.start()
         process.join(_TIMEOUT_S)
         hung = process.is_alive()
@@ -219,6 +223,12 @@ class _Runs:
                 timeout=_TIMEOUT_S,
                 check=False,
             ).returncode
+
+
+def _make_backbone(folder: Path, seed: int) -> None:
+    from tests.checkpoints import make_checkpoint  # and with it the model, which the process that forks does without
+
+    make_checkpoint(folder / "backbone", seed=seed, image_size=32)
 
 
 def _run_armed(folder: Path, log: Path, arguments: list[str], charge: Charge | None) -> None:
@@ -271,5 +281,8 @@ def _is_zombie(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    rows = run_extraction_kills(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
-    print(json.dumps(rows))
+    folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+    found = [run_extraction_kills(folder / "directory", int(sys.argv[3]), seed)]
+    if sys.argv[4:]:
+        found.append(run_extraction_kills(folder / "bucket", int(sys.argv[4]), seed, sys.argv[5]))
+    print(json.dumps(found))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.cloud.storage.retry import DEFAULT_RETRY
 
 import cache_schema.creation
 from cache_schema import Status, open_cache
@@ -54,6 +55,7 @@ def extract_in_small_blocks(tiles: str, cache: Path | str, backbone: Path, **opt
         assert defaults
         patch.setitem(defaults, "first_delay_s", 0.05)
         patch.setattr("extract.gcs_reader._FIRST_PAUSE_S", 0.02)
+        patch.setattr(DEFAULT_RETRY, "_initial", 0.05)  # a listing's
         return extract_cache(tiles, cache, backbone, **options)
 
 

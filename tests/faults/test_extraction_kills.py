@@ -19,33 +19,25 @@ from tests.tiles import draw_objects, read_arrays, relative_differences, write_d
 from .armed import BLOCK_ROWS, Charge
 from .extraction_kills import start_armed
 
-TIMEOUT_S = 150
 
+def test_in_a_directory_and_in_a_bucket(tmp_path: Path, bucket: storage.Bucket, python_env: dict[str, str]) -> None:
+    """One process without torchrun; `make soak` kills ranks and torchrun too.
 
-def run_kills(folder: Path, env: dict[str, str], kills: int, seed: int, cache: str | None = None) -> None:
-    """In a process of its own, which forks the runs: this one has threads that no child may inherit."""
-    command = [sys.executable, "-m", "tests.faults.extraction_kills", str(folder), str(kills), str(seed)]
+    From a process of its own, which forks the runs: this one has threads that no child may inherit.
+    """
+    command = [sys.executable, "-m", "tests.faults.extraction_kills", tmp_path, "1", "5", "4"]
     result = subprocess.run(
-        [*command, *filter(None, [cache])],
-        env=env,
-        cwd=folder,
+        [*command, f"gs://{bucket.name}/cache"],
+        env=python_env,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=280,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = json.loads(result.stdout.splitlines()[-1])
-    assert sum(row["survived"] for row in rows) == sum(row["tried"] for row in rows) == kills
-
-
-def test_a_directory(tmp_path: Path, python_env: dict[str, str]) -> None:
-    """One process without torchrun; `make soak` kills ranks and torchrun too."""
-    run_kills(tmp_path, python_env, 5, 1)
-
-
-def test_a_bucket(tmp_path: Path, bucket: storage.Bucket, python_env: dict[str, str]) -> None:
-    run_kills(tmp_path, python_env, 4, 1, f"gs://{bucket.name}/cache")
+    for rows, kills in zip(json.loads(result.stdout.splitlines()[-1]), (5, 4), strict=True):
+        assert sum(row["survived"] for row in rows) == sum(row["tried"] for row in rows) == kills
 
 
 def test_torchrun_restarts_a_killed_rank_and_goes_on(tmp_path: Path, python_env: dict[str, str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
 from cache_schema import CacheRoot, Status
@@ -22,20 +24,22 @@ from .network import extract_in_small_blocks, run_network_faults
 TILES = 120
 
 
-@pytest.fixture
-def tiles(bucket: storage.Bucket) -> str:
+@pytest.fixture(scope="module")
+def tiles(gcs_server: str) -> str:
+    client = storage.Client(project="tests", credentials=AnonymousCredentials())
+    bucket = client.create_bucket(f"test-{uuid.uuid4().hex[:16]}")
     upload(bucket, draw_objects(np.random.default_rng(fresh_seed()), TILES, size=32), "tiles/")
     return f"gs://{bucket.name}/tiles"
 
 
-@pytest.fixture
-def backbone(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "backbone", seed=fresh_seed(), image_size=32)
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "backbone", seed=fresh_seed(), image_size=32)
 
 
-@pytest.fixture
-def undisturbed(tiles: str, backbone: Path, tmp_path: Path) -> str:
-    return extract_in_small_blocks(tiles, tmp_path / "undisturbed", backbone)
+@pytest.fixture(scope="module")
+def undisturbed(tiles: str, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return extract_in_small_blocks(tiles, tmp_path_factory.mktemp("cache") / "undisturbed", backbone)
 
 
 @pytest.mark.parametrize("place", ["directory", "bucket"])
