@@ -147,7 +147,7 @@ class _TileDataset(Dataset[TileBatch | TileprobeError]):
 
 
 def _end_with_rank(worker: int) -> None:
-    """Have this worker end when the rank it works for is gone, however that ended.
+    """Have this worker end when the rank it works for is gone, however that ended, or ends it.
 
     PyTorch's own watch looks at the parent process, which is the fork server here; and that lives as long as a worker.
     """
@@ -158,7 +158,13 @@ def _end_with_rank(worker: int) -> None:
         rank.join()
         os._exit(1)
 
-    threading.Thread(target=watch, name="watch-rank", daemon=True).start()
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank.pid:
+            pass
+        os._exit(0)
+
+    for work in (watch, obey):
+        threading.Thread(target=work, name=f"{work.__name__}-rank", daemon=True).start()
     sys.excepthook = _let_go_of_rank
 
 
@@ -175,9 +181,10 @@ def _let_go_of_rank(kind: type[BaseException], error: BaseException, traceback: 
 def _make_forkserver() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["extract.feed"])
-    # Ctrl-C goes to every process of a terminal. The rank answers it; its workers end with it, and keep quiet.
+    # Ctrl-C goes to every process of a terminal, torchrun's SIGTERM to every process of a rank. The rank answers them;
+    # its workers end with it, and keep quiet. One that ended first might do so with a lock that the rank then needs.
     resource_tracker.ensure_running()  # whose start, later, would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         forkserver.ensure_running()  # inherits the mask, and its workers from it
     finally:

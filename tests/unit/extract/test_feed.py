@@ -348,6 +348,25 @@ def test_killed_worker_ends_the_run_with_a_remedy(source: Source, table: TileTab
                 os.kill(int(mine[0] or 0), signal.SIGKILL)
 
 
+def test_only_its_rank_can_ask_a_worker_to_end(source: Source, table: TileTable) -> None:
+    """A SIGTERM that torchrun sends to all processes of a rank is the rank's to answer."""
+    feed = TileFeed(source, workers=2)
+    others = set(multiprocessing.active_children())
+    batches = cut(make_requests(table, [row % 50 for row in range(400)]), 4)
+    rows = []
+    for number, batch in enumerate(feed.read(batches)):
+        rows += batch.rows.tolist()
+        if number == 3:
+            mine = [child for child in multiprocessing.active_children() if child not in others]
+            subprocess.run(["kill", "-TERM", *(str(child.pid) for child in mine)], check=True)
+    assert rows == [row % 50 for row in range(400)]
+    assert len(mine) == 2
+    for child in mine:
+        child.terminate()
+        child.join(TIMEOUT_S)
+        assert not child.is_alive()
+
+
 HANGS_UP = """
 import socket, sys
 from multiprocessing import resource_sharer
