@@ -49,10 +49,12 @@ def plant_tiles(
     ids: str = "type",
     size: int = TILE,
     empty: int = 0,
+    bare: bool = False,
 ) -> Path:
     """Write `scenes * per_scene` PNG tiles and YOLO labels below `root`; the first `empty` tiles show nothing.
 
-    Every class occurs in the second tile of every scene, so that no split leaves one without positives.
+    Every class occurs in the second tile of every scene, so that no split leaves one without positives; with `bare`
+    the third shows nothing, so that none is without an empty tile.
     """
     rng = np.random.default_rng(seed)
     (root / "images").mkdir(parents=True)
@@ -62,7 +64,8 @@ def plant_tiles(
         pixels = rng.integers(70, 140, (size, size, 3), dtype=np.uint8)
         lines = []
         for (class_id, type_id, colour), share in zip(CLASSES.values(), SHARES, strict=True):
-            present = (tile == 1 or rng.random() < share) and number >= empty
+            shown = number >= empty and not (bare and tile == 2)
+            present = (tile == 1 or rng.random() < share) and shown
             for _ in range(int(rng.integers(1, 3)) if present else 0):
                 side = int(rng.integers(size // 6, size // 3))
                 x, y = (int(v) for v in rng.integers(0, size - side, 2))

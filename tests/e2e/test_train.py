@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("train")
     seed = fresh_seed()
     backbone = make_checkpoint(root / "checkpoint", seed=seed)
-    tiles = plant_tiles(root / "tiles", scenes=13, per_scene=9, seed=seed, empty=EMPTY)
+    tiles = plant_tiles(root / "tiles", scenes=13, per_scene=9, seed=seed, empty=EMPTY, bare=True)
     (tiles / UNREADABLE).write_bytes(b"\x89PNG and no more")
     with (tiles / "labels" / "s05_1.txt").open("a") as stream:
         stream.write("75 0.5 0.5 0.1 0.1\n99 0.5 0.5 0.1 0.1\n")

@@ -108,7 +108,8 @@ def test_ranking_and_cross_fitting_equal_a_plain_computation(rng: np.random.Gene
     for average in ("weighted", "macro"):
         expected = np.mean([f1(labels, decided[seed], average) for seed in range(2)])
         assert found[f"f1_{average}"] == pytest.approx(expected, abs=1e-12)
-    assert found["f1_weighted"] < ranked[0].mean("f1_weighted")  # the luck of the choice is not in it
+    # The luck of the choice is not in it, unless every part of the rows would have chosen alike.
+    assert found["f1_weighted"] <= ranked[0].mean("f1_weighted") + 1e-12
     assert cross_fit(ranked, support[:1]) is None
 
 
