@@ -58,7 +58,7 @@ class TrainStep:
         if use_shards(config, ranks):
             shard_trained(classifier, ranks)
         elif ranks.world_size > 1:
-            # With a size given, the first bucket is no smaller than the others: a head goes out in one message, not two.
+            # With a size given, the first bucket is as large as the others: a head goes out in one message, not two.
             self._part = DistributedDataParallel(TrainedPart(classifier), forward_sync_buffers=False, bucket_cap_mb=25)
         self.optimizer = make_optimizer(classifier, config)  # of the shards, where there are any
 
