@@ -153,6 +153,9 @@ def _end_with_rank(worker: int) -> None:
     """
     rank = multiprocessing.parent_process()
     assert rank
+    # torchrun's SIGTERM goes to every process of a rank. The rank answers it; a worker that ended before might do so
+    # with a lock that the rank then needs. Not in the fork server, which may serve others: theirs would not end.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         rank.join()
@@ -181,10 +184,9 @@ def _let_go_of_rank(kind: type[BaseException], error: BaseException, traceback: 
 def _make_forkserver() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["extract.feed"])
-    # Ctrl-C goes to every process of a terminal, torchrun's SIGTERM to every process of a rank. The rank answers them;
-    # its workers end with it, and keep quiet. One that ended first might do so with a lock that the rank then needs.
+    # Ctrl-C goes to every process of a terminal. The rank answers it; its workers end with it, and keep quiet.
     resource_tracker.ensure_running()  # whose start, later, would lift the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()  # inherits the mask, and its workers from it
     finally:
