@@ -153,9 +153,6 @@ def _end_with_rank(worker: int) -> None:
     """
     rank = multiprocessing.parent_process()
     assert rank
-    # torchrun's SIGTERM goes to every process of a rank. The rank answers it; a worker that ended before might do so
-    # with a lock that the rank then needs. Not in the fork server, which may serve others: theirs would not end.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def watch() -> None:
         rank.join()
@@ -166,7 +163,13 @@ def _end_with_rank(worker: int) -> None:
             pass
         os._exit(0)
 
-    for work in (watch, obey):
+    tasks = [watch]
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        # torchrun's SIGTERM goes to every process of a rank. The rank answers it; a worker that ended before might do
+        # so with a lock that the rank then needs. Not in the fork server: what else it serves would never end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        tasks.append(obey)
+    for work in tasks:
         threading.Thread(target=work, name=f"{work.__name__}-rank", daemon=True).start()
     sys.excepthook = _let_go_of_rank
 

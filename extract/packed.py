@@ -4,6 +4,7 @@ A plain `Linear` lays its weight out anew at every call, and what follows it goe
 product gives the same bits; an activation is applied to it before it is rounded to bf16, and not after.
 """
 
+import platform
 from typing import Any
 
 import torch
@@ -60,9 +61,10 @@ class _Applied(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies bf16 there; elsewhere layers stay as they are."""
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device.type == "cpu" and dtype == torch.bfloat16 and supported
+    """Whether oneDNN multiplies bf16 there, on x86-64: nothing else was tried. Elsewhere layers stay as they are."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack(layer: nn.Module, activation: str) -> None:
