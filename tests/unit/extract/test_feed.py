@@ -367,6 +367,34 @@ def test_only_its_rank_can_ask_a_worker_to_end(source: Source, table: TileTable)
         assert not child.is_alive()
 
 
+IS_KILLED = """
+import os, signal, sys
+
+from extract.batch import make_requests
+from extract.feed import TileFeed
+from extract.listing import list_tiles
+from extract.source import open_source
+
+if __name__ == "__main__":
+    source = open_source(sys.argv[1])
+    feed = TileFeed(source, workers=2)
+    next(feed.read([[request] for request in make_requests(list_tiles(source).table, range(20))]))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_rank_that_is_killed(tmp_path: Path, objects: Objects, python_env: dict[str, str]) -> None:
+    """They hold its output open: its end is theirs."""
+    script = tmp_path / "is_killed.py"
+    script.write_text(IS_KILLED)
+    tiles = write_directory(tmp_path / "tiles", objects)
+    result = subprocess.run(
+        [sys.executable, script, tiles], env=python_env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (-signal.SIGKILL, "")
+    assert "Traceback" not in result.stderr
+
+
 HANGS_UP = """
 import socket, sys
 from multiprocessing import resource_sharer
