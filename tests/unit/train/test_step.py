@@ -61,6 +61,17 @@ def compute_plainly(checkpoint: Path, head: Head, batch: Batch, *, dtype: torch.
     return {name: grad for name, grad in found.items() if grad is not None}
 
 
+def is_on_a_kink(checkpoint: Path, seed: int) -> bool:
+    """Whether a hidden unit of the head is so near zero for a row that float32 may take ReLU's other side, and with it
+    another gradient."""
+    torch.manual_seed(seed)
+    first = Head(128, CLASSES, hidden=16, dropout=0.0)[0].double()
+    with torch.no_grad():
+        tokens = AutoModel.from_pretrained(checkpoint, dtype=torch.float64).eval()(make_batch(seed).inputs.double())[0]
+        hidden = first(torch.cat([tokens[:, 0], tokens[:, 5:].mean(dim=1)], dim=1))
+    return bool(hidden.abs().min() < 1e-5)
+
+
 @pytest.mark.parametrize(
     "unfreeze, accumulate, checkpointing", [(1, 1, False), (3, 3, False), (3, 1, True), (4, 4, True), (4, 1, False)]
 )
@@ -69,6 +80,8 @@ def test_gradients_are_those_of_the_whole_graph(
 ) -> None:
     """Float32 against the whole graph in float64: within 1e-5 of each tensor's norm, cosine above 0.999."""
     seed = fresh_seed()
+    while is_on_a_kink(checkpoint, seed):
+        seed += 1
     batch = make_batch(seed)
     classifier = make_classifier(checkpoint, seed, unfreeze, checkpointing=checkpointing)
     config = TrainConfig(cache="c", run="r", unfreeze=unfreeze, accumulate=accumulate, amp=False, batch_size=7)
