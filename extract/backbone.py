@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .errors import BackboneError
 from .hub import CONFIGURATION, download, measure_download, no_checkpoint
-from .packed import can_pack, pack, unpack
+from .memory import keep_freed_memory
+from .packed import SDPA, can_pack, pack, unpack
 from .precision import DTYPES, Precision
 
 POOLING = ("cls", "patch_mean")
-ATTENTION = "sdpa"
 
 _HUB_IDS = {
     "vitl16": "facebook/dinov3-vitl16-pretrain-sat493m",
@@ -187,7 +187,7 @@ class Backbone(nn.Module):
             vit, loading = AutoModel.from_pretrained(
                 checkpoint.path,
                 dtype=DTYPES[precision],
-                attn_implementation=ATTENTION,
+                attn_implementation=SDPA,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -202,6 +202,8 @@ class Backbone(nn.Module):
                 f"{checkpoint.path} leaves {len(unfilled)} tensors unfilled, such as {unfilled[0]}: "
                 "it does not belong to this architecture"
             )
+        if device.type == "cpu":
+            keep_freed_memory()
         backbone = cls(vit.to(device))
         if can_pack(backbone.device, backbone.dtype):
             for layer in backbone.layers:
@@ -215,7 +217,7 @@ class Backbone(nn.Module):
 
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.device("meta"):
-            return cls(AutoModel.from_config(config, attn_implementation=ATTENTION))
+            return cls(AutoModel.from_config(config, attn_implementation=SDPA))
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -310,8 +312,9 @@ class Backbone(nn.Module):
                 f"UNFREEZE={layers}: this backbone has {len(self.layers)} layers: choose 1 to that many"
             )
         self.trained_layers, self.checkpointing = layers, checkpointing
+        for layer in self.trained:
+            unpack(layer)
         for module in (*self.trained, self.vit.norm):
-            unpack(module)
             module.float().requires_grad_(True)
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         if not names:

@@ -1,19 +1,28 @@
-"""Frozen layers on a CPU that multiplies bf16: a weight lies as oneDNN reads it, and an activation joins the product.
+"""Frozen layers on a CPU that multiplies bf16: all their products by oneDNN, and laid out as it reads them.
 
 A plain `Linear` lays its weight out anew at every call, and what follows it goes over the memory once more. Packed, a
-product gives the same bits; an activation is applied to it before it is rounded to bf16, and not after.
+product gives the same bits; an activation is applied to it before it is rounded to bf16, and not after. PyTorch's own
+attention does not multiply in bf16 on such a CPU: `attend` takes half of its time.
 """
 
+import copy
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+SDPA, ONEDNN = "sdpa", "onednn"
+"""PyTorch's attention and `attend`: their names in a model's configuration and in what a cache records."""
+
 _FUSED = {"gelu": ("gelu", "none"), "silu": ("swish", "")}
 """By their names in a configuration the activations that oneDNN applies, as it calls them, and their variant."""
 _BEFORE_ACTIVATION = ("gate_proj", "up_proj")
 """The product whose result is activated: the first of these that a layer's MLP has."""
+_SCORES = 2 << 20
+"""Bytes of scores a thread computes before it goes on with them: what its cache holds."""
 
 
 class PackedLinear(nn.Module):
@@ -60,11 +69,62 @@ class _Applied(nn.Module):
         return hidden
 
 
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention (Vaswani et al. 2017, "Attention Is All You Need") as transformers calls for it.
+
+    Scores and their softmax are float32; the weights are rounded to bf16 for the second product.
+
+    Args:
+        module: the layer's attention; not used.
+        query, key, value: (B, H, T, D), bf16.
+        attention_mask: none.
+        scaling: what scores are multiplied by.
+
+    Returns:
+        (B, T, H, D) in bf16, and no weights.
+    """
+    batch, heads, tokens, width = query.shape
+    queries, keys, values = (part.reshape(batch * heads, tokens, width) for part in (query, key, value))
+    outputs = torch.empty_like(queries)
+    at_once = max(1, torch.get_num_threads() * _SCORES // (4 * tokens * tokens))
+    with _float32_by_bf16():
+        for start in range(0, batch * heads, at_once):
+            part = slice(start, start + at_once)
+            # In float32 for the sake of the result alone: what is multiplied are bf16 numbers as before.
+            left, right = queries[part].float(), keys[part].float().transpose(1, 2)
+            scores = torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+            weights = torch.softmax(scores, dim=-1, out=scores).bfloat16()
+            torch.bmm(weights, values[part], out=outputs[part])
+    return outputs.view(batch, heads, tokens, width).transpose(1, 2), None
+
+
+@contextmanager
+def _float32_by_bf16() -> Iterator[None]:
+    """Let oneDNN round the factors of a float32 product to bf16. PyTorch has no bf16 product with a float32 result."""
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies bf16 there, on x86-64: nothing else was tried. Elsewhere layers stay as they are."""
     if device.type != "cpu" or dtype != torch.bfloat16 or platform.machine() not in ("x86_64", "AMD64"):
         return False
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """By the name that transformers calls it the attention of frozen layers in this dtype.
+
+    PyTorch's own where AMX multiplies, for which it is made: `attend` was not tried there.
+    """
+    return ONEDNN if can_pack(device, dtype) and not torch.cpu.get_capabilities().get("amx_bf16") else SDPA
 
 
 def pack(layer: nn.Module, activation: str) -> None:
@@ -74,6 +134,8 @@ def pack(layer: nn.Module, activation: str) -> None:
         layer: of transformers' `DINOv3ViTModel`.
         activation: the name of its activation in the configuration; one that oneDNN lacks stays a step of its own.
     """
+    weight: Tensor = next(layer.parameters())
+    _set_attention(layer, choose_attention(weight.device, weight.dtype))
     for module in list(layer.modules()):
         children = dict(module.named_children())
         activated = None
@@ -85,8 +147,17 @@ def pack(layer: nn.Module, activation: str) -> None:
                 setattr(module, name, PackedLinear(child, activation if name == activated else None))
 
 
+def _set_attention(layer: Any, name: str) -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ONEDNN, attend)
+    layer.attention.config = copy.copy(layer.attention.config)  # which all layers share
+    layer.attention.config._attn_implementation = name
+
+
 def unpack(layer: nn.Module) -> None:
     """Undo `pack`, in place."""
+    _set_attention(layer, SDPA)
     for module in list(layer.modules()):
         for name, child in module.named_children():
             plain: Any = None

@@ -23,11 +23,12 @@ from cache_schema import (
 )
 from cache_schema.layout import BoolArray
 
-from .backbone import ATTENTION, POOLING, Checkpoint, find_checkpoint, follow_links
+from .backbone import POOLING, Checkpoint, find_checkpoint, follow_links
 from .changes import Changes, find_earlier, open_in_use
 from .config import ExtractConfig
 from .distributed import get_job_id
 from .listing import list_tiles
+from .packed import choose_attention
 from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
 from .scenes import choose_whole_scenes, find_scenes
 from .source import Source, open_source
@@ -104,7 +105,9 @@ def make_survey(config: ExtractConfig, device: torch.device) -> Survey:
     cache = config.cache_url(checkpoint.image_size)
     root = CacheRoot(cache, read_only=True)
     provenance = choose_provenance(config.precision, checkpoint, root, table, device)
-    recorded = record_environment(follow_links(config.backbone), source, config.batch_size, device)
+    recorded = record_environment(
+        follow_links(config.backbone), source, config.batch_size, device, provenance.precision
+    )
     earlier, changes = find_earlier(root, table, provenance, source.identity) or (None, None)
     if earlier and changes:
         if not config.yes:
@@ -215,7 +218,9 @@ def find_cached_checkpoint(
     return checkpoint
 
 
-def record_environment(backbone: str, source: Source, batch_size: int, device: torch.device) -> Recorded:
+def record_environment(
+    backbone: str, source: Source, batch_size: int, device: torch.device, precision: str
+) -> Recorded:
     """What is worth knowing about where embeddings were computed."""
     cuda = device.type == "cuda"
     return Recorded(
@@ -223,7 +228,7 @@ def record_environment(backbone: str, source: Source, batch_size: int, device: t
         tiles=source.url,
         identity=source.identity,
         batch_size=batch_size,
-        attention=ATTENTION,
+        attention=choose_attention(device, DTYPES[precision]),
         hardware=torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
         libraries={name: installed_version(name) for name in _LIBRARIES},
     )

@@ -6,7 +6,7 @@ import torch
 
 Precision = Literal["bf16", "float32"]
 PrecisionChoice = Precision | Literal["auto"]
-DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 _CPU_BF16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16")
 """Instruction sets that multiply bf16, by their names on x86-64 and on ARM."""

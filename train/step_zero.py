@@ -53,7 +53,11 @@ class StepZero:
         difference = float(np.max(np.linalg.norm(streamed - stored, axis=1) / np.linalg.norm(stored, axis=1)))
         if not difference <= MAX_RELATIVE_DIFFERENCE:
             now = record_environment(
-                self._checkpoint.name, self._source, self._version.recorded.batch_size, backbone.device
+                self._checkpoint.name,
+                self._source,
+                self._version.recorded.batch_size,
+                backbone.device,
+                self._version.provenance.precision,
             )
             causes = self._version.recorded.differences(now) or ["nothing that is recorded"]
             raise StepZeroError(

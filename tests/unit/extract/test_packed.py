@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import AutoModel
 
 from extract.backbone import Backbone, find_checkpoint
-from extract.packed import PackedLinear, can_pack, pack, unpack
+from extract.packed import ONEDNN, SDPA, PackedLinear, attend, can_pack, choose_attention, pack, unpack
 from tests.checkpoints import make_checkpoint
 from tests.planted import fresh_seed
 
@@ -52,6 +52,47 @@ def test_an_activated_product_is_rounded_once(name: str, apply: object) -> None:
     assert (found - exact).norm() < 0.9 * (twice - exact).norm()
 
 
+def draw_heads(batch: int, heads: int, tokens: int, width: int) -> list[torch.Tensor]:
+    """Queries and keys as rotary embeddings leave them, values as a projection does; scores of up to some 10."""
+    query, key = (torch.randn(batch, heads, tokens, width).mul(1.5).bfloat16() for _ in range(2))
+    return [query, key, torch.randn(batch, tokens, heads, width).bfloat16().transpose(1, 2)]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 21, 16), (2, 16, 201, 64), (1, 3, 1029, 128)])
+def test_attention_is_rounded_where_flash_attention_rounds(shape: tuple[int, int, int, int]) -> None:
+    """Scores in bf16 would err by 9e-3 of the norm: here the weights and the result are rounded, and nothing else."""
+    heads = draw_heads(*shape)
+    exact = functional.scaled_dot_product_attention(*(part.double() for part in heads), scale=0.11).transpose(1, 2)
+    with torch.inference_mode():
+        found, weights = attend(nn.Module(), *heads, None, scaling=0.11)
+    assert (found.dtype, found.shape, weights) == (torch.bfloat16, exact.shape, None)
+    assert (found - exact).norm() < 0.75 * HALF_ULP * exact.norm()
+
+
+def test_attention_of_a_tile_does_not_depend_on_its_batch_or_the_threads() -> None:
+    heads, threads = draw_heads(3, 4, 201, 64), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(attend(nn.Module(), *heads, None, scaling=0.125)[0])
+    finally:
+        torch.set_num_threads(threads)
+    found.append(
+        torch.cat([attend(nn.Module(), *(part[i : i + 1] for part in heads), None, scaling=0.125)[0] for i in range(3)])
+    )
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_products_of_others_stay_float32() -> None:
+    left, right = torch.randn(8, 300, 300), torch.randn(8, 300, 300)
+    before = left @ right
+    attend(nn.Module(), *draw_heads(1, 2, 21, 16), None, scaling=0.25)
+    with pytest.raises(RuntimeError):
+        attend(nn.Module(), torch.randn(1, 2, 21, 16).bfloat16(), *draw_heads(1, 2, 21, 8)[1:], None, scaling=0.25)
+    assert torch.equal(left @ right, before)
+
+
 @pytest.mark.parametrize("shape", [{}, {"use_gated_mlp": True, "hidden_act": "silu"}, {"hidden_act": "relu"}])
 def test_a_layer_is_as_near_to_float32_as_the_plain_one_and_comes_back_whole(
     tmp_path: Path, shape: dict[str, Any]
@@ -62,6 +103,8 @@ def test_a_layer_is_as_near_to_float32_as_the_plain_one_and_comes_back_whole(
     exact, packed = copy.deepcopy(half).float(), copy.deepcopy(half)
     pack(packed, model.config.hidden_act)
     assert not [module for module in packed.modules() if isinstance(module, nn.Linear)]
+    assert packed.attention.config._attn_implementation == choose_attention(CPU, torch.bfloat16)
+    assert half.attention.config._attn_implementation == SDPA
     torch.manual_seed(fresh_seed())  # again, after that of the checkpoint
     hidden, pixels = torch.randn(3, 21, model.config.hidden_size).bfloat16(), torch.randn(3, 3, 64, 64)
     with torch.inference_mode():
@@ -75,6 +118,7 @@ def test_a_layer_is_as_near_to_float32_as_the_plain_one_and_comes_back_whole(
     assert 0 < errors[0] < 1.05 * errors[1] < 0.02
     unpack(packed)
     assert str(packed) == str(half)
+    assert packed.attention.config._attn_implementation == SDPA
     assert not any(module.training for module in packed.modules())
     torch.testing.assert_close(packed.state_dict(), half.state_dict(), rtol=0, atol=0)
 
@@ -96,3 +140,10 @@ def test_a_backbone_in_bf16_is_packed_but_for_what_trains(tmp_path: Path) -> Non
 def test_float32_stays_as_it_is() -> None:
     assert not can_pack(CPU, torch.float32)
     assert not can_pack(torch.device("meta"), torch.bfloat16)
+    assert choose_attention(CPU, torch.float32) == SDPA
+
+
+def test_amx_keeps_the_attention_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
+        assert choose_attention(CPU, torch.bfloat16) == (SDPA if amx else ONEDNN)
