@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
     """Have malloc keep what is freed for what is next asked for, up to 1 GiB; nothing where it is not glibc's.
 
     By itself it maps what is over 32 MiB anew each time, as the widest activations of a batch are: on a virtual machine
-    whose fresh pages took 4 us each that was a tenth of a forward pass.
+    whose fresh pages took 4 us each that was a tenth of a forward pass. A process grows by a few such activations.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     # An older glibc refuses such a threshold. Asked for the second alone, it would no longer adapt the first.
