@@ -293,6 +293,11 @@ class Backbone(nn.Module):
             tokens = layer_norm(hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
             return {"cls": tokens[:, 0], "patch_mean": tokens[:, self.first_patch :].mean(dim=1)}
 
+    def unpack(self) -> None:
+        """Make every layer a plain one again, with weights that have names: what is saved or traced must be."""
+        for layer in self.layers:
+            unpack(layer)
+
     def unfreeze_last(self, layers: int, *, checkpointing: bool = False) -> list[str]:
         """Make the last `layers` transformer layers and the final norm trainable, as float32 master weights.
 

@@ -1,8 +1,8 @@
-"""Frozen layers on a CPU that multiplies bf16: all their products by oneDNN, and laid out as it reads them.
+"""Frozen layers on an x86 CPU: all their products by oneDNN, and laid out as it reads them.
 
-A plain `Linear` lays its weight out anew at every call, and what follows it goes over the memory once more. Packed, a
-product gives the same bits; an activation is applied to it before it is rounded to bf16, and not after. PyTorch's own
-attention multiplies by MKL, which leaves an AMD CPU half idle: `attend` takes little more than half of its time.
+A plain `Linear` in bf16 lays its weight out anew at every call, and what follows it goes over the memory once more.
+Packed, a product gives the same bits; an activation is applied to it before it is rounded to bf16, and not after. In
+float32, and in its attention, PyTorch multiplies by MKL, which leaves an AMD CPU half idle.
 """
 
 import copy
@@ -29,7 +29,7 @@ class PackedLinear(nn.Module):
     """What `linear` gives in inference, followed by an activation; there are no gradients and no `state_dict()`.
 
     Args:
-        linear: bf16 on the CPU.
+        linear: bf16 or float32 on the CPU.
         activation: by its name in a configuration; None applies none.
     """
 
@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
         self._activation, self._variant = _FUSED[activation] if activation else ("none", "")
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(…, in) to (…, out), both bf16."""
+        """(…, in) to (…, out), both in the dtype of the weight."""
         outputs: Tensor = torch.ops.mkldnn._linear_pointwise(
             inputs, self._weight, self._bias, self._activation, [], self._variant
         )
@@ -115,10 +115,12 @@ def _float32_by_onednn() -> Iterator[None]:
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies bf16 there, on x86-64: nothing else was tried. Elsewhere layers stay as they are."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or platform.machine() not in ("x86_64", "AMD64"):
+    """Whether oneDNN multiplies this dtype there, on x86-64: nothing else was tried. What cannot stays as it is."""
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
@@ -126,7 +128,9 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
 
     PyTorch's own where AMX multiplies, for which it is made: `attend` was not tried there.
     """
-    return ONEDNN if can_pack(device, dtype) and not torch.cpu.get_capabilities().get("amx_bf16") else SDPA
+    if dtype != torch.bfloat16 or not can_pack(device, dtype):
+        return SDPA
+    return SDPA if torch.cpu.get_capabilities().get("amx_bf16") else ONEDNN
 
 
 def pack(layer: nn.Module, activation: str) -> None:

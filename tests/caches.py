@@ -150,7 +150,8 @@ def plant_cache(
         the URL.
     """
     rng = np.random.default_rng(seed)
-    directions = rng.standard_normal((width, classes), np.float32) / np.sqrt(width)
+    directions = rng.standard_normal((width, classes), np.float32)
+    directions /= np.linalg.norm(directions, axis=0)  # the threshold alone says how rare a class is
     thresholds = np.linspace(0.3, 1.8, classes)
     table = TileTable(
         tile=np.array([f"images/{row // 10:06}_{row % 10}.png" for row in range(rows)], np.dtypes.StringDType()),

@@ -153,7 +153,9 @@ def _export(loaded: LoadedRun, checkpoint: Checkpoint, directory: Path, *, onnx:
 
 
 def _load(checkpoint: Checkpoint) -> Backbone:
-    return Backbone.load(checkpoint, precision="float32", device=_CPU)
+    backbone = Backbone.load(checkpoint, precision="float32", device=_CPU)
+    backbone.unpack()
+    return backbone
 
 
 @torch.inference_mode()

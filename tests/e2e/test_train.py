@@ -576,8 +576,8 @@ def test_exactly_the_asked_tensors_change(
     layer = re.compile(r"backbone\.vit\.(?:model\.)?layer\.(\d+)\.")
     in_layers = {name: int(match[1]) for name in before if (match := layer.match(name))}
     assert set(in_layers.values()) == set(range(depth))
-    assert len(in_layers) > 15 * depth
     expected = {name for name, number in in_layers.items() if number >= depth - unfreeze}
+    assert len(expected) > 15 * unfreeze  # of the others some weights may have no names, see extract/packed.py
     expected |= {"backbone.vit.norm.weight", "backbone.vit.norm.bias"}
     expected |= {f"head.{name}" for name in ("0.weight", "0.bias", "3.weight", "3.bias")}
     assert changed == expected

@@ -25,6 +25,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Ten
     root, seed = tmp_path_factory.mktemp("onnx"), fresh_seed()
     checkpoint = find_checkpoint(str(make_checkpoint(root / "checkpoint", seed=seed, use_gated_mlp=True)), SIZE)
     backbone = Backbone.load(checkpoint, precision="float32", device=torch.device("cpu"))
+    backbone.unpack()
     classifier = Classifier(Head(64, 7, hidden=0, dropout=0.0), backbone, ("patch_mean",)).eval()
     pixels = torch.randn(4, 3, SIZE, SIZE)
     write_onnx(classifier, root / "classifier.onnx", pixels[:2], inline_bytes=100_000)
