@@ -22,7 +22,9 @@ CPU = torch.device("cpu")
 HALF_ULP = 2.0**-8
 """Of a bf16 number: rounding moves it by at most this share of it."""
 
-pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="this CPU does not multiply bf16")
+pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="layers stay plain on this processor")
+needs_bf16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="this CPU does not multiply bf16")
+IN_BOTH = [pytest.param(torch.bfloat16, 0.02, marks=needs_bf16), (torch.float32, 2e-6)]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,7 @@ def _seed() -> None:
     torch.manual_seed(fresh_seed())
 
 
+@needs_bf16
 @pytest.mark.parametrize("rows", [(1,), (3, 17), (2, 201)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_has_the_bits_of_the_plain_one(rows: tuple[int, ...], bias: bool) -> None:
@@ -39,6 +42,7 @@ def test_a_product_has_the_bits_of_the_plain_one(rows: tuple[int, ...], bias: bo
         assert torch.equal(PackedLinear(linear)(inputs), linear(inputs))
 
 
+@needs_bf16
 @pytest.mark.parametrize("name, apply", [("gelu", functional.gelu), ("silu", functional.silu)])
 def test_an_activated_product_is_rounded_once(name: str, apply: object) -> None:
     """Products of bf16 are exact in float64; sums of 96 of them, and the activation, err by far less than rounding."""
@@ -59,6 +63,7 @@ def draw_heads(batch: int, heads: int, tokens: int, width: int) -> list[torch.Te
     return [query, key, torch.randn(batch, tokens, heads, width).bfloat16().transpose(1, 2)]
 
 
+@needs_bf16
 @pytest.mark.parametrize("shape", [(3, 5, 21, 16), (2, 16, 201, 64), (1, 3, 1029, 128)])
 def test_attention_is_rounded_where_flash_attention_rounds(shape: tuple[int, int, int, int]) -> None:
     """Scores in bf16 would err by 9e-3 of the norm: here the weights and the result are rounded, and nothing else."""
@@ -70,6 +75,7 @@ def test_attention_is_rounded_where_flash_attention_rounds(shape: tuple[int, int
     assert (found - exact).norm() < 0.75 * HALF_ULP * exact.norm()
 
 
+@needs_bf16
 def test_attention_of_a_tile_does_not_depend_on_its_batch_or_the_threads() -> None:
     heads, threads = draw_heads(3, 4, 201, 64), torch.get_num_threads()
     found = []
@@ -85,6 +91,7 @@ def test_attention_of_a_tile_does_not_depend_on_its_batch_or_the_threads() -> No
     assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
+@needs_bf16
 def test_products_of_others_are_not_rounded() -> None:
     """Where oneDNN takes the permission; it does not on every CPU, so it is the permission that is looked at."""
     setting = torch.backends.mkldnn.matmul
@@ -98,7 +105,7 @@ def test_products_of_others_are_not_rounded() -> None:
 
 
 @pytest.mark.parametrize("shape", [{}, {"use_gated_mlp": True, "hidden_act": "silu"}, {"hidden_act": "relu"}])
-@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.02), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("dtype, limit", IN_BOTH)
 def test_a_layer_is_as_near_to_float64_as_the_plain_one_and_comes_back_whole(
     tmp_path: Path, shape: dict[str, Any], dtype: torch.dtype, limit: float
 ) -> None:
@@ -129,7 +136,7 @@ def test_a_layer_is_as_near_to_float64_as_the_plain_one_and_comes_back_whole(
     torch.testing.assert_close(packed.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=needs_bf16), "float32"])
 def test_a_backbone_is_packed_but_for_what_trains(tmp_path: Path, precision: Precision) -> None:
     path, dtype = make_checkpoint(tmp_path), DTYPES[precision]
     backbone = Backbone.load(find_checkpoint(str(path)), precision=precision, device=CPU)
@@ -154,6 +161,7 @@ def test_only_what_was_tried_is_packed() -> None:
     assert choose_attention(CPU, torch.float32) == SDPA
 
 
+@needs_bf16
 def test_amx_keeps_the_attention_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for amx in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
