@@ -20,6 +20,7 @@ from cache_schema import TileprobeError
 from .agreement import NOTHING_ASKED, Asked, Member, decline, settle
 from .errors import AgreementError, ConfigError
 from .peers import REMEDY, read_peer_timeout, watch_peers
+from .stop import Stopped
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for one that lives, above all for rank 0 while it lists; of one that is gone, see `peers`."""
 _DECLINE_TIMEOUT = timedelta(seconds=30)
 """How long a rank that ends before it has joined tries to tell the others."""
+_STOP_PATIENCE_S = 10
+"""How long rank 0 waits for ranks that are told to stop; torchrun ends all of them after 30 s."""
+_STOP_LOOK_S = 0.05
 _arrived = threading.Event()
 """Set once this rank has begun to join: from then on the others learn of its end by other ways."""
 
@@ -164,6 +168,26 @@ class Ranks:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+    @contextmanager
+    def stop_together(self, patience_s: float = _STOP_PATIENCE_S) -> Iterator[None]:
+        """Have rank 0, when told to stop, leave this after the others, which are told as well.
+
+        It waits for `patience_s` seconds at most: a rank on another machine may not have been told.
+        """
+        count_left = self.make_counter("left")
+        try:
+            yield
+        except Stopped:
+            deadline = time.monotonic() + patience_s
+            with suppress(dist.DistError):  # the store may be gone before its ranks
+                left = count_left(1)
+                while self.is_main and left < self.world_size and time.monotonic() < deadline:
+                    time.sleep(_STOP_LOOK_S)
+                    left = count_left(0)
+            raise
+        else:
+            count_left(1)
 
     def make_counter(self, name: str) -> Counter:
         """A counter shared by all ranks; its key carries a nonce, so a restarted job starts from zero."""

@@ -119,6 +119,7 @@ def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
     with (
         _profiler(config.profile if ranks.is_main else None) as note_step,
         tqdm(total=plan.to_do, unit="tile", desc="extract", disable=not ranks.draws_bars) as bar,
+        ranks.stop_together(),  # a block in writing counts, whichever rank it is with
         BlockWriter(version) as writer,
     ):
         blocks = _BlockDraw(version, plan, source, writer, timing)
