@@ -7,8 +7,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from .errors import BackboneError
 from .hub import CONFIGURATION, download, measure_download, no_checkpoint
+from .last_layer import let_keep_first
 from .memory import keep_freed_memory
 from .packed import SDPA, can_pack, pack, unpack
 from .precision import DTYPES, Precision
@@ -244,11 +246,11 @@ class Backbone(nn.Module):
         device: torch.device = self.vit.embeddings.patch_embeddings.weight.device
         return device
 
-    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Pooled embeddings of (B, 3, S, S) pixel values: per name in `POOLING` (B, D) float32."""
+    def forward(self, pixel_values: Tensor, pooling: Sequence[str] = POOLING) -> dict[str, Tensor]:
+        """Pooled embeddings of (B, 3, S, S) pixel values: per name in `pooling` (B, D) float32."""
         with torch.no_grad():
             hidden = self.run_prefix(pixel_values)
-        return self.run_suffix(hidden)
+        return self.run_suffix(hidden, pooling)
 
     def run_prefix(self, pixel_values: Tensor) -> Tensor:
         """Tokens (B, T, D) that enter the first trained layer, in the frozen part's dtype."""
@@ -267,31 +269,39 @@ class Backbone(nn.Module):
         rope = self.vit.rope_embeddings(pixel_values)
         return self.layers[0](hidden, position_embeddings=rope)  # type: ignore[no-any-return]
 
-    def run_suffix(self, hidden: Tensor) -> dict[str, Tensor]:
-        """From the prefix's tokens (B, T, D) to pooled embeddings; carries gradients where layers are trained."""
+    def run_suffix(self, hidden: Tensor, pooling: Sequence[str] = POOLING) -> dict[str, Tensor]:
+        """From the prefix's tokens (B, T, D) to pooled embeddings, as `forward`; carries gradients where layers are
+        trained."""
+        keep = 1 if set(pooling) == {"cls"} else None
         if self.trained_layers:
             hidden = hidden.float()
             # Position embeddings depend on the size of the tiles alone; they are square, so the tokens tell it.
             side = math.isqrt(hidden.shape[1] - self.first_patch) * self.vit.config.patch_size
             rope = self.vit.rope_embeddings(hidden.new_empty(1, 3, side, side))
-            for layer in self.trained:
+            *layers, last = self.trained
+            runs: list[Callable[..., Tensor]] = [*layers, partial(last, keep=keep)]
+            for run in runs:
                 if self.checkpointing and torch.is_grad_enabled():
-                    hidden = recompute(layer, hidden, position_embeddings=rope, use_reentrant=False)
+                    hidden = recompute(run, hidden, position_embeddings=rope, use_reentrant=False)
                 else:
-                    hidden = layer(hidden, position_embeddings=rope)
-        return self._pool(hidden)
+                    hidden = run(hidden, position_embeddings=rope)
+        return self._pool(hidden[:, :keep], pooling)
 
     @property
     def trained(self) -> nn.ModuleList:
         """The unfrozen layers, in their order."""
         return self.layers[len(self.layers) - self.trained_layers :]
 
-    def _pool(self, hidden: Tensor) -> dict[str, Tensor]:
+    def _pool(self, hidden: Tensor, pooling: Sequence[str]) -> dict[str, Tensor]:
         """Final norm and means in float32, whatever came before. Tokens are CLS, the registers, then the patches."""
         norm = self.vit.norm
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = layer_norm(hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-            return {"cls": tokens[:, 0], "patch_mean": tokens[:, self.first_patch :].mean(dim=1)}
+            pools: dict[str, Callable[[], Tensor]] = {
+                "cls": lambda: tokens[:, 0],
+                "patch_mean": lambda: tokens[:, self.first_patch :].mean(dim=1),
+            }
+            return {name: pools[name]() for name in pooling}
 
     def unpack(self) -> None:
         """Make every layer a plain one again, with weights that have names: what is saved or traced must be."""
@@ -319,6 +329,7 @@ class Backbone(nn.Module):
         self.trained_layers, self.checkpointing = layers, checkpointing
         for layer in self.trained:
             unpack(layer)
+        let_keep_first(self.trained[-1])
         for module in (*self.trained, self.vit.norm):
             module.float().requires_grad_(True)
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]

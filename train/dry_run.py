@@ -28,6 +28,8 @@ from .step_zero import choose_block
 _KEPT = {"float32": 76, "autocast": 46, "checkpointed": 4}
 """Bytes per token, layer and unit of width that wait for the backward pass, as counted by autograd's own hooks on the
 256- to 1024-wide layers of this architecture (torch 2.13); a test counts them anew."""
+_KEPT_FOR_CLS = {"float32": 32, "autocast": 22}
+"""The same of a last layer that gives CLS alone."""
 _TRAINED = 16
 """Bytes a parameter in training: itself, its gradient, and the two moments of AdamW. In shards, as many again for each
 of one layer: whole while it computes, as are its gradient, what of that is on its way, and the next layer."""
@@ -142,10 +144,12 @@ def _estimate_memory(
     amp = use_amp(config, ranks)
     tiles = math.ceil(math.ceil(config.batch_size / ranks.world_size) / config.accumulate)
     unit = checkpoint.tokens * checkpoint.width * tiles
-    layer = unit * _KEPT["autocast" if amp else "float32"]
-    kept = config.unfreeze * layer
+    arithmetic = "autocast" if amp else "float32"
+    layer = unit * _KEPT[arithmetic]
+    last = unit * _KEPT_FOR_CLS[arithmetic] if config.features == "cls" else layer
+    kept = (config.unfreeze - 1) * layer + last
     if config.grad_checkpoint:  # and one layer at a time whole again
-        kept = config.unfreeze * unit * _KEPT["checkpointed"] + layer
+        kept = config.unfreeze * unit * _KEPT["checkpointed"] + (layer if config.unfreeze > 1 else last)
     held = trained = in_layers + in_head
     if use_shards(config, ranks):
         held = -(-trained // ranks.world_size) + in_layers // config.unfreeze

@@ -87,7 +87,7 @@ class Classifier(nn.Module):
 
     def _classify(self, encoded: Tensor) -> Tensor:
         if self.backbone is not None:
-            encoded = join_features(self.backbone.run_suffix(encoded), self.features)
+            encoded = join_features(self.backbone.run_suffix(encoded, self.features), self.features)
         # Figures are of float32 logits on every device: rounded by autocast, many would tie.
         with nullcontext() if self.training else torch.autocast(encoded.device.type, enabled=False):
             logits: Tensor = self.head(encoded.float())

@@ -47,7 +47,7 @@ class _PixelsToLogits(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         assert self.backbone is not None
-        logits: Tensor = self.head(join_features(self.backbone(pixel_values), self.features))
+        logits: Tensor = self.head(join_features(self.backbone(pixel_values, self.features), self.features))
         return logits
 
 

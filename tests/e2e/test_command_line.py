@@ -395,12 +395,14 @@ def read_head(path: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_estimate_of_memory_is_what_autograd_keeps(made: Path, work: Path, amp: bool, recompute: bool) -> None:
+@pytest.mark.parametrize("features, recompute", [("cls", False), ("cls+patch_mean", False), ("cls", True)])
+def test_the_estimate_of_memory_is_what_autograd_keeps(
+    made: Path, work: Path, amp: bool, features: str, recompute: bool
+) -> None:
     """Counted by autograd's own hooks; the layers of this checkpoint are narrower for their width than real ones."""
     options = ("--cache", made / "cache", "--unfreeze", 3, "--device", "cpu", "--amp" if amp else "--no-amp")
     more = ("--grad-checkpoint",) if recompute else ()
-    dry = run_train(work, "finetune", *options, *more, "--dry-run", "--json")
+    dry = run_train(work, "finetune", *options, *more, "--features", features, "--dry-run", "--json")
     memory = read_json(dry.out)["memory"]
     checkpoint = find_checkpoint(str(made / "checkpoint"))
     backbone = Backbone.load(checkpoint, precision="float32", device=torch.device("cpu"))
@@ -417,7 +419,7 @@ def test_the_estimate_of_memory_is_what_autograd_keeps(made: Path, work: Path, a
 
     hidden = torch.zeros(256, checkpoint.tokens, checkpoint.width)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", enabled=amp):
-        backbone.run_suffix(hidden)
+        backbone.run_suffix(hidden, features.split("+"))
     counted = sum(storage.nbytes() for storage in kept.values()) * memory["tiles_at_once"] / 256
     one_layer = (46 if amp else 76) * checkpoint.tokens * checkpoint.width * memory["tiles_at_once"] if recompute else 0
     assert (memory["activations"] - one_layer) / counted == pytest.approx(1, abs=0.35)

@@ -110,7 +110,8 @@ def test_autocast_is_off_inside(rng: np.random.Generator) -> None:
 
 
 def test_gamma_zero_is_weighted_binary_cross_entropy(rng: np.random.Generator) -> None:
-    logits, labels = (torch.from_numpy(array) for array in draw(rng, 5.0))
+    # Not much beyond 13: where a negative is that sure, PyTorch's float64 subtracts numbers that are all but equal.
+    logits, labels = (torch.from_numpy(array) for array in draw(rng, 3.0))
     alpha = 0.65
     entropy = torch.nn.functional.binary_cross_entropy_with_logits(
         logits.double(), labels.double(), weight=torch.where(labels, alpha, 1 - alpha).double(), reduction="none"

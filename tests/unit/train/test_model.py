@@ -121,6 +121,20 @@ def test_unfrozen_layers_the_final_norm_and_the_head_train(checkpoint_path: Path
     assert frozen == {torch.float32 if precision == "float32" else torch.bfloat16}
 
 
+@pytest.mark.parametrize("features, seen_by_last", [(("cls",), 1), (("patch_mean",), 21), (("cls", "patch_mean"), 21)])
+def test_the_last_layer_computes_no_token_that_is_not_read(
+    checkpoint_path: Path, features: tuple[str, ...], seen_by_last: int
+) -> None:
+    backbone = Backbone.load(find_checkpoint(str(checkpoint_path)), precision="float32", device=torch.device("cpu"))
+    backbone.unfreeze_last(2)
+    classifier = Classifier(Head(64 * len(features), 3, hidden=7, dropout=0.0), backbone, features)
+    seen: list[int] = []
+    for layer in backbone.trained:
+        layer.mlp.register_forward_hook(lambda mlp, inputs, output: seen.append(output.shape[1]))
+    classifier(torch.randn(2, 3, 64, 64))
+    assert seen == [21, seen_by_last]
+
+
 def test_an_empty_batch_passes_through_with_gradients_of_zero(checkpoint_path: Path) -> None:
     """A rank without a row in the last batch must still take part in it."""
     backbone = Backbone.load(find_checkpoint(str(checkpoint_path)), precision="float32", device=torch.device("cpu"))
