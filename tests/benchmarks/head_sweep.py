@@ -17,6 +17,7 @@ from train.passes import Folds, SweepPass, plan_passes
 from train.run import make_head, make_meta
 from train.rundir import RunDirectory
 from train.sets import Sets, read_sets
+from train.step import use_amp
 
 from .fixtures import Fixtures
 from .measure import Bound, Figure, divide_rounds
@@ -76,7 +77,7 @@ def _time_sweep(configs: list[TrainConfig], train: Tiles, val: ValidationSet, se
     folds = Folds.make(val, configs[0].seed, ranks.device)
     with tqdm(disable=True) as bar:
         for stacks in plan_passes(configs, [configs[0].seed], fresh, ranks.device):
-            sweep = SweepPass(stacks, train, val, folds, ("cls",), fresh, amp=False)
+            sweep = SweepPass(stacks, train, val, folds, ("cls",), fresh, amp=use_amp(configs[0], ranks))
             sweep.train(bar)
             sweep.collect(keep=True)
     return time.perf_counter() - started
