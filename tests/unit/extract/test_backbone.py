@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,20 @@ def test_cls_alone_is_that_of_the_whole_with_its_gradients(checkpoint: Path, che
     (alone, gradients), (whole, expected) = found
     torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-5)
     assert (gradients - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_an_unfrozen_backbone_is_let_go_when_the_last_name_is(checkpoint: Path) -> None:
+    """No part refers to itself: a large model is not to stay in memory until garbage is collected."""
+    backbone = load(checkpoint)
+    backbone.unfreeze_last(2)
+    held = [weakref.ref(layer) for layer in backbone.layers]
+    gc.collect()
+    gc.disable()
+    try:
+        del backbone
+        assert [layer() for layer in held] == [None] * LAYERS
+    finally:
+        gc.enable()
 
 
 def test_a_frozen_backbone_gives_the_same_bits_whatever_is_asked_for(checkpoint: Path) -> None:
