@@ -339,7 +339,7 @@ def _kill_one_run(
         assert leg.status != 0, where
         assert "Traceback" not in leg.err, leg.err
         if how == signal.SIGTERM:
-            assert "stopped by SIGTERM: " in leg.err, f"{where}: {leg.err}"
+            assert "stopped by SIGTERM" in leg.err, f"{where}: {leg.err}"  # "before the run began", or what is saved
         tried[how] += 1
         leg_arguments = ["head", "--resume", "--device", "cpu"]
         _assert_goes_on(work / "runs" / "head", where)
