@@ -36,6 +36,7 @@ class Made:
         self.labels = plant_labels(rng, self.scenes, CLASSES)
         self.labels[:, -1] = False
         self.labels[np.flatnonzero(self.scenes == "s0004")[:3], -1] = True  # a class of a single scene
+        self.labels[np.flatnonzero(self.scenes == "s0003")[0], 0] = True  # so that it can validate alone
         vectors = plant_vectors(rng, self.labels, WIDTH, signal=1.5)
         copies, original = self.scenes == "s0007", np.flatnonzero(self.scenes == "s0002")[0]
         self.labels[original, 0] = True  # so that the copies show a class
