@@ -7,6 +7,8 @@ x = cache["cls"][cache.usable]                # (n, D) float16, digests checked
 y = cache.labels[cache.usable]                # (n, C) bool, columns named by cache.classes
 """
 
+from cache_schema.upkeep.lock import own_version
+
 from .block import BlockValues, CacheRows
 from .cache import Cache, Embeddings, open_cache
 from .errors import (
@@ -21,7 +23,6 @@ from .errors import (
     TileprobeError,
 )
 from .layout import LABEL_ID_COLUMNS, Layout, Status
-from .owner import own_version
 from .provenance import Provenance, Recorded
 from .root import CacheRoot
 from .table import NO_LABEL, TileTable

@@ -12,17 +12,18 @@ from typing import Any
 import click
 import numpy as np
 
+from cache_schema.cli.command import DONE, FOUND, Group, Outcome, heading, run_group
+from cache_schema.cli.settings import isolate
+from cache_schema.upkeep.diff import compare_versions
+from cache_schema.upkeep.gc import MIB, find_references, list_versions, remove_versions
+from cache_schema.upkeep.lock import own_version
+from cache_schema.upkeep.verify import repair_version, verify_version
+
 from .cache import open_cache
-from .collect import MIB, find_references, list_versions, remove_versions
-from .command_line import DONE, FOUND, Group, Outcome, heading, run_group
-from .compare import compare_versions
 from .errors import TileprobeError
 from .layout import Status, UInt8Array, count_blocks
-from .owner import own_version
 from .root import CacheRoot
-from .settings import isolate
 from .taxonomy import format_histogram
-from .verify import repair_version, verify_version
 from .version import Version
 
 

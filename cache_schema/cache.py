@@ -16,7 +16,7 @@ import numpy.typing as npt
 import zarr
 
 from .block import BlockValues
-from .errors import IntegrityError, TaxonomyError
+from .errors import CacheNotFoundError, IntegrityError, TaxonomyError
 from .layout import (
     LABEL_ID_COLUMNS,
     LABEL_IDS_DTYPE,
@@ -29,7 +29,7 @@ from .layout import (
     UInt16Array,
     count_blocks,
 )
-from .root import CacheRoot, choose_version
+from .root import CacheRoot
 from .table import TileTable
 from .taxonomy import DecodedLabels, LabelIds, RawLabels, Taxonomy, refuse_meaningless
 from .version import Version
@@ -277,3 +277,37 @@ def open_cache(
         taxonomy = Taxonomy.from_file(taxonomy)
     chosen = choose_version(str(url), version=version, allow_unsealed=allow_unsealed)
     return Cache(chosen.root, chosen.id, chosen.group, taxonomy, None if label_ids == "auto" else label_ids)
+
+
+def choose_version(url: str, *, version: str | None = None, allow_unsealed: bool = False) -> Version:
+    """What `open_cache` opens, and refuses."""
+    root = CacheRoot(url, read_only=True)
+    chosen = version or root.current()
+    if chosen is None:
+        unfinished = root.versions()
+        if not unfinished:
+            raise CacheNotFoundError(f"no cache at {url}: run `make extract` first, or check CACHE")
+        if not allow_unsealed or len(unfinished) > 1:
+            raise CacheNotFoundError(f"no finished version in {url}: {_describe_unfinished(root, unfinished)}")
+        chosen = unfinished[0]
+    opened = root.open_version(chosen)
+    if not opened.sealed and not allow_unsealed:
+        raise CacheNotFoundError(f"version {chosen} of {url} is not finished: {_describe_unfinished(root, [chosen])}")
+    return opened
+
+
+def _describe_unfinished(root: CacheRoot, versions: list[str]) -> str:
+    parts = []
+    for version_id in versions:
+        try:
+            version = root.open_version(version_id)
+        except CacheNotFoundError:  # its creation was interrupted
+            parts.append(f"all rows are missing in {version_id}")
+            continue
+        missing = sum(
+            rows.stop - rows.start
+            for rows, done in zip(version.layout.block_slices(), version.committed(), strict=True)
+            if not done
+        )
+        parts.append(f"{missing:,} of {version.layout.rows:,} rows are missing in {version_id}")
+    return "; ".join(parts) + ": run `make extract` again to finish it"

@@ -1,19 +1,83 @@
 """A cache: immutable versions side by side and one pointer to the version in use."""
 
 import json
+from typing import Any
 
+import numpy as np
 import zarr
+from zarr.abc.store import Store
+from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from .creation import create_arrays
+from cache_schema.storage.store import measure_folder, open_store, storage_errors
+
 from .errors import CacheFormatError, CacheNotFoundError
+from .layout import (
+    ATTRIBUTE,
+    DIGEST_BYTES,
+    FORMAT_VERSION,
+    LABEL_ID_COLUMNS,
+    LABEL_IDS_DTYPE,
+    POOLED_DTYPE,
+    STATUS_DTYPE,
+    TABLE_CHUNK_ROWS,
+    Layout,
+    Status,
+    choose_block_rows,
+)
 from .provenance import Provenance, Recorded
-from .store import measure_folder, open_store, storage_errors
-from .table import TileTable
+from .table import COLUMN_DTYPES, TileTable
 from .version import Version
 
+Dims = tuple[str, ...]
+"""Names of an array's axes: what xarray wants, and nothing here reads."""
+
+
+def create_arrays(store: Store, path: str, table: TileTable, provenance: Provenance, recorded: Recorded) -> None:
+    """All arrays of a version, the table filled in; `commit` last, since its presence says that creation finished.
+
+    What an interrupted creation left at `path` is removed.
+    """
+    rows = len(table)
+    layout = Layout(rows, provenance.width, provenance.pooling, choose_block_rows(rows))
+    attributes = {
+        "format": FORMAT_VERSION,
+        "rows": rows,
+        "block_rows": layout.block_rows,
+        "provenance": provenance.to_json(),
+        "recorded": recorded.to_json(),
+    }
+    group = zarr.create_group(store, path=path, overwrite=True, attributes={ATTRIBUTE: attributes})
+
+    def create(name: str, dims: Dims, shape: tuple[int, ...], dtype: Any, chunks: tuple[int, ...], fill: Any) -> Any:
+        return group.create_array(
+            name,
+            shape=shape,
+            dtype=dtype,
+            chunks=chunks,
+            fill_value=fill,
+            filters=None,
+            compressors=[Crc32cCodec()],
+            dimension_names=dims,
+            config={"order": "C", "write_empty_chunks": True},
+        )
+
+    vector, counts, digests = ("tile", "embedding"), ("tile", "raw_id"), ("block", "digest")
+    for name in layout.pooling:
+        create(name, vector, (rows, layout.width), POOLED_DTYPE, (layout.block_rows, layout.width), np.nan)
+    create("label_ids", counts, (rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE, (layout.block_rows, LABEL_ID_COLUMNS), 0)
+    create("status", ("tile",), (rows,), STATUS_DTYPE, (layout.block_rows,), int(Status.PENDING))
+    chunk = min(rows, TABLE_CHUNK_ROWS)
+    create("tile", ("tile",), (rows,), str, (chunk,), "")[:] = table.tile
+    for name, dtype in COLUMN_DTYPES.items():
+        create(name, ("tile",), (rows,), dtype, (chunk,), 0)[:] = getattr(table, name)
+    create("seal", ("digest",), (DIGEST_BYTES,), np.dtype("u1"), (DIGEST_BYTES,), 0)
+    create("commit", digests, (layout.blocks, DIGEST_BYTES), np.dtype("u1"), (1, DIGEST_BYTES), 0)
+
+
 _SUFFIX = ".zarr"
+
 _CURRENT = "current"
 
 
@@ -125,37 +189,3 @@ class CacheRoot:
     def _set(self, key: str, value: bytes) -> None:
         with storage_errors(self.url):
             sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(value)))
-
-
-def choose_version(url: str, *, version: str | None = None, allow_unsealed: bool = False) -> Version:
-    """What `open_cache` opens, and refuses."""
-    root = CacheRoot(url, read_only=True)
-    chosen = version or root.current()
-    if chosen is None:
-        unfinished = root.versions()
-        if not unfinished:
-            raise CacheNotFoundError(f"no cache at {url}: run `make extract` first, or check CACHE")
-        if not allow_unsealed or len(unfinished) > 1:
-            raise CacheNotFoundError(f"no finished version in {url}: {_describe_unfinished(root, unfinished)}")
-        chosen = unfinished[0]
-    opened = root.open_version(chosen)
-    if not opened.sealed and not allow_unsealed:
-        raise CacheNotFoundError(f"version {chosen} of {url} is not finished: {_describe_unfinished(root, [chosen])}")
-    return opened
-
-
-def _describe_unfinished(root: CacheRoot, versions: list[str]) -> str:
-    parts = []
-    for version_id in versions:
-        try:
-            version = root.open_version(version_id)
-        except CacheNotFoundError:  # its creation was interrupted
-            parts.append(f"all rows are missing in {version_id}")
-            continue
-        missing = sum(
-            rows.stop - rows.start
-            for rows, done in zip(version.layout.block_slices(), version.committed(), strict=True)
-            if not done
-        )
-        parts.append(f"{missing:,} of {version.layout.rows:,} rows are missing in {version_id}")
-    return "; ".join(parts) + ": run `make extract` again to finish it"

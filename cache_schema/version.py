@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from cache_schema.storage.store import storage_errors
+
 from .block import BlockValues, CacheRows
 from .errors import CacheFormatError, IntegrityError
 from .layout import (
@@ -26,7 +28,6 @@ from .layout import (
     UInt8Array,
 )
 from .provenance import Provenance, Recorded
-from .store import storage_errors
 from .table import COLUMN_DTYPES, TileTable
 
 DIGEST_CONTRADICTED = "its values contradict its digest"

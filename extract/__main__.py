@@ -6,13 +6,13 @@ from typing import Any
 import click
 
 from cache_schema import TileprobeError
-from cache_schema.command_line import DONE, FOUND, Group, Outcome, heading, run_group
+from cache_schema.cli.command import DONE, FOUND, Group, Outcome, heading, run_group
+from extract.backbone.precision import DTYPES
+from extract.ranks.group import exit_with
+from extract.ranks.signals import Stopped
+from extract.tiles.scenes import DEFAULT_SCENE_REGEX
 
 from .config import ExtractConfig
-from .distributed import exit_with
-from .precision import DTYPES
-from .scenes import DEFAULT_SCENE_REGEX
-from .stop import Stopped
 
 
 @click.group("extract", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -114,9 +114,9 @@ def tile_command(
 ) -> Outcome:
     """Raw xView, scenes and one GeoJSON, to tiles and YOLO labels. Run again, it cuts the scenes that are not there
     yet, or whose file or boxes have changed."""
-    from .cut import Cutting
-    from .tile import run_tiling
-    from .tile_plan import TileConfig
+    from extract.cutting.cut import Cutting
+    from extract.cutting.plan import TileConfig
+    from extract.cutting.run import run_tiling
 
     cutting = Cutting(size, size if stride is None else stride, min_visibility)
     return Outcome(run_tiling(TileConfig(images, labels, out, cutting, workers, dry_run)))
@@ -152,7 +152,7 @@ _DOCTOR_ASKS = (
 def doctor_command(**options: Any) -> Outcome:
     """Say in seconds whether an extraction, and training after it, can work, and what it would take. Nothing is
     embedded or kept; the status is 3 if a check failed."""
-    from .doctor import DoctorConfig, run_doctor
+    from extract.doctor.run import DoctorConfig, run_doctor
 
     names = DoctorConfig.__dataclass_fields__.keys() & options.keys()
     own = {name: options.pop(name) for name in names}
@@ -170,7 +170,7 @@ def doctor_command(**options: Any) -> Outcome:
 @click.option("--backbone")
 def sample_command(cache: str, version_id: str, rows: int, **now: Any) -> Outcome:
     """Embed random rows of CACHE again and compare: `python -m cache_schema verify --sample` runs this."""
-    from .sample import compare_sample
+    from .spot_check import compare_sample
 
     comparison = compare_sample(cache, version_id, rows, **now)
     click.echo("\n".join(comparison.lines))
@@ -188,7 +188,7 @@ def demo_command(command: tuple[str, ...]) -> Outcome:
 
     Every demo:// in COMMAND becomes the bucket's address.
     """
-    from .demo import run_with_demo_bucket
+    from extract.demo.run import run_with_demo_bucket
 
     return Outcome(status=run_with_demo_bucket(command))
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .agreement import PER_NODE
+from extract.backbone.precision import PrecisionChoice
+from extract.ranks.same_job import PER_NODE
+from extract.tiles.scenes import DEFAULT_SCENE_REGEX
+
 from .errors import ConfigError
-from .precision import PrecisionChoice
-from .scenes import DEFAULT_SCENE_REGEX
 
 CACHE_ROOT = Path("cache")
 DEMO_ROOT = CACHE_ROOT / "demo"

@@ -9,13 +9,13 @@ import numpy as np
 
 from cache_schema import CacheNotFoundError, CacheRoot, Layout, Status, Version
 from cache_schema.layout import choose_block_rows, count_blocks
+from extract.backbone.dinov3 import POOLING
+from extract.ranks.group import join_ranks
+from extract.ranks.same_job import Asked
 
-from .agreement import Asked
-from .backbone import POOLING
 from .config import ExtractConfig
-from .distributed import join_ranks
 from .plan import Survey, count_rows, make_survey
-from .summary import estimate_cache_bytes
+from .timing import estimate_cache_bytes
 
 _MIB = 2**20
 

@@ -1,40 +1,24 @@
 """What one extraction has to do: which version of the cache it fills, and which blocks of it are missing."""
 
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version as installed_version
-from typing import Any
 
 import numpy as np
 import torch
 
-from cache_schema import (
-    CacheRoot,
-    Layout,
-    Provenance,
-    ProvenanceError,
-    Recorded,
-    Status,
-    TileTable,
-    Version,
-    own_version,
-)
+from cache_schema import CacheRoot, Layout, Provenance, Recorded, Status, TileTable, Version, own_version
 from cache_schema.layout import BoolArray
+from extract.backbone.checkpoint import Checkpoint, find_checkpoint, follow_links
+from extract.backbone.precision import DTYPES, PrecisionChoice, choose_precision, multiplies_bf16
+from extract.backbone.provenance import make_provenance, record_environment
+from extract.ranks.group import get_job_id
+from extract.tiles.listing import list_tiles
+from extract.tiles.scenes import choose_whole_scenes, find_scenes
+from extract.tiles.source import open_source
 
-from .backbone import POOLING, Checkpoint, find_checkpoint, follow_links
-from .changes import Changes, find_earlier, open_in_use
 from .config import ExtractConfig
-from .distributed import get_job_id
-from .listing import list_tiles
-from .packed import choose_attention
-from .precision import DTYPES, Precision, PrecisionChoice, choose_precision, multiplies_bf16
-from .scenes import choose_whole_scenes, find_scenes
-from .source import Source, open_source
-from .transform import RESAMPLING
-
-_LIBRARIES = ("torch", "transformers", "pillow", "kornia-rs", "zarr", "numpy")
+from .earlier import Changes, find_earlier, open_in_use
 
 
 @dataclass(frozen=True)
@@ -178,57 +162,3 @@ def _reopen_quarantined(version: Version, table: TileTable) -> str:
         # A mended tile may be the same bytes in a new generation, and while sealed the version kept the old one.
         version.write_generation(table.generation)
     return f"{len(rows):,} quarantined tiles are tried again"
-
-
-def make_provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
-    """What embeddings of this checkpoint in this precision depend on; reads and hashes the weight files."""
-    return Provenance(
-        weights_sha256=checkpoint.hash_weights(),
-        depth=checkpoint.depth,
-        width=checkpoint.width,
-        image_size=checkpoint.image_size,
-        mean=checkpoint.mean,
-        std=checkpoint.std,
-        resampling=RESAMPLING,
-        pooling=POOLING,
-        precision=precision,
-    )
-
-
-def find_cached_checkpoint(
-    version: Version, backbone: str | None = None, *, remedy: str = "run `make extract` again"
-) -> Checkpoint:
-    """The checkpoint that made a version.
-
-    Args:
-        version: of a cache.
-        backbone: name or directory where it is now; None for what the version recorded.
-        remedy: what to do where another lies there, for the message.
-
-    Raises:
-        ProvenanceError: what lies there has other weights or settings.
-    """
-    checkpoint = find_checkpoint(backbone or version.recorded.backbone, version.provenance.image_size)
-    precision: Any = version.provenance.precision
-    differences = version.provenance.differences(make_provenance(checkpoint, precision))
-    if differences:
-        raise ProvenanceError(
-            f"{checkpoint.path} is not what made {version.root.url} ({'; '.join(differences)}): {remedy}"
-        )
-    return checkpoint
-
-
-def record_environment(
-    backbone: str, source: Source, batch_size: int, device: torch.device, precision: str
-) -> Recorded:
-    """What is worth knowing about where embeddings were computed."""
-    cuda = device.type == "cuda"
-    return Recorded(
-        backbone=backbone,
-        tiles=source.url,
-        identity=source.identity,
-        batch_size=batch_size,
-        attention=choose_attention(device, DTYPES[precision]),
-        hardware=torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
-        libraries={name: installed_version(name) for name in _LIBRARIES},
-    )

@@ -20,22 +20,23 @@ from tqdm import tqdm
 
 from cache_schema import BlockValues, CacheRoot, Status, Version
 from cache_schema.layout import UInt8Array, count_blocks
+from extract.backbone.dinov3 import Backbone
+from extract.backbone.embed import TileEmbedder
+from extract.backbone.transform import describe_scale
+from extract.ranks.exchange import exchange, share_out
+from extract.ranks.group import Counter as SharedCounter
+from extract.ranks.group import Ranks, join_ranks
+from extract.ranks.same_job import Asked
+from extract.ranks.signals import Stopped, stop_on_signals
+from extract.tiles.batch import TileRequest, make_requests
+from extract.tiles.feed import TileFeed
+from extract.tiles.source import Source, open_source
 
-from .agreement import Asked
-from .backbone import Backbone
-from .batch import TileRequest, make_requests
 from .config import ExtractConfig, remember_cache
-from .distributed import Counter as SharedCounter
-from .distributed import Ranks, join_ranks
-from .embed import TileEmbedder
+from .earlier import EarlierRows
 from .errors import QuarantineError, RunError
-from .exchange import exchange, share_out
-from .feed import TileFeed
 from .plan import Plan, make_plan
-from .reuse import EarlierRows
-from .source import Source, open_source
-from .stop import Stopped, stop_on_signals
-from .summary import (
+from .timing import (
     Timing,
     advise,
     describe_labels,
@@ -44,7 +45,6 @@ from .summary import (
     describe_waits,
     estimate_whole,
 )
-from .transform import describe_scale
 from .writer import BlockWriter
 
 _log = logging.getLogger(__name__)

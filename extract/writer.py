@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from cache_schema import BlockValues, Status, Version
-
-from .batch import TileBatch
+from extract.tiles.batch import TileBatch
 
 _log = logging.getLogger(__name__)
 

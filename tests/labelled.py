@@ -9,10 +9,10 @@ import numpy as np
 
 from cache_schema import LABEL_ID_COLUMNS
 from cache_schema.layout import BoolArray
-from extract.distributed import Ranks
+from extract.ranks.group import Ranks
 from tests.caches import write_rows
 from train.config import TrainConfig
-from train.sets import Sets, read_sets
+from train.data.sets import Sets, read_sets
 
 
 def name_tiles(sizes: list[int], *, prefix: str = "s") -> np.ndarray:

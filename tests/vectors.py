@@ -11,10 +11,10 @@ import torch
 
 from cache_schema import LABEL_ID_COLUMNS, BlockValues, Layout
 from tests.caches import write_rows
-from train.checkpoint import CheckpointMeta
 from train.config import TrainConfig
-from train.rows import LabelledRows
-from train.vectors import HeldVectors
+from train.data.labels import LabelledRows
+from train.data.vectors import HeldVectors
+from train.runs.checkpoint import CheckpointMeta
 
 TYPE_IDS = (73, 86, 18, 19, 15, 11, 12, 13)
 """Raw label ids, xView type ids, of the classes from the commonest to the rarest."""

@@ -10,15 +10,14 @@ from typing import Any
 import click
 
 from cache_schema import CacheNotFoundError, TileprobeError
-from cache_schema.command_line import Group, Outcome, heading, is_given, run_group
+from cache_schema.cli.command import Group, Outcome, heading, is_given, run_group
 from extract.config import LAST_CACHE
-from extract.distributed import exit_with
-from extract.stop import Stopped
+from extract.ranks.group import exit_with
+from extract.ranks.signals import Stopped
+from train.ladder.rungs import RUNGS
+from train.model.augment import Views
 
-from .augment import Views
-from .config import DataConfig, TrainConfig
-from .errors import TrainError
-from .options import (
+from .config import (
     DATA,
     DEVICE,
     FINETUNE,
@@ -28,11 +27,13 @@ from .options import (
     SWEEP,
     TARGET,
     TRAINING,
+    DataConfig,
+    TrainConfig,
     add_options,
     memory_budget,
     training_options,
 )
-from .rungs import RUNGS
+from .errors import TrainError
 
 
 @click.group("train", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -82,8 +83,8 @@ def finetune(dry_run: bool, **options: Any) -> Outcome:
 @memory_budget
 def sweep(lrs: str, weight_decays: str, losses: str, features: str, heads: str, seeds: int, **options: Any) -> None:
     """Train heads of many settings together on cached embeddings, rank them, and keep the best."""
-    from .grid import Grid
-    from .sweep import run_sweep
+    from train.sweep.grid import Grid
+    from train.sweep.run import run_sweep
 
     grid = Grid(lrs=lrs, weight_decays=weight_decays, losses=losses, features=features, heads=heads)
     run_sweep(_make_config(options), grid, seeds)
@@ -113,7 +114,7 @@ _OF_LADDER = ("unfreeze", "head_run", "head", "dry_run")
 @click.pass_context
 def ladder(context: click.Context, /, run: str, nproc: int | None, resume: bool, **options: Any) -> None:
     """Train rung after rung on one split, from nearest neighbours to all layers: was it worth it?"""
-    from .ladder import LadderConfig, run_ladder
+    from train.ladder.run import LadderConfig, run_ladder
 
     config = None
     if not resume:
@@ -130,7 +131,7 @@ def ladder(context: click.Context, /, run: str, nproc: int | None, resume: bool,
 @main.command(hidden=True, params=head.params)
 def neighbours(**options: Any) -> None:
     """Score the nearest neighbours as a head with these options would be: the lowest rung of a ladder."""
-    from .nearest import run_neighbours
+    from train.ladder.neighbours import run_neighbours
 
     run_neighbours(_make_training_config(options))
 
@@ -145,7 +146,8 @@ def neighbours(**options: Any) -> None:
 @add_options(TARGET)
 def evaluate(run: str, tiles: str | None, cache: str | None, tta: Views, device: str, workers: int | None) -> Outcome:
     """Score a run on labelled tiles or a cache: the figures of training and the per-class table."""
-    from .infer import Target, run_evaluation
+    from train.predict.evaluate import run_evaluation
+    from train.predict.inference import Target
 
     return Outcome(run_evaluation(run, Target(tiles, cache), tta=tta, device=device, workers=workers) or {})
 
@@ -177,8 +179,8 @@ def predict(
     INPUT is any number of image files, directories of images, gs://bucket/prefix, and GeoTIFFs, which are cut into
     windows. RUN is a run, or an export of one, which needs nothing else.
     """
-    from .infer import Target
-    from .predictions import run_prediction
+    from train.predict.inference import Target
+    from train.predict.run import run_prediction
 
     target = Target(tiles, cache, inputs, window, stride)
     return Outcome(run_prediction(run, target, out, tta=tta, device=device, workers=workers) or {})
@@ -193,7 +195,7 @@ def predict(
 @click.option("--no-images", is_flag=True, help="Leave every picture out, for imagery that may not be shared.")
 def report(run: str, no_images: bool) -> None:
     """Write a run's report.html and model_card.md anew, with a map of its embeddings and thumbnails of its tiles."""
-    from .report.rewrite import run_report
+    from train.report.run import run_report
 
     run_report(run, images=not no_images)
 
@@ -206,7 +208,7 @@ def report(run: str, no_images: bool) -> None:
 @click.option("--no-onnx", is_flag=True, help="Leave classifier.onnx out.")
 def export(run: str, out: str | None, no_onnx: bool) -> None:
     """Write a run as a checkpoint that transformers opens, its head beside it, and the classifier as ONNX."""
-    from .export import run_export
+    from train.predict.export import run_export
 
     run_export(run, out, onnx=not no_onnx)
 
@@ -226,8 +228,8 @@ def export(run: str, out: str | None, no_onnx: bool) -> None:
 @DEVICE
 def triage(run: str | None, cache: str | None, top: int, out: Path, device: str) -> None:
     """List the labels that heads trained on other scenes doubt most, as CSV. Doubt is no proof."""
-    from .rundir import RunDirectory
-    from .triage import run_triage
+    from train.folds.triage import run_triage
+    from train.runs.directory import RunDirectory
 
     if run or not cache:
         config = RunDirectory.open(run or "runs/head").read_config()

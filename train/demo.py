@@ -17,32 +17,33 @@ import numpy as np
 import torch
 
 from cache_schema import Status, open_cache
+from cache_schema.cli.settings import isolate
 from cache_schema.layout import BoolArray
-from cache_schema.settings import isolate
+from extract.backbone.embed import TileEmbedder
+from extract.backbone.provenance import find_cached_checkpoint
 from extract.config import DEMO_ROOT
-from extract.decode import decode_tile
-from extract.distributed import Ranks, join_ranks
-from extract.embed import TileEmbedder
-from extract.feed import TileFeed
-from extract.plan import find_cached_checkpoint
-from extract.source import open_source
-from extract.stop import run_child
+from extract.ranks.group import Ranks, join_ranks
+from extract.ranks.signals import run_child
+from extract.tiles.decode import decode_tile
+from extract.tiles.feed import TileFeed
+from extract.tiles.source import open_source
+from train.data.labels import LabelledRows
+from train.data.sets import Sets, read_sets
+from train.data.streaming import request_batches
+from train.loop.assemble import make_head, make_meta
+from train.loop.finetune import TileStream
+from train.loop.trainer import Trainer
+from train.loop.validation import ValidationSet
+from train.metrics.figures import compute_metrics
+from train.metrics.intervals import bootstrap_difference, bootstrap_intervals
+from train.model.classifier import Classifier
+from train.predict.inference import FloatArray, Target, infer
+from train.predict.trained_model import LoadedRun
+from train.runs.directory import RunDirectory
 
 from .config import TrainConfig
 from .errors import TrainError
-from .finetune import TileStream
-from .infer import FloatArray, Target, infer
-from .intervals import bootstrap_difference, bootstrap_intervals
-from .loop import Trainer, ValidationSet
-from .metrics import compute_metrics
-from .model import Classifier
 from .report import draw_tiles
-from .rows import LabelledRows
-from .run import make_head, make_meta
-from .rundir import RunDirectory
-from .sets import Sets, read_sets
-from .streaming import request_batches
-from .trained import LoadedRun
 
 TRAIN_CACHE, TEST_CACHE = str(DEMO_ROOT / "train"), str(DEMO_ROOT / "test")
 RUNS = Path("runs/demo")

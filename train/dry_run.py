@@ -7,23 +7,25 @@ from typing import Any
 import torch
 
 from cache_schema import Status, Version
-from extract.agreement import Asked
-from extract.backbone import Backbone, Checkpoint
-from extract.distributed import Ranks, join_ranks
-from extract.plan import find_cached_checkpoint
-from extract.precision import DTYPES
+from cache_schema.cli.text import format_bytes
+from extract.backbone.checkpoint import Checkpoint
+from extract.backbone.dinov3 import Backbone
+from extract.backbone.precision import DTYPES
+from extract.backbone.provenance import find_cached_checkpoint
+from extract.ranks.group import Ranks, join_ranks
+from extract.ranks.same_job import Asked
+from train.data.batches import count_epoch
+from train.data.memory import choose_budget
+from train.data.sets import Sets, read_sets
+from train.loop.step import use_amp, use_shards
+from train.loop.step_zero import choose_block
+from train.loop.trainer import choose_batch_size
+from train.model.classifier import Head
+from train.model.shards import describe_shards
 
+from .begin import check_run, resolve_config
 from .config import TrainConfig
 from .errors import TrainError
-from .loop import choose_batch_size
-from .memory import choose_budget, format_bytes
-from .model import Head
-from .run import check_run, resolve_config
-from .sampling import count_epoch
-from .sets import Sets, read_sets
-from .shards import describe_shards
-from .step import use_amp, use_shards
-from .step_zero import choose_block
 
 _KEPT = {"float32": 76, "autocast": 46, "checkpointed": 4}
 """Bytes per token, layer and unit of width that wait for the backward pass, as counted by autograd's own hooks on the

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from extract.precision import multiplies_bf16
-from extract.transform import TileTransform
+from extract.backbone.precision import multiplies_bf16
+from extract.backbone.transform import TileTransform
 
 from .abstract import PRETRAIN
 from .scenes import TILE_SIZE, Box, cut_tiles, draw_scene

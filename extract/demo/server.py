@@ -28,7 +28,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from ..errors import ExtractError
+from extract.errors import ExtractError
 
 DEMO_BUCKET = "tileprobe-demo"
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from cache_schema import CacheError, CacheRoot, Version
 from cache_schema.layout import count_blocks
-from cache_schema.store import storage_errors
+from cache_schema.storage.store import storage_errors
+from extract.config import ExtractConfig
+from extract.earlier import find_earlier, open_in_use
+from extract.errors import ConfigError
+from extract.plan import choose_provenance
+from extract.tiles.source import Source
+from extract.timing import estimate_cache_bytes
 
-from ..changes import find_earlier, open_in_use
-from ..config import ExtractConfig
-from ..errors import ConfigError
-from ..plan import choose_provenance
-from ..source import Source
-from ..summary import estimate_cache_bytes
 from .checkpoint import Weights, find_existing
 from .finding import Concern, Verdict
 from .machine import Device
@@ -45,7 +45,7 @@ def check_place(url: str) -> Verdict[str]:
 
 
 def _check_bucket(url: str) -> Verdict[str]:
-    from cache_schema.gcs_objects import GcsObjects
+    from cache_schema.storage.gcs import GcsObjects
 
     objects = GcsObjects(url, deadline_s=DEADLINE_S, again=AGAIN)
     name = f"doctor-{uuid.uuid4().hex}"

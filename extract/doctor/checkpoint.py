@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..backbone import Checkpoint, find_configuration
-from ..errors import BackboneError
-from ..memory import find_free_memory
-from ..precision import DTYPES
+from extract.backbone.checkpoint import Checkpoint, find_configuration
+from extract.backbone.precision import DTYPES
+from extract.errors import BackboneError
+from extract.ranks.machine import find_free_memory
+
 from .finding import Concern, Verdict
 from .machine import Device
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from cache_schema import Layout, Status
+from cache_schema.cli.text import format_duration
 from cache_schema.layout import choose_block_rows
+from extract.backbone.dinov3 import POOLING, Backbone
+from extract.backbone.embed import TileEmbedder
+from extract.errors import BackboneError
+from extract.tiles.batch import TileBatch
 
-from ..backbone import POOLING, Backbone
-from ..batch import TileBatch
-from ..embed import TileEmbedder
-from ..errors import BackboneError
-from ..summary import format_duration
 from .cache import Pending
 from .checkpoint import Weights
 from .finding import Concern, Verdict

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from cache_schema import TileprobeError
-
-from ..summary import show_name
+from cache_schema.cli.text import show_name
 
 State = Literal["ok", "warning", "fail", "skipped"]
 _BY_WEIGHT: tuple[State, ...] = ("ok", "warning", "fail")

@@ -16,11 +16,12 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from ..config import ExtractConfig
-from ..distributed import Ranks, choose_device
-from ..errors import ConfigError
-from ..feed import PREFETCHED_BATCHES
-from ..precision import DTYPES, Precision, choose_precision, multiplies_bf16
+from extract.backbone.precision import DTYPES, Precision, choose_precision, multiplies_bf16
+from extract.config import ExtractConfig
+from extract.errors import ConfigError
+from extract.ranks.group import Ranks, choose_device
+from extract.tiles.feed import PREFETCHED_BATCHES
+
 from .finding import Concern, Verdict
 
 _DISTRIBUTION = "tileprobe"

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from cache_schema import TileTable
+from cache_schema.cli.text import show_first, show_name
+from extract.errors import SourceError
+from extract.ranks.group import shows_bars
+from extract.tiles.listing import build_table, is_tile, label_name
+from extract.tiles.source import GcsSource, ListedPage, Source, open_source
 
-from ..distributed import shows_bars
-from ..errors import SourceError
-from ..listing import build_table, is_tile, label_name
-from ..source import GcsSource, ListedPage, Source, open_source
-from ..summary import show_first, show_name
 from .finding import Concern, Verdict
 
 if TYPE_CHECKING:
-    from cache_schema.gcs_objects import GcsObjects
+    from cache_schema.storage.gcs import GcsObjects
 
 LISTING_S = 15.0
 """A longer listing is cut short: a bucket of ten million objects takes minutes."""
@@ -54,7 +54,7 @@ def check_credentials(urls: Iterable[str]) -> Verdict[bool]:
     import google.auth
     from google.auth.exceptions import GoogleAuthError
 
-    from cache_schema.gcs_client import explain_gcs_error
+    from cache_schema.storage.gcs import explain_gcs_error
 
     try:
         credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
@@ -89,7 +89,7 @@ def check_storage(tiles: str) -> Verdict[Source]:
 
 
 def _open_objects(source: Source) -> "GcsObjects":
-    from cache_schema.gcs_objects import GcsObjects
+    from cache_schema.storage.gcs import GcsObjects
 
     role = "Storage Object Viewer"
     return GcsObjects(source.url, deadline_s=DEADLINE_S, setting="TILES", role=role, again=AGAIN)

@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from cache_schema import RawLabels, Status, Taxonomy, TaxonomyError, format_histogram
+from cache_schema.cli.text import show_first, show_name
 from cache_schema.taxonomy import MAX_MEANINGLESS
+from extract.errors import TileGoneError
+from extract.tiles.batch import PendingBatch, TileBatch, make_requests
+from extract.tiles.scenes import MIN_SCENES, find_scenes
+from extract.tiles.source import CONCURRENT_READS, ListedPage, Source
 
-from ..batch import PendingBatch, TileBatch, make_requests
-from ..errors import TileGoneError
-from ..scenes import MIN_SCENES, find_scenes
-from ..source import CONCURRENT_READS, ListedPage, Source
-from ..summary import show_first, show_name
 from .finding import Concern, Verdict
 from .storage import Found
 

@@ -16,7 +16,7 @@ from cache_schema.layout import (
     choose_block_rows,
 )
 from cache_schema.table import COLUMN_DTYPES
-from extract.distributed import GROUP_TIMEOUT
+from extract.ranks.group import GROUP_TIMEOUT
 
 # Google's published figures, sources and dates in extract/SCALE.md.
 WRITES_PER_S, READS_PER_S = 1000.0, 5000.0

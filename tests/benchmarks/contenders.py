@@ -14,10 +14,11 @@ from imagecodecs import spng_decode
 from obstore.store import GCSStore
 from tqdm import tqdm
 
-from extract.backbone import Backbone, count_flop, find_checkpoint
-from extract.decode import decode_tile
-from extract.precision import DTYPES, Precision
-from extract.transform import TileTransform
+from extract.backbone.checkpoint import count_flop, find_checkpoint
+from extract.backbone.dinov3 import Backbone
+from extract.backbone.precision import DTYPES, Precision
+from extract.backbone.transform import TileTransform
+from extract.tiles.decode import decode_tile
 
 from .measure import run_rounds
 from .processes import read_cpu_seconds, read_memory
@@ -99,10 +100,10 @@ def embed_in_memory(
 
 def run_feed(url: str, workers: int) -> FeedRun:
     """The feed alone, after a first pass that starts its workers and opens their connections."""
-    from extract.batch import make_requests
-    from extract.feed import TileFeed
-    from extract.listing import list_tiles
-    from extract.source import open_source
+    from extract.tiles.batch import make_requests
+    from extract.tiles.feed import TileFeed
+    from extract.tiles.listing import list_tiles
+    from extract.tiles.source import open_source
 
     source = open_source(url)
     table = list_tiles(source).table
@@ -140,8 +141,8 @@ def run_parts(server: str, bucket: str, prefix: str, tiles: Sequence[Path]) -> t
 
 def build_tile_table(tiles: int) -> TableCost:
     """Peak growth of memory and time from listing pages to the tile table; the pages' making is not counted."""
-    from extract.listing import build_table
-    from extract.source import ListedPage
+    from extract.tiles.listing import build_table
+    from extract.tiles.source import ListedPage
 
     making_s = 0.0
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from statistics import median
 
-from extract.precision import Precision, choose_precision, multiplies_bf16
+from extract.backbone.precision import Precision, choose_precision, multiplies_bf16
 
 from . import contenders, original
 from .fixtures import BUCKET, SMALL_TILES, TILES, WORKERS, Fixtures

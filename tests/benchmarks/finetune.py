@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from statistics import median
 
-from extract.precision import choose_precision, multiplies_bf16
+from extract.backbone.precision import choose_precision, multiplies_bf16
 
 from . import tuners
 from .contenders import CPU

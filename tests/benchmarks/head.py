@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
-from extract.backbone import find_checkpoint
+from extract.backbone.checkpoint import find_checkpoint
 from extract.demo.server import serve_bucket
 from tests.caches import plant_cache
 from tests.planted import plant_tiles

@@ -5,19 +5,20 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from extract.distributed import Ranks, join_ranks
+from extract.ranks.group import Ranks, join_ranks
 from tests.caches import plant_cache
-from train.batches import Tiles
-from train.cached import open_cached_tiles
 from train.config import DataConfig, HeadName, TrainConfig
-from train.grid import Grid
-from train.loop import Trainer, ValidationSet, choose_batch_size
-from train.model import Classifier, Head
-from train.passes import Folds, SweepPass, plan_passes
-from train.run import make_head, make_meta
-from train.rundir import RunDirectory
-from train.sets import Sets, read_sets
-from train.step import use_amp
+from train.data.batches import Tiles
+from train.data.cached import open_cached_tiles
+from train.data.sets import Sets, read_sets
+from train.loop.assemble import make_head, make_meta
+from train.loop.step import use_amp
+from train.loop.trainer import Trainer, choose_batch_size
+from train.loop.validation import ValidationSet
+from train.model.classifier import Classifier, Head
+from train.runs.directory import RunDirectory
+from train.sweep.grid import Grid
+from train.sweep.training import Folds, SweepPass, plan_passes
 
 from .fixtures import Fixtures
 from .measure import Bound, Figure, divide_rounds

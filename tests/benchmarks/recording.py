@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cache_schema import BlockValues, Version
-from extract.batch import TileBatch
 from extract.config import ExtractConfig
 from extract.run import run_extraction
-from extract.summary import Timing
+from extract.tiles.batch import TileBatch
+from extract.timing import Timing
 
 from .schedule import Costs
 

@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
-from extract.source import CONCURRENT_READS
+from extract.tiles.source import CONCURRENT_READS
 from tests.checkpoints import make_checkpoint
 
 from .arithmetic import CHECKSUM_BYTES, DECODE_S, READS_PER_S, WRITES_PER_S, Cache, Ramp, tiles_per_s, write_s
@@ -31,7 +31,7 @@ _SEEDS = 20
 
 GPU_WORKERS = 8
 ROUND_TRIP_S = 0.05
-"""Of a request to a bucket: the latency that `extract/source.py` was laid out for; not measured here."""
+"""Of a request to a bucket: the latency that `extract/tiles/source.py` was laid out for; not measured here."""
 UPLOAD_BYTES_S = 1e8
 """Of one request to a bucket: an assumption."""
 START_S, BACK_S = 30.0, 60.0

@@ -1,10 +1,10 @@
 """A discrete-event simulation of how an extraction shares out its blocks, over any number of ranks.
 
 It replays what the code does, batch by batch. A rank draws block numbers from the counter all ranks share, as its feed
-asks for batches (`extract/run.py`, `_BlockDraw`). The DataLoader behind `extract/feed.py` keeps two batches per worker
-asked for, `_Batches` draws one more per worker, and a worker fetches its next batch while it decodes the present one. A
-finished block is written in a thread while the next is computed, and waits for the one before it (`extract/writer.py`).
-What a killed rank had not committed is drawn again.
+asks for batches (`extract/run.py`, `_BlockDraw`). The DataLoader behind `extract/tiles/feed.py` keeps two batches per
+worker asked for, `_Batches` draws one more per worker, and a worker fetches its next batch while it decodes the present
+one. A finished block is written in a thread while the next is computed, and waits for the one before it
+(`extract/writer.py`). What a killed rank had not committed is drawn again.
 
 Between the events of one rank its times follow from each other, so an event is only what other ranks may feel: a batch
 taken, with which blocks are drawn and reads asked for, a commit, a kill, a return.
@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from extract.feed import PREFETCHED_BATCHES
+from extract.tiles.feed import PREFETCHED_BATCHES
 
 from .arithmetic import Ramp
 

@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cache_schema import open_cache
-from extract.distributed import join_ranks
-from train.cached import open_cached_tiles
+from extract.ranks.group import join_ranks
 from train.config import DataConfig, TrainConfig
-from train.loop import Trainer, ValidationSet
-from train.loss import focal_loss
-from train.model import Classifier, Head
-from train.optimizer import make_optimizer
-from train.run import make_head, make_meta
-from train.rundir import RunDirectory
-from train.sets import read_sets
+from train.data.cached import open_cached_tiles
+from train.data.sets import read_sets
+from train.loop.assemble import make_head, make_meta
+from train.loop.trainer import Trainer
+from train.loop.validation import ValidationSet
+from train.model.classifier import Classifier, Head
+from train.model.loss import focal_loss
+from train.model.optimizer import make_optimizer
+from train.runs.directory import RunDirectory
 
 from .processes import read_memory
 

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from cache_schema import open_cache
-from extract.backbone import Backbone, Checkpoint, find_checkpoint
-from extract.distributed import Ranks, join_ranks
-from extract.feed import TileFeed
-from extract.precision import Precision
-from extract.source import open_source
-from train.batches import Batch, Tiles
+from extract.backbone.checkpoint import Checkpoint, find_checkpoint
+from extract.backbone.dinov3 import Backbone
+from extract.backbone.precision import Precision
+from extract.ranks.group import Ranks, join_ranks
+from extract.tiles.feed import TileFeed
+from extract.tiles.source import open_source
 from train.config import DataConfig, TrainConfig
-from train.model import Classifier, Head
-from train.prefix import PrefixCache, PrefixTiles, compute_slots
-from train.rows import read_labelled_cache
-from train.step import TrainStep
-from train.streaming import StreamedTiles
-from train.vectors import Residence
+from train.data.batches import Batch, Tiles
+from train.data.labels import read_labelled_cache
+from train.data.prefix import PrefixCache, PrefixTiles, compute_slots
+from train.data.streaming import StreamedTiles
+from train.data.vectors import Residence
+from train.loop.step import TrainStep
+from train.model.classifier import Classifier, Head
 
 from . import original
 from .contenders import CPU

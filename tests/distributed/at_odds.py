@@ -17,11 +17,11 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-import extract.agreement
+import extract.ranks.same_job
 from cache_schema import TileprobeError
-from extract.distributed import ToldByMainError, exit_with
+from extract.ranks.group import ToldByMainError, exit_with
 
-_rendezvous, _installed, _time = dist.rendezvous, extract.agreement.installed_version, time.time
+_rendezvous, _installed, _time = dist.rendezvous, extract.ranks.same_job.installed_version, time.time
 
 
 def run_case(number: int, me: dict[str, Any], *, last: bool) -> None:
@@ -35,7 +35,7 @@ def run_case(number: int, me: dict[str, Any], *, last: bool) -> None:
     main = importlib.import_module(f"{package}.__main__").main
     with (
         patch.object(dist, "rendezvous", set_apart),
-        patch.object(extract.agreement, "installed_version", lambda name: versions.get(name) or _installed(name)),
+        patch.object(extract.ranks.same_job, "installed_version", lambda name: versions.get(name) or _installed(name)),
         patch.object(time, "time", lambda: _time() + clock_s),
     ):
         try:

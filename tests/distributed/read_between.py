@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from cache_schema import TileprobeError
-from extract import exchange
-from extract.distributed import Ranks, join_ranks
+from extract.ranks import exchange
+from extract.ranks.group import Ranks, join_ranks
 from train.config import DataConfig, TrainConfig
-from train.rows import LabelledCache
-from train.sets import read_sets
-from train.vectors import HeldVectors
+from train.data.labels import LabelledCache
+from train.data.sets import read_sets
+from train.data.vectors import HeldVectors
 
 
 def read_between(out: str, cache: str, val_cache: str, budget: str) -> None:

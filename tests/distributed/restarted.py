@@ -3,7 +3,7 @@
 import os
 import sys
 
-from extract.distributed import join_ranks
+from extract.ranks.group import join_ranks
 
 with join_ranks("cpu") as ranks:
     print("found" if ranks.store.check(["mark"]) else "nothing", flush=True)

@@ -22,13 +22,13 @@ import torch
 from in_turn import main, set_apart
 from torch.distributed.tensor import DTensor
 
-from extract.distributed import Ranks, join_ranks
-from tests.unit.train.test_step import make_batch, make_classifier
-from train.batches import Batch
+from extract.ranks.group import Ranks, join_ranks
+from tests.unit.train.loop.test_step import make_batch, make_classifier
 from train.config import TrainConfig
+from train.data.batches import Batch
 from train.errors import TrainError
-from train.model import Classifier
-from train.step import TrainStep
+from train.loop.step import TrainStep
+from train.model.classifier import Classifier
 
 LARGE = 8192
 """Tiles of 48 KB."""

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from extract.distributed import Ranks, join_ranks
-from extract.stop import Stopped, stop_on_signals
+from extract.ranks.group import Ranks, join_ranks
+from extract.ranks.signals import Stopped, stop_on_signals
 
 FOREVER_S = 1000
 WRITE_S = 1

@@ -31,23 +31,23 @@ from rasterio.transform import Affine
 from safetensors.numpy import load_file
 
 from cache_schema import TileprobeError, open_cache
-from extract.backbone import find_checkpoint
-from extract.distributed import Ranks
-from extract.feed import TileFeed
-from extract.source import open_source
+from extract.backbone.checkpoint import find_checkpoint
+from extract.ranks.group import Ranks
+from extract.tiles.feed import TileFeed
+from extract.tiles.source import open_source
 from tests.caches import plant_cache, rewrite_block
 from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.distributed.read_between import read as read_caches
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
 from tests.proxy import Proxy
-from train.augment import Augmentation
-from train.batches import epoch_order
 from train.config import DataConfig
-from train.rows import LabelledCache, read_labelled_cache
-from train.sampling import compute_repeat_factors, draw_epoch
-from train.streaming import StreamedTiles
-from train.vectors import Residence
+from train.data.batches import draw_epoch, epoch_order
+from train.data.labels import LabelledCache, read_labelled_cache
+from train.data.rare import compute_repeat_factors
+from train.data.streaming import StreamedTiles
+from train.data.vectors import Residence
+from train.model.augment import Augmentation
 
 TIMEOUT_S = 120
 IN_TURN = Path(__file__).with_name("in_turn.py")

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-import train.infer
+import train.predict.inference
 from tests.checkpoints import make_checkpoint
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
-from train.augment import average_views
+from train.model.augment import average_views
 
 CPU = ("--workers", 0, "--device", "cpu")
 SYMMETRIC = "images/symmetric_1.png"
@@ -142,7 +142,7 @@ def test_scores_are_of_averaged_views_and_say_so(trained: Path, monkeypatch: pyt
         averaged.append(len(pixels))
         return average_views(model, pixels)
 
-    monkeypatch.setattr(train.infer, "average_views", count)
+    monkeypatch.setattr(train.predict.inference, "average_views", count)
     for run, option, target, tiles in (
         ("finetune", "--tiles", "others", 13),
         ("finetune", "--cache", "cache", 80),

@@ -16,7 +16,7 @@ import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
-import cache_schema.creation
+import cache_schema.root
 from cache_schema import BlockValues, CacheRoot, Status, StorageError, Version, open_cache
 from extract.__main__ import run as extract_command_line
 from extract.config import ExtractConfig
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_schema.creation, "choose_block_rows", lambda rows: BLOCK_ROWS)
+    monkeypatch.setattr(cache_schema.root, "choose_block_rows", lambda rows: BLOCK_ROWS)
 
 
 @pytest.fixture
@@ -394,6 +394,6 @@ def test_rows_that_are_kept_fix_the_size_of_batches(
     place.put(draw_objects(rng, 20))
     run_extraction(config(place.url, cache="a"))
     place.put({tile(3): draw_tile(rng, 48)})
-    monkeypatch.setattr("extract.embed.TileEmbedder.fits", lambda self: self.batch_size <= 4)
+    monkeypatch.setattr("extract.backbone.embed.TileEmbedder.fits", lambda self: self.batch_size <= 4)
     with pytest.raises(RunError, match="a batch of 8 tiles does not fit in memory, and the rows kept from version"):
         run_extraction(config(place.url, cache="a", batch_size=4))

@@ -24,9 +24,10 @@ import torch
 
 from cache_schema import CacheRoot, open_cache
 from cache_schema.__main__ import run as run_cache_schema
-from cache_schema.command_line import HEADINGS, STATUSES, Command, Group, Outcome
+from cache_schema.cli.command import HEADINGS, STATUSES, Command, Group, Outcome
 from extract.__main__ import run as run_extract
-from extract.backbone import Backbone, find_checkpoint
+from extract.backbone.checkpoint import find_checkpoint
+from extract.backbone.dinov3 import Backbone
 from tests.caches import fill_cache
 from tests.checkpoints import make_checkpoint
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles, run_here

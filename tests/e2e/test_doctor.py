@@ -16,7 +16,7 @@ import pytest
 import torch
 from google.cloud import storage
 
-from cache_schema.command_line import DONE, FOUND
+from cache_schema.cli.command import DONE, FOUND
 from extract.__main__ import run as run_command_line
 from tests.checkpoints import make_checkpoint
 from tests.hub import Hub, refuse

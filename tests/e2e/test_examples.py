@@ -91,9 +91,9 @@ def test_examples_of_every_library_hold_the_same(examples: dict[str, dict[str, A
 
 PROGRAM = """
 import json, torch
-from extract.backbone import find_checkpoint
+from extract.backbone.checkpoint import find_checkpoint
 from tests.planted import train
-from train.loss import LossConfig
+from train.model.loss import LossConfig
 
 logits = torch.tensor([[-3.0, 0.5]], requires_grad=True)
 loss = LossConfig("poly", alpha=2.0)(logits, torch.tensor([[True, False]]))

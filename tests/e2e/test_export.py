@@ -21,14 +21,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import AutoModel
 
-import train.export
-from extract.backbone import Backbone, find_checkpoint
+import train.predict.export
+from extract.backbone.checkpoint import find_checkpoint
+from extract.backbone.dinov3 import Backbone
 from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
-from train.checkpoint import load_checkpoint, save_checkpoint
-from train.model import Classifier, join_features
-from train.trained import LoadedRun
+from train.model.classifier import Classifier, join_features
+from train.predict.trained_model import LoadedRun
+from train.runs.checkpoint import load_checkpoint, save_checkpoint
 
 SIZE = 96  # not the checkpoint's own 64: an export must carry the run's
 LAYERS = 2
@@ -157,7 +158,7 @@ def test_every_file_has_its_digest_and_none_names_this_machine(work: Path, run: 
     assert set(digests) == {*expected, "config.json", "preprocessor_config.json"}
     for name, digest in digests.items():
         assert hashlib.sha256((export / name).read_bytes()).hexdigest() == digest
-    assert str(Path(train.export.__file__).parent).encode() not in (export / "classifier.onnx").read_bytes()
+    assert str(Path(train.predict.export.__file__).parent).encode() not in (export / "classifier.onnx").read_bytes()
 
 
 # The head
@@ -398,7 +399,7 @@ def test_without_a_package_onnx_is_refused_before_any_work(
 
 
 def test_what_does_not_compute_what_the_run_does_is_not_left(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.export, "MAX_DIFFERENCE", -1.0)
+    monkeypatch.setattr(train.predict.export, "MAX_DIFFERENCE", -1.0)
     result = run_train(copy, "export", "--run-dir", "runs/finetune", "--no-onnx")
     assert_refused(result, "gives logits that differ from the run's by", left=copy / "runs")
 

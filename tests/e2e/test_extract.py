@@ -28,14 +28,14 @@ from transformers import AutoModel
 
 from cache_schema import CacheNotFoundError, CacheRoot, Status, open_cache
 from extract.__main__ import run as extract_command_line
+from extract.backbone.embed import TileEmbedder
+from extract.backbone.precision import choose_precision
 from extract.config import LAST_CACHE, ExtractConfig
-from extract.embed import TileEmbedder
 from extract.errors import RunError
-from extract.labels import parse_labels
-from extract.listing import label_name
-from extract.precision import choose_precision
 from extract.run import run_extraction
-from extract.scenes import find_scenes
+from extract.tiles.labels import parse_labels
+from extract.tiles.listing import label_name
+from extract.tiles.scenes import find_scenes
 from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import Finished, fresh_seed, run_here
 from tests.proxy import Proxy

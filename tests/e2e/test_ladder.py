@@ -22,7 +22,7 @@ from tests.checkpoints import make_checkpoint
 from tests.conftest import PROJECT_ROOT
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
-from train.checkpoint import load_checkpoint
+from train.runs.checkpoint import load_checkpoint
 
 DEADLINE_S = 240
 TOLERANCE = 1e-12

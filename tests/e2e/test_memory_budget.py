@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from cache_schema import CacheRoot, Status
-from extract.distributed import join_ranks
+from extract.ranks.group import join_ranks
 from tests.caches import plant_cache, rewrite_block
 from tests.planted import Finished, fresh_seed
 from tests.planted import train as run_train
-from train.cached import open_cached_tiles
 from train.config import DataConfig, TrainConfig
-from train.loop import Trainer, ValidationSet
-from train.model import Classifier
-from train.run import make_head, make_meta
-from train.rundir import RunDirectory
-from train.sets import read_sets
+from train.data.cached import open_cached_tiles
+from train.data.sets import read_sets
+from train.loop.assemble import make_head, make_meta
+from train.loop.trainer import Trainer
+from train.loop.validation import ValidationSet
+from train.model.classifier import Classifier
+from train.runs.directory import RunDirectory
 
 ROWS = 2_600
 """Eleven blocks."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cache_schema import open_cache
-from extract.scenes import find_scenes
+from extract.tiles.scenes import find_scenes
 from tests.checkpoints import make_checkpoint
 from tests.planted import CLASSES, extract_cache, fresh_seed, plant_tiles, train
 

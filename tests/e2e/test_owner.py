@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cache_schema import CacheRoot, open_cache, own_version
-from cache_schema.owner import SUFFIX
+from cache_schema.upkeep.lock import SUFFIX
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.tiles import extract_command, run_extract
@@ -76,7 +76,7 @@ def test_a_finished_version_needs_no_owner(
     cache = extract_cache(tiles, tmp_path / "vectors", backbone)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "vectors").rglob("*")}
     with own_version(cache, open_cache(cache).id):
-        monkeypatch.setattr("cache_schema.owner._is_running", lambda pid, born: True)
+        monkeypatch.setattr("cache_schema.upkeep.lock._is_running", lambda pid, born: True)
         monkeypatch.setattr(os, "getpid", lambda: 1)
         extract_cache(tiles, cache, backbone)
     assert "0 to do" in capsys.readouterr().out

@@ -25,15 +25,15 @@ from safetensors.numpy import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModel
 
-from extract.distributed import join_ranks
-from extract.inputs import find_inputs
-from extract.summary import Timing
+from extract.ranks.group import join_ranks
+from extract.timing import Timing
 from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
-from train.infer import Target, Task, score
-from train.model import Classifier
-from train.trained import open_model
+from train.model.classifier import Classifier
+from train.predict.inference import Target, Task, score
+from train.predict.inputs import find_inputs
+from train.predict.trained_model import open_model
 
 SIZE = 64
 PROBS = 1e-4

@@ -14,11 +14,11 @@ import torch
 from safetensors.numpy import load_file
 from sklearn import metrics as sk
 
-import train.run
+import train.loop.assemble
 from tests.planted import Finished, fresh_seed
 from tests.planted import train as run_train
 from tests.vectors import TYPE_IDS, plant_vectors, write_cache
-from train.loop import Trainer
+from train.loop.trainer import Trainer
 
 ROWS, EPOCHS = 500, 8
 FLIPPED = 0.03
@@ -216,7 +216,7 @@ def test_deterministic_runs_are_bit_equal(
     noisy: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout, repeats and clipping, whatever state the generators are in."""
-    monkeypatch.setattr(train.run, "Trainer", WatchingTrainer)
+    monkeypatch.setattr(train.loop.assemble, "Trainer", WatchingTrainer)
     WatchingTrainer.seen = []
     options = ("--epochs", 2, "--clip-norm", 0.01, "--repeat-factor", 0.1, "--deterministic", "--device", "cpu")
     for run in (1, 2):

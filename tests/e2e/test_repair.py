@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cache_schema import BlockValues, CacheRoot, Version, open_cache
-from cache_schema.verify import repair_version, verify_version
+from cache_schema.upkeep.verify import repair_version, verify_version
 from extract.errors import RunError
 from tests.caches import get_all
 from tests.checkpoints import make_checkpoint

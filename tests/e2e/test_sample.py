@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cache_schema import BlockValues, CacheRoot, ProvenanceError, open_cache
-from extract.sample import MIN_COSINE, Comparison, compare_sample
+from extract.spot_check import MIN_COSINE, Comparison, compare_sample
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 

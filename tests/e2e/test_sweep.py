@@ -15,15 +15,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import train.passes
+import train.sweep.training
 from tests.caches import plant_cache
 from tests.planted import Finished, fresh_seed
 from tests.planted import train as run_train
-from train.checkpoint import load_checkpoint
-from train.grid import describe_command
-from train.passes import SweepPass
-from train.ranking import KEYS, HeadResult
-from train.stacked import Stack
+from train.runs.checkpoint import load_checkpoint
+from train.sweep.grid import describe_command
+from train.sweep.ranking import KEYS, HeadResult
+from train.sweep.stacked_heads import Stack
+from train.sweep.training import SweepPass
 
 TOLERANCE = 1e-4
 OPTIONS = ("--label-ids", "class", "--device", "cpu", "--hidden", 24, "--batch-size", 32)
@@ -61,7 +61,7 @@ def swept(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the report and the intervals at a run's end, which take longer than its training."""
-    for module in ("train.run", "train.sweep"):
+    for module in ("train.run", "train.sweep.run"):
         monkeypatch.setattr(f"{module}.finish_run", lambda *_: None)
 
 
@@ -167,8 +167,8 @@ def test_heads_that_do_not_fit_together_take_turns_and_come_out_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train.passes, "STATE_BYTES", 300_000)
-    monkeypatch.setitem(train.passes.ACTIVATION_BYTES, "cpu", 2 * 4 * 32 * 64)
+    monkeypatch.setattr(train.sweep.training, "STATE_BYTES", 300_000)
+    monkeypatch.setitem(train.sweep.training.ACTIVATION_BYTES, "cpu", 2 * 4 * 32 * 64)
     result = run_train(tmp_path, "sweep", "--cache", cache, *OPTIONS, *GRID[:-1], 1)
     assert result.status == 0, result.err
     assert "12 heads, 1 passes" not in result.out

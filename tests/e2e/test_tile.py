@@ -21,10 +21,10 @@ from google.cloud import storage
 from PIL import Image
 
 from extract.__main__ import run as extract_command_line
-from extract.labels import parse_labels
-from extract.listing import list_tiles
-from extract.place import DirectoryPlace
-from extract.source import open_source
+from extract.cutting.output import DirectoryPlace
+from extract.tiles.labels import parse_labels
+from extract.tiles.listing import list_tiles
+from extract.tiles.source import open_source
 from tests.planted import Finished, fresh_seed, run_here
 from tests.raw_xview import (
     MISSING_SCENE,

@@ -21,15 +21,13 @@ from google.cloud import storage
 from safetensors.numpy import load_file
 from sklearn import metrics as sk
 
-import train.run
+import train.loop.assemble
 from cache_schema import Taxonomy
 from tests.checkpoints import make_checkpoint
 from tests.planted import CLASSES, Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
-from train.calibration import expected_calibration_error, fit_temperature
-from train.decisions import cross_fit
-from train.loop import Trainer
-from train.thresholds import tune_thresholds
+from train.loop.trainer import Trainer
+from train.metrics.decisions import cross_fit, expected_calibration_error, fit_temperature, tune_thresholds
 
 AVERAGES = (
     *("loss", "accuracy", "label_accuracy", "precision_macro", "recall_macro", "f1_macro", "precision_weighted"),
@@ -565,7 +563,7 @@ class RecordingTrainer(Trainer):
 def test_exactly_the_asked_tensors_change(
     work: Path, made: Path, monkeypatch: pytest.MonkeyPatch, unfreeze: int
 ) -> None:
-    monkeypatch.setattr(train.run, "Trainer", RecordingTrainer)
+    monkeypatch.setattr(train.loop.assemble, "Trainer", RecordingTrainer)
     arguments = ("--cache", made / "cache", "--unfreeze", unfreeze, "--epochs", 2, "--workers", 0, "--device", "cpu")
     result = run_train(work, "finetune", *arguments)
     assert result.status == 0, result.err
@@ -577,7 +575,7 @@ def test_exactly_the_asked_tensors_change(
     in_layers = {name: int(match[1]) for name in before if (match := layer.match(name))}
     assert set(in_layers.values()) == set(range(depth))
     expected = {name for name, number in in_layers.items() if number >= depth - unfreeze}
-    assert len(expected) > 15 * unfreeze  # of the others some weights may have no names, see extract/packed.py
+    assert len(expected) > 15 * unfreeze  # of the others some weights may have no names, see extract/backbone/onednn.py
     expected |= {"backbone.vit.norm.weight", "backbone.vit.norm.bias"}
     expected |= {f"head.{name}" for name in ("0.weight", "0.bias", "3.weight", "3.bias")}
     assert changed == expected

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from zarr.storage import LocalStore
 
-import cache_schema.creation
+import cache_schema.root
 import extract.run  # noqa: F401  # for the processes that are forked from one which has loaded this module
-from cache_schema.gcs import GcsStore
-from cache_schema.gcs_objects import GcsObjects
+from cache_schema.storage.gcs import GcsObjects
+from cache_schema.storage.gcs_store import GcsStore
 from extract.__main__ import run
 
 ARMED = "ARMED"
@@ -72,7 +72,7 @@ class Fired:
 
 def arm(charge: Charge | None) -> None:
     """Make this process end as `charge` says, and blocks small; ranks wait for one that is halted for seconds only."""
-    cache_schema.creation.choose_block_rows = lambda rows: BLOCK_ROWS  # type: ignore[assignment]
+    cache_schema.root.choose_block_rows = lambda rows: BLOCK_ROWS  # type: ignore[assignment]
     if charge:
         if charge.signal == signal.SIGSTOP:
             os.environ["PEER_TIMEOUT"] = "20"

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from cache_schema import LABEL_ID_COLUMNS
-from extract.decode import MAX_PIXELS, UndecodableTileError, decode_tile
-from extract.labels import parse_labels
+from extract.tiles.decode import MAX_PIXELS, UndecodableTileError, decode_tile
+from extract.tiles.labels import parse_labels
 from tests.tiles import draw_pixels, encode, encode_png
 
 PROJECT_ROOT = Path(__file__).parents[2]

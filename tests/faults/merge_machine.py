@@ -28,13 +28,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from zarr.storage import LocalStore
 
-import cache_schema.creation
+import cache_schema.root
 from cache_schema import CacheRoot, Status, TileTable, Version, open_cache
-from cache_schema.verify import verify_version
+from cache_schema.upkeep.verify import verify_version
 from extract.errors import SourceError
-from extract.listing import list_tiles
-from extract.source import open_source
-from extract.stop import Stopped
+from extract.ranks.signals import Stopped
+from extract.tiles.listing import list_tiles
+from extract.tiles.source import open_source
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache
 from tests.tiles import cosines, draw_tile, read_arrays
@@ -340,7 +340,7 @@ def run_merge_machine(examples: int, seed: int) -> list[dict[str, Any]]:
         AssertionError: a cache differs from a fresh one; notes name the steps.
     """
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_schema.creation, "choose_block_rows", lambda rows: BLOCK_ROWS)
+        patch.setattr(cache_schema.root, "choose_block_rows", lambda rows: BLOCK_ROWS)
         backbone = make_checkpoint(Path(folder) / "backbone", seed=seed, image_size=32, **_SMALL)
 
         @hypothesis.seed(seed)

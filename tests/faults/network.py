@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from google.cloud.storage.retry import DEFAULT_RETRY
 
-import cache_schema.creation
+import cache_schema.root
 from cache_schema import Status, open_cache
-from cache_schema.gcs import GcsStore
+from cache_schema.storage.gcs_store import GcsStore
 from tests.caches import get_all
 from tests.planted import extract_cache
 from tests.proxy import Fault, Proxy
@@ -50,11 +50,11 @@ class RandomFaults:
 def extract_in_small_blocks(tiles: str, cache: Path | str, backbone: Path, **options: Any) -> str:
     """An extraction in this process, blocks of `BLOCK_ROWS`, first pauses between attempts of some milliseconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_schema.creation, "choose_block_rows", lambda rows: BLOCK_ROWS)
+        patch.setattr(cache_schema.root, "choose_block_rows", lambda rows: BLOCK_ROWS)
         defaults = GcsStore.__init__.__kwdefaults__
         assert defaults
         patch.setitem(defaults, "first_delay_s", 0.05)
-        patch.setattr("extract.gcs_reader._FIRST_PAUSE_S", 0.02)
+        patch.setattr("extract.tiles.gcs_reader._FIRST_PAUSE_S", 0.02)
         patch.setattr(DEFAULT_RETRY, "_initial", 0.05)  # a listing's
         return extract_cache(tiles, cache, backbone, **options)
 

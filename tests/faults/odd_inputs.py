@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from cache_schema import LABEL_ID_COLUMNS, Status
-from extract.labels import MAX_LABEL_BYTES
+from extract.tiles.labels import MAX_LABEL_BYTES
 from tests.tiles import draw_pixels, encode, encode_png
 
 HEIGHT, WIDTH = 40, 56

@@ -19,12 +19,12 @@ from google.cloud import storage
 from PIL import Image
 
 from cache_schema import Status, open_cache
-from extract.batch import make_requests
-from extract.decode import MAX_FILE_BYTES
-from extract.feed import TileFeed
-from extract.labels import MAX_LABEL_BYTES, parse_labels
-from extract.listing import label_name, list_tiles
-from extract.source import LocalSource
+from extract.tiles.batch import make_requests
+from extract.tiles.decode import MAX_FILE_BYTES
+from extract.tiles.feed import TileFeed
+from extract.tiles.labels import MAX_LABEL_BYTES, parse_labels
+from extract.tiles.listing import label_name, list_tiles
+from extract.tiles.source import LocalSource
 from tests.checkpoints import make_checkpoint
 from tests.faults.odd_inputs import LAST, OddInput, make_table
 from tests.planted import extract_cache, fresh_seed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from google.cloud import storage
 
-import cache_schema.creation
+import cache_schema.root
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed
 from tests.tiles import draw_objects, read_arrays, relative_differences, write_directory
@@ -50,7 +50,7 @@ def test_torchrun_restarts_a_killed_rank_and_goes_on(tmp_path: Path, python_env:
     assert (tmp_path / "marker").exists()
     assert process.returncode == 0, said
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_schema.creation, "choose_block_rows", lambda rows: BLOCK_ROWS)
+        patch.setattr(cache_schema.root, "choose_block_rows", lambda rows: BLOCK_ROWS)
         extract_cache(tmp_path / "tiles", tmp_path / "undisturbed", backbone, batch_size=32)
     killed, undisturbed = read_arrays(tmp_path / "killed"), read_arrays(tmp_path / "undisturbed")
     for name in ("tile", "status", "label_ids"):

@@ -70,7 +70,7 @@ def test_what_does_not_recover_ends_the_run_and_quarantines_nothing(
     error: type[Exception],
     message: str,
 ) -> None:
-    monkeypatch.setattr("extract.gcs_reader._DEADLINE_S", 1.0)
+    monkeypatch.setattr("extract.tiles.gcs_reader._DEADLINE_S", 1.0)
     cache, read = str(tmp_path / "harmed"), iter(range(TILES))
 
     def fail_after_most(path: str) -> Fault:

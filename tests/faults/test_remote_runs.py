@@ -19,9 +19,9 @@ from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
 from tests.proxy import Proxy
-from train import bucket as remote
-from train.bucket import BucketRun
-from train.loop import Trainer
+from train.loop.trainer import Trainer
+from train.runs import bucket as remote
+from train.runs.bucket import BucketRun
 
 EPOCHS = 4
 HEAD = ("--epochs", EPOCHS, "--batch-size", 8, "--device", "cpu")

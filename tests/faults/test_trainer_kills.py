@@ -23,8 +23,8 @@ from tests.faults.trainer_kills import (
 )
 from tests.planted import fresh_seed
 from tests.planted import train as run_train
-from train.resume import load_last
-from train.rundir import RunDirectory
+from train.runs.directory import RunDirectory
+from train.runs.resume import load_last
 
 RESUME = ["head", "--resume", "--device", "cpu"]
 

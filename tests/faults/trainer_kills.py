@@ -118,8 +118,9 @@ class Watch:
         import safetensors.torch
         import torch
 
-        from train import checkpoint, loop
-        from train.rundir import RunDirectory
+        from train.loop import trainer as loop
+        from train.runs import checkpoint
+        from train.runs.directory import RunDirectory
 
         def write(path: Path, data: bytes, mode: str) -> None:
             self.reach("before write", path)
@@ -359,7 +360,7 @@ def _assert_goes_on(run: Path, where: str) -> int:
         how many epochs are saved.
     """
     from train.errors import CheckpointError
-    from train.resume import load_last
+    from train.runs.resume import load_last
 
     try:
         epoch = load_last(run.resolve())[0].meta.epoch
@@ -372,7 +373,7 @@ def _assert_goes_on(run: Path, where: str) -> int:
 def _main() -> None:
     """One rank of a torchrun job: the commands one after the other, the last as its user would have it."""
     from cache_schema import TileprobeError
-    from extract.distributed import ToldByMainError
+    from extract.ranks.group import ToldByMainError
     from train.__main__ import main, run
 
     job, rendezvous = json.loads(sys.argv[1]), dist.rendezvous

@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 from cache_schema import Provenance, Recorded, open_cache
-from cache_schema.verify import verify_version
+from cache_schema.upkeep.verify import verify_version
 from tests.caches import fill_cache
 from tests.golden.plain_reader import read_cache
 

@@ -10,13 +10,13 @@
     page        report.html, one file that opens offline
     card        model_card.md, and what is known of licences
     commands    the commands that made the run
-    rewrite     `python -m train report`
+    run         `python -m train report`
 
 At its end a run writes what its own directory tells; `make report` adds what takes tiles and vectors.
 """
 
-from .events import write_events
-from .page import write_report
-from .picture import draw_tiles
+from train.report.events import write_events
+from train.report.page import write_report
+from train.report.picture import draw_tiles
 
 __all__ = ["draw_tiles", "write_events", "write_report"]

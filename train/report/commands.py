@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from ..options import FINETUNE, TRAINING, memory_budget, training_options
+from train.config import FINETUNE, TRAINING, memory_budget, training_options
+
 from .facts import Facts, Json
 
 _OF_THE_MACHINE = ("device", "workers", "memory_budget", "resume", "like_original")

@@ -2,7 +2,7 @@
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ..rundir import RunDirectory
+from train.runs.directory import RunDirectory
 
 
 def write_events(run: RunDirectory) -> None:

@@ -13,13 +13,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cache_schema.layout import BoolArray
-from extract.scenes import find_scenes
-
-from ..config import TrainConfig
-from ..decisions import Decisions
-from ..errors import TrainError
-from ..rundir import RunDirectory
-from ..siblings import VAL_LOGITS
+from extract.tiles.scenes import find_scenes
+from train.config import TrainConfig
+from train.errors import TrainError
+from train.metrics.decisions import Decisions
+from train.runs.directory import RunDirectory
+from train.runs.val_logits import VAL_LOGITS
 
 FloatArray = npt.NDArray[np.float32]
 Json = dict[str, Any]

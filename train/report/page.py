@@ -11,7 +11,8 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from ..rundir import RunDirectory
+from train.runs.directory import RunDirectory
+
 from . import plots
 from .analysis import RECALLS
 from .card import write_card

@@ -12,8 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from cache_schema.layout import BoolArray
-
-from ..rows import LabelledRows
+from train.data.labels import LabelledRows
 
 
 def draw_tiles(path: Path, images: Sequence[npt.NDArray[np.uint8]], rows: LabelledRows, preds: BoolArray) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..audit import LeakAudit
-from ..evaluation import COMPARED
+from train.metrics.audit import LeakAudit
+from train.metrics.evaluation import COMPARED
+
 from . import plots
 from .facts import Evidence, Facts, Json
 

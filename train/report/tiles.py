@@ -14,10 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from cache_schema import TileprobeError, TileTable
-from extract.decode import MAX_FILE_BYTES, UndecodableTileError, decode_tile
-from extract.distributed import shows_bars
 from extract.errors import TileGoneError
-from extract.source import Source
+from extract.ranks.group import shows_bars
+from extract.tiles.decode import MAX_FILE_BYTES, UndecodableTileError, decode_tile
+from extract.tiles.source import Source
 
 SIDE = 144
 """Pixels of a thumbnail's longer side."""

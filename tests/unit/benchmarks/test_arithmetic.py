@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from transformers import DINOv3ViTConfig
 
 from cache_schema import CacheRoot
-from cache_schema.creation import create_arrays
-from cache_schema.gcs_objects import GcsObjects
 from cache_schema.layout import DIGEST_BYTES, TABLE_CHUNK_ROWS
+from cache_schema.root import create_arrays
+from cache_schema.storage.gcs import GcsObjects
 from cache_schema.table import COLUMN_DTYPES
-from extract.backbone import count_flop
+from extract.backbone.checkpoint import count_flop
 from tests.benchmarks import arithmetic, scale_page
 from tests.benchmarks.arithmetic import ONE_REQUEST_BYTES, Cache, Ramp, Requests, write_s
 from tests.caches import WIDTH, make_provenance, make_recorded, make_table, make_values

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from extract.backbone import count_flop
+from extract.backbone.checkpoint import count_flop
 from tests.benchmarks.__main__ import AREAS
 from tests.benchmarks.extract import choose_load
 from tests.benchmarks.fixtures import VITL16, Fixtures, read_run

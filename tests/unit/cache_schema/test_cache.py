@@ -28,7 +28,7 @@ from tests.golden.test_golden import V1
 from tests.labelled import write_taxonomy
 from tests.planted import fresh_seed
 from train.config import DataConfig
-from train.rows import label_rows
+from train.data.labels import label_rows
 
 ROWS = 600
 
@@ -101,7 +101,7 @@ def test_only_blocks_that_hold_the_rows_are_read(tmp_path: Path) -> None:
 
 
 def test_status_labels_and_masks_are_those_of_a_trainer(tmp_path: Path) -> None:
-    """Against `train.rows`, which decides for the trainers, on labels with unknown ids, empty rows and artefacts."""
+    """Against `train.data.labels`, which decides for trainers, on labels with unknown ids, empty rows and artefacts."""
     rng, url = np.random.default_rng(fresh_seed()), str(tmp_path / "cache")
     label_ids = np.zeros((ROWS, LABEL_ID_COLUMNS), np.uint16)
     taxonomy = Taxonomy.xview()

@@ -48,6 +48,6 @@ def test_commands_need_click_besides(tmp_path: Path, python_env: dict[str, str],
 
 
 def test_the_blockade_holds(python_env: dict[str, str]) -> None:
-    for module in ("cache_schema.gcs", "torch"):
+    for module in ("cache_schema.storage.gcs_store", "torch"):
         done = run(python_env, HEAVY, f"import {module}")
         assert "is blocked" in done.stderr

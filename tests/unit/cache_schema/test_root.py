@@ -13,9 +13,11 @@ from cache_schema import (
     StorageError,
     TileprobeError,
     Version,
-    creation,
     open_cache,
     root,
+)
+from cache_schema import (
+    root as creation,
 )
 from tests.caches import (
     delete,

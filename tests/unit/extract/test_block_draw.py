@@ -9,14 +9,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cache_schema.creation
+import cache_schema.root
 from cache_schema import NO_LABEL, BlockValues, CacheRoot, Status, Version
-from extract.backbone import find_checkpoint
-from extract.batch import LabelBatch, make_requests
+from extract.backbone.checkpoint import find_checkpoint
 from extract.plan import Plan
 from extract.run import _BlockDraw
-from extract.source import open_source
-from extract.summary import Timing
+from extract.tiles.batch import LabelBatch, make_requests
+from extract.tiles.source import open_source
+from extract.timing import Timing
 from tests.caches import make_provenance, make_recorded, make_table
 from tests.checkpoints import make_checkpoint
 
@@ -32,7 +32,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Version, Plan]
     plans = []
     for number, (rows, block_rows) in enumerate(SHAPES):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache_schema.creation, "choose_block_rows", lambda rows, n=block_rows: n)
+            patch.setattr(cache_schema.root, "choose_block_rows", lambda rows, n=block_rows: n)
             root = CacheRoot(str(folder / str(number)))
             version = root.create_version(make_table(rows), make_provenance(), make_recorded())
         pending = tuple(range(version.layout.blocks))

@@ -21,7 +21,7 @@ from cache_schema import (
     TileTable,
     Version,
 )
-from extract.batch import TileBatch
+from extract.tiles.batch import TileBatch
 from extract.writer import BlockWriter
 from tests.planted import fresh_seed
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from train.augment import NO_AUGMENTATION
 from train.config import DataConfig, TrainConfig
 from train.errors import TrainError
+from train.model.augment import NO_AUGMENTATION
 
 
 def make_config(**options: Any) -> TrainConfig:

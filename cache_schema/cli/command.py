@@ -1,0 +1,328 @@
+"""What every command line of this project does alike: help in groups, settings, what goes to which stream, statuses.
+
+The one room beside the `__main__`s that knows click. It stands on the ground floor since all three packages have a
+command line; nothing else here imports it.
+"""
+
+import io
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from cache_schema.errors import TileprobeError
+
+from .settings import FILE, FILE_VARIABLE, Setting, read_settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DONE, FAILED, USAGE, FOUND = 0, 1, 2, 3
+STATUSES = (
+    (str(DONE), "done"),
+    (str(FAILED), "an error, in one line that names its remedy"),
+    (str(USAGE), "a command line, settings file or variable that cannot be understood"),
+    (
+        str(FOUND),
+        "it ran, and found what it looks for: damage, a difference, too many quarantined tiles, a failed check",
+    ),
+    ("128 + n", "stopped by signal n: 130 after Ctrl-C, 143 after SIGTERM"),
+)
+"""Exit statuses and what they mean, of every command."""
+
+HEADINGS = ("Data", "Model", "Training", "Output", "Machine", "Command line")
+_HEADING = "heading"
+_SETTINGS, _QUIET, _VERBOSE, _JSON = (f"tileprobe.{name}" for name in ("settings", "quiet", "verbose", "json"))
+_DETAILED = ("cache_schema", "extract", "train", "urllib3")
+"""Whose debug lines --verbose shows; urllib3's are one a request to a bucket."""
+_PAUSE_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command leaves to scripts.
+
+    Attributes:
+        values: the object that --json prints; a number that is not finite becomes null.
+        status: of the process.
+        line: what --quiet leaves of the rest; the last one printed if this is empty.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    status: int = DONE
+    line: str = ""
+
+
+def heading(title: str) -> Callable[[F], F]:
+    """A title in --help for the options below it, as far as the next one; the same title again goes on with it."""
+
+    def mark(function: F) -> F:
+        for param in getattr(function, "__click_params__", ()):
+            vars(param).setdefault(_HEADING, title)
+        return function
+
+    return mark
+
+
+class Command(click.Command):
+    """A command with options under headings, examples, and the options that all commands have.
+
+    Args:
+        examples: command lines for the end of --help.
+        gives_json: whether the callback returns an `Outcome` with values for --json.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), gives_json: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = tuple(examples)
+        self.gives_json = gives_json
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        own = super().get_params(ctx)  # --help comes last
+        return [*own[:-1], *self._common, *own[-1:]]
+
+    @property
+    def _common(self) -> list[click.Option]:
+        return [_JSON_OPTION, *_COMMON] if self.gives_json else _COMMON
+
+    def list_settings(self) -> dict[str, click.Option]:
+        """The options that a file or a variable may set, by their name without dashes."""
+        options = [param for param in (*self.params, *self._common) if isinstance(param, click.Option)]
+        return {_name(option): option for option in options if option is not _SETTINGS_OPTION}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {title: [] for title in HEADINGS}
+        for param in self.get_params(ctx):
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)):
+                names, text = record
+                if not (param.is_flag or param.required or "default:" in text):
+                    text += "  [default: none]"
+                groups.setdefault(vars(param).get(_HEADING, HEADINGS[-1]), []).append((names, text))
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records, col_max=26)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {example}\n" for example in self.examples))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the callback with its streams and its log as asked, and end with its status."""
+        try:
+            with _streams(ctx) as held, _logging(ctx):
+                _tell_settings(ctx)
+                try:
+                    outcome = super().invoke(ctx)
+                except TileprobeError:
+                    _log.debug("where the error arose:", exc_info=True)
+                    raise
+        except KeyboardInterrupt:
+            exit_interrupted()
+        outcome = outcome if isinstance(outcome, Outcome) else Outcome()
+        if ctx.meta.get(_JSON) and outcome.values:
+            click.echo(json.dumps(_replace_infinite(outcome.values), indent=2, ensure_ascii=False, allow_nan=False))
+        elif lines := held.getvalue().strip().splitlines():
+            click.echo(outcome.line or lines[-1])
+        if outcome.status:
+            sys.exit(outcome.status)
+
+
+class Group(click.Group):
+    """The commands of one package; its name is the package's."""
+
+    command_class = Command
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit status"):
+            formatter.write_dl(STATUSES)
+        variable = f"TILEPROBE_{self.name}_COMMAND_OPTION".upper()
+        with formatter.section("Settings"):
+            formatter.write_text(
+                f"Options are also read from {FILE} in the working directory (tables [{self.name}] and "
+                f"[{self.name}.COMMAND]) and from variables {variable}. Command line over environment over file over "
+                "default."
+            )
+
+
+def run_group(group: Group) -> None:
+    """Run the command that this process was started for; wrong usage and Ctrl-C end it here.
+
+    Under torchrun every rank reads the same line: the first one answers, and the others let it speak first.
+    """
+    try:
+        status = group.main(prog_name=f"python -m {group.name}", standalone_mode=False)
+    except click.ClickException as error:
+        if is_first_rank():
+            error.show()
+        else:
+            time.sleep(_PAUSE_S)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        exit_interrupted()
+    sys.exit(status if isinstance(status, int) else DONE)
+
+
+def exit_interrupted() -> NoReturn:
+    """End after Ctrl-C, with one line."""
+    if is_first_rank():
+        click.echo("stopped by SIGINT", err=True)
+    sys.exit(128 + signal.SIGINT)
+
+
+def _end_quietly(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Ctrl-C before a command runs: while its modules are imported, torch among them, which takes seconds."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    try:
+        exit_interrupted()
+    except SystemExit as stop:
+        sys.stderr.flush()
+        os._exit(int(stop.code or 0))  # else the interpreter ends by the signal itself
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for its job: the only one, or the first that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_given(context: click.Context, param: click.Parameter) -> bool:
+    """Whether a user set this parameter, be it on the command line, in the environment or in a file."""
+    given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+    return param.name is not None and context.get_parameter_source(param.name) in given
+
+
+def _name(option: click.Option) -> str:
+    return max(option.opts, key=len).lstrip("-")
+
+
+def _note(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def note(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        ctx.meta[key] = value
+
+    return note
+
+
+def _apply_settings(ctx: click.Context, param: click.Parameter, file: str | None) -> None:
+    """Make settings the defaults of the options that are not parsed yet. A command that code calls has none."""
+    group, command = ctx.parent.command if ctx.parent else None, ctx.command
+    if ctx.resilient_parsing or not isinstance(group, Group) or command.hidden:
+        return
+    options = {
+        name: each.list_settings()
+        for name, each in group.commands.items()
+        if isinstance(each, Command) and not each.hidden
+    }
+    settings = read_settings(str(group.name), str(command.name), options, file, os.environ)
+    ctx.meta[_SETTINGS] = settings
+    ctx.default_map = {name: setting.value for name, setting in settings.items()}
+
+
+def _tell_settings(ctx: click.Context) -> None:
+    """One line with the settings that are in force and stand on no command line."""
+    settings: dict[str, Setting] = ctx.meta.get(_SETTINGS, {})
+    used = [
+        f"--{_name(param)} {setting} ({setting.origin})"
+        for param in ctx.command.get_params(ctx)
+        if isinstance(param, click.Option)
+        and (setting := settings.get(str(param.name)))
+        and ctx.get_parameter_source(str(param.name)) is ParameterSource.DEFAULT_MAP
+    ]
+    if used and is_first_rank():
+        print(f"settings: {', '.join(used)}", flush=True)
+
+
+@contextmanager
+def _streams(ctx: click.Context) -> Iterator[io.StringIO]:
+    """Where what is printed for people goes: to stderr where stdout is a script's; of a quiet command, into what this
+    gives."""
+    quiet, held = ctx.meta.get(_QUIET), io.StringIO()
+    if quiet and ctx.meta.get(_VERBOSE):
+        raise click.UsageError("--quiet and --verbose exclude each other", ctx)
+    with redirect_stdout(held if quiet else sys.stderr if ctx.meta.get(_JSON) else sys.stdout):
+        yield held
+
+
+@contextmanager
+def _logging(ctx: click.Context) -> Iterator[None]:
+    """The log while a command runs: its debug lines if it is verbose, errors alone if it is quiet.
+
+    Progress bars are drawn where warnings are logged, so that the level is all there is to ask.
+    """
+    root, quiet, verbose = logging.getLogger(), ctx.meta.get(_QUIET), ctx.meta.get(_VERBOSE)
+    loggers = [logging.getLogger(name) for name in _DETAILED] if verbose else [root] if quiet else []
+    before = [logger.level for logger in loggers]
+    handler = logging.StreamHandler()
+    rank = f"rank {os.environ['RANK']} " if "RANK" in os.environ else ""
+    handler.setFormatter(logging.Formatter(f"{rank}%(name)s: %(message)s"))
+    if loggers:
+        root.addHandler(handler)
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG if verbose else logging.ERROR)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _replace_infinite(value: Any) -> Any:
+    """The same without NaN and infinities, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _replace_infinite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replace_infinite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_SETTINGS_OPTION = click.Option(
+    ["--settings"],
+    type=click.Path(exists=True, dir_okay=False),
+    envvar=FILE_VARIABLE,
+    is_eager=True,
+    expose_value=False,
+    callback=_apply_settings,
+    help=f"TOML file of further options.  [default: {FILE}, if it is there]",
+)
+_COMMON = [
+    _SETTINGS_OPTION,
+    click.Option(
+        ["-q", "--quiet"],
+        is_flag=True,
+        expose_value=False,
+        callback=_note(_QUIET),
+        help="Print errors and the last line only.",
+    ),
+    click.Option(
+        ["-v", "--verbose"],
+        is_flag=True,
+        expose_value=False,
+        callback=_note(_VERBOSE),
+        help="Print every block, batch and request as well, and where an error arose.",
+    ),
+]
+_JSON_OPTION = click.Option(
+    ["--json"],
+    is_flag=True,
+    expose_value=False,
+    callback=_note(_JSON),
+    help="Print one JSON object on stdout, and everything for people on stderr.",
+)
+
+# By being imported: between the imports of a `__main__` there is no place for a call.
+sys.excepthook = _end_quietly

@@ -1,0 +1,204 @@
+"""What is wrong with a stored version, and how to take back exactly the blocks that are."""
+
+import logging
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from cache_schema.errors import IntegrityError
+from cache_schema.layout import TABLE_CHUNK_ROWS, count_blocks
+from cache_schema.storage.store import storage_errors
+from cache_schema.table import COLUMN_DTYPES
+from cache_schema.version import DIGEST_CONTRADICTED, Version
+
+_log = logging.getLogger(__name__)
+
+_CHECKED_TOGETHER = 4
+_MISSING = "its chunk is missing"
+_TABLE = ("tile", *COLUMN_DTYPES)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `verify_version` found.
+
+    Attributes:
+        lines: one per thing that is wrong or unfinished, naming array, block and rows; none for a sound version.
+        damaged: blocks, ascending, whose values or commit are not what was committed.
+        seal_contradicted: whether the seal is another table's or other commits'.
+        table_damaged: whether the tile table is unreadable, or not the one that the version's id was made from.
+        lost_arrays: arrays that cannot be opened at all, which no extraction mends.
+    """
+
+    lines: tuple[str, ...]
+    damaged: tuple[int, ...] = ()
+    seal_contradicted: bool = False
+    table_damaged: bool = False
+    lost_arrays: tuple[str, ...] = ()
+
+
+def verify_version(version: Version) -> Findings:
+    """Recompute every digest of a version, a few blocks in memory at a time.
+
+    Raises:
+        StorageError: the disk or the bucket refuses; what a user has no right to read is not called damaged.
+    """
+    lost = tuple(name for name in _list_arrays(version) if not _opens(version, name))
+    if lost:
+        where = f"{version.root.url}/{version.group.path}"
+        remedy = f"its zarr.json is missing or damaged: remove {where} and run `make extract` again"
+        return Findings(tuple(f"array {name}: {remedy}" for name in lost), lost_arrays=lost)
+    sealed, committed = version.sealed, version.committed()
+
+    def check(block: int) -> list[str]:
+        found = _check_values(version, block) if committed[block] else _check_commit(version, block, sealed)
+        _log.debug("block %d: %s", block, "damaged" if found else "sound" if committed[block] else "not committed")
+        return found
+
+    with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:  # in a bucket a block takes longer to arrive than to check
+        by_block = list(threads.map(check, range(version.layout.blocks)))
+    lines = [
+        f"block {block} ({_name_rows(version.layout.block_slice(block))}): {line}"
+        for block, found in enumerate(by_block)
+        for line in found
+    ]
+    damaged = tuple(block for block, found in enumerate(by_block) if found)
+    table_lines = _check_table(version)
+    seal_lines, contradicted = _check_seal(version, sealed)
+    pending = ~committed
+    pending[list(damaged)] = False
+    if pending.any():
+        rows = count_rows(version, np.flatnonzero(pending).tolist())
+        lines.append(f"{pending.sum():,} of {len(pending):,} blocks ({rows:,} rows) are not committed yet")
+    return Findings((*lines, *table_lines, *seal_lines), damaged, contradicted, bool(table_lines))
+
+
+def repair_version(version: Version, findings: Findings) -> list[str]:
+    """Take back the seal and the commits of damaged blocks, so that the next extraction redoes these and no others.
+
+    A version without such damage is left byte for byte alone.
+
+    Args:
+        version: opened for writing.
+        findings: of this version.
+
+    Returns:
+        Lines that say what was done and what to do.
+    """
+    if findings.lost_arrays:
+        return ["nothing was repaired: no extraction can write to an array that is lost"]
+    lines = []
+    if findings.damaged or findings.seal_contradicted:
+        version.reopen_blocks(findings.damaged)
+        rows = count_rows(version, findings.damaged)
+        lines.append(f"took back the seal and the commits of {count_blocks(len(findings.damaged))} ({rows:,} rows)")
+    else:
+        lines.append("no block is damaged: nothing was taken back")
+    if findings.table_damaged:
+        lines.append("the tile table is mended by `make extract`, from the listing")
+    tiles, backbone = version.recorded.tiles, version.recorded.backbone
+    variables = {"TILES": tiles, "BACKBONE": backbone, "CACHE": version.root.url}
+    given = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
+    size = version.provenance.image_size
+    lines.append(f"to redo what is missing, run the `make extract` that made it: {given} IMAGE_SIZE={size}")
+    return lines
+
+
+def count_rows(version: Version, blocks: tuple[int, ...] | list[int]) -> int:
+    """Rows of these blocks together."""
+    return sum(rows.stop - rows.start for rows in map(version.layout.block_slice, blocks))
+
+
+def _check_values(version: Version, block: int) -> list[str]:
+    """What is wrong with a committed block: chunks that fail by themselves, else rows that contradict each other."""
+    verdict = version.check_block(block)
+    if verdict is None:
+        return []
+    arrays = (*version.layout.pooling, "label_ids", "status")
+    chunks = {name: _describe_chunk(version, name, block) for name in (*arrays, "commit")}
+    if lines := [f"array {name}: {why}" for name, why in chunks.items() if why]:
+        return lines
+    lines = version.read_block(block).find_contradictions(version.layout, version.layout.block_slice(block))
+    if verdict == DIGEST_CONTRADICTED:  # no checksum tells which array it is when the whole chunk is another's
+        lines.insert(0, f"one of the arrays {', '.join(chunks)}: {verdict}: a chunk was swapped or written over")
+    return lines
+
+
+def _check_commit(version: Version, block: int, sealed: bool) -> list[str]:
+    """What is wrong with a block without a commit record; before the seal, none at all is how blocks begin."""
+    why = _describe_chunk(version, "commit", block)
+    if not sealed and why in (None, _MISSING):
+        return []
+    return [f"array commit: {why or 'its record was taken back, but the version is sealed'}"]
+
+
+def _check_table(version: Version) -> list[str]:
+    try:
+        if version.provenance.version_id(version.read_table().identity_digest()) == version.id:
+            return []
+        general = "the tile table or the provenance is not the one this version's id was made from"
+    except IntegrityError as error:
+        general = " ".join(str(error).split())
+    lines = []
+    for start in range(0, version.layout.rows, TABLE_CHUNK_ROWS):
+        rows = slice(start, min(start + TABLE_CHUNK_ROWS, version.layout.rows))
+        for name in _TABLE:
+            if why := _describe_chunk(version, name, start // TABLE_CHUNK_ROWS):
+                lines.append(f"tile table ({_name_rows(rows)}): array {name}: {why}: `make extract` mends it")
+    return lines or [general]
+
+
+def _check_seal(version: Version, sealed: bool) -> tuple[list[str], bool]:
+    """Lines about the seal, and whether there is one that contradicts what it seals."""
+    if not sealed:
+        why = _describe_chunk(version, "seal", 0)
+        unread = why not in (None, _MISSING)
+        return [f"array seal: {why}: `make extract` seals anew" if unread else "the version is not sealed"], False
+    try:
+        contradicted = not version.check_seal()
+    except IntegrityError:  # the table's own line says so
+        return [], False
+    return ["array seal: contradicts the table or the commits"] if contradicted else [], contradicted
+
+
+def _describe_chunk(version: Version, name: str, chunk: int) -> str | None:
+    """What is wrong with a chunk by itself; None if it is there and passes its checksum, whatever its values are."""
+    with storage_errors(version.root.url):
+        array: Any = version.group[name]
+        coordinates = (chunk, *[0] * (array.ndim - 1))
+        key = f"{array.path}/{array.metadata.encode_chunk_key(coordinates)}"
+        stored = sync(version.root.store.get(key, default_buffer_prototype()))
+        if stored is None:
+            return _MISSING
+        if len(stored) == 0:
+            return "its chunk is empty (0 bytes)"
+        size = int(np.prod(array.chunks)) * array.dtype.itemsize + 4  # and a crc32c
+        if name != "tile" and len(stored) != size:
+            return f"its chunk has {len(stored):,} bytes instead of {size:,}"
+        try:
+            array.blocks[coordinates]
+        except ValueError:
+            return "its chunk fails its checksum: at least one byte is another"
+    return None
+
+
+def _list_arrays(version: Version) -> tuple[str, ...]:
+    return (*version.layout.pooling, "label_ids", "status", *_TABLE, "seal", "commit")
+
+
+def _opens(version: Version, name: str) -> bool:
+    with storage_errors(version.root.url):
+        try:
+            return isinstance(version.group[name], zarr.Array)
+        except (ValueError, KeyError):
+            return False
+
+
+def _name_rows(rows: slice) -> str:
+    return f"rows {rows.start}-{rows.stop - 1}"

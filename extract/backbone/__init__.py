@@ -1,0 +1,1 @@
+"""The frozen backbone: checkpoint, model, precision, transform, embedding and provenance."""

@@ -1,0 +1,59 @@
+"""Batches of tiles to float16 vectors, the same way for extraction, training and prediction."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_schema import Status
+from extract.tiles.batch import TileBatch
+
+from .checkpoint import Checkpoint
+from .dinov3 import Backbone
+from .transform import TileTransform
+
+
+class TileEmbedder:
+    """Embeds batches through a forward pass of one shape.
+
+    A batch of another length gives slightly different vectors (5e-3 was measured between 1 and 32), so a short batch
+    is padded and the padding dropped.
+    """
+
+    def __init__(self, backbone: Backbone, checkpoint: Checkpoint, batch_size: int) -> None:
+        self.backbone = backbone
+        self.transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def embed(self, batch: TileBatch) -> dict[str, Tensor]:
+        """Per pooling (n, D) float16 on the backbone's device, NaN in rows that are not embedded.
+
+        On CUDA the work is only queued: reading the result waits for it.
+        """
+        pixels = self.transform(batch.images, device=self.backbone.device, dtype=self.backbone.dtype)
+        missing = self.batch_size - len(batch)
+        if missing:
+            pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
+        vectors = {name: pooled[: len(batch)].half() for name, pooled in self.backbone(pixels).items()}
+        blank = np.flatnonzero(batch.status != Status.EMBEDDED)
+        if blank.size:
+            for rows in vectors.values():
+                rows[torch.from_numpy(blank).to(rows.device)] = float("nan")
+        return vectors
+
+    @torch.inference_mode()
+    def fits(self) -> bool:
+        """Whether a batch fits in memory, by running one layer on zeros: no layer needs more, and none keeps any."""
+        size, backbone = self.transform.image_size, self.backbone
+        try:
+            backbone.run_one_layer(
+                torch.zeros(self.batch_size, 3, size, size, device=backbone.device, dtype=backbone.dtype)
+            )
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return False
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # what PyTorch's allocator for the CPU says
+                raise
+            return False
+        return True

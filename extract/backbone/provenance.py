@@ -1,0 +1,72 @@
+"""What embeddings depend on, and what is recorded beside it."""
+
+import platform
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import torch
+
+from cache_schema import Provenance, ProvenanceError, Recorded, Version
+from extract.tiles.source import Source
+
+from .checkpoint import Checkpoint, find_checkpoint
+from .dinov3 import POOLING
+from .onednn import choose_attention
+from .precision import DTYPES, Precision
+from .transform import RESAMPLING
+
+_LIBRARIES = ("torch", "transformers", "pillow", "kornia-rs", "zarr", "numpy")
+
+
+def make_provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
+    """What embeddings of this checkpoint in this precision depend on; reads and hashes the weight files."""
+    return Provenance(
+        weights_sha256=checkpoint.hash_weights(),
+        depth=checkpoint.depth,
+        width=checkpoint.width,
+        image_size=checkpoint.image_size,
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+        resampling=RESAMPLING,
+        pooling=POOLING,
+        precision=precision,
+    )
+
+
+def find_cached_checkpoint(
+    version: Version, backbone: str | None = None, *, remedy: str = "run `make extract` again"
+) -> Checkpoint:
+    """The checkpoint that made a version.
+
+    Args:
+        version: of a cache.
+        backbone: name or directory where it is now; None for what the version recorded.
+        remedy: what to do where another lies there, for the message.
+
+    Raises:
+        ProvenanceError: what lies there has other weights or settings.
+    """
+    checkpoint = find_checkpoint(backbone or version.recorded.backbone, version.provenance.image_size)
+    precision: Any = version.provenance.precision
+    differences = version.provenance.differences(make_provenance(checkpoint, precision))
+    if differences:
+        raise ProvenanceError(
+            f"{checkpoint.path} is not what made {version.root.url} ({'; '.join(differences)}): {remedy}"
+        )
+    return checkpoint
+
+
+def record_environment(
+    backbone: str, source: Source, batch_size: int, device: torch.device, precision: str
+) -> Recorded:
+    """What is worth knowing about where embeddings were computed."""
+    cuda = device.type == "cuda"
+    return Recorded(
+        backbone=backbone,
+        tiles=source.url,
+        identity=source.identity,
+        batch_size=batch_size,
+        attention=choose_attention(device, DTYPES[precision]),
+        hardware=torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}",
+        libraries={name: installed_version(name) for name in _LIBRARIES},
+    )

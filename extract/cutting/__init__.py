@@ -1,0 +1,1 @@
+"""Raw xView to tiles and labels: `make tile`."""

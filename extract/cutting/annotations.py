@@ -1,0 +1,239 @@
+"""xView's annotations: one GeoJSON of 600,000 features, read feature by feature and kept as a few numbers each.
+
+A feature's properties say which scene (`image_id`, such as `2355.tif`), which class (`type_id`) and where in the scene
+(`bounds_imcoords`, pixels, as `xmin,ymin,xmax,ymax`); its geometry is not needed. Source: Lam et al. 2018, "xView:
+Objects in Context in Overhead Imagery", and what its files hold.
+"""
+
+import io
+import json
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from cache_schema.taxonomy import Taxonomy
+from extract.errors import AnnotationError
+from extract.tiles.raster import RASTER_SUFFIXES
+
+Boxes = npt.NDArray[np.float64]
+"""(n, 5): type id, then left, top, right, bottom in pixels of the scene."""
+
+MAX_VALUE_CHARACTERS = 16 * 2**20
+"""Of one feature, or any other member of the file: a larger one is refused, and not held."""
+_CHUNK_CHARACTERS = 2**20
+_MAX_ID = 999_999_999
+_MAX_COORDINATE = 2.0**31
+_NUMBER = re.compile(r"\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*", re.ASCII)
+_LONGEST_NUMBER = 64
+_AFTER_VALUE = frozenset(" \t\r\n,:]}")
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+class Defect(Enum):
+    """Why a feature is dropped whatever its scene looks like; the value says it to a reader."""
+
+    ARTEFACT = "ids 75 and 82, annotation artefacts"
+    NO_PROPERTIES = "no properties"
+    NO_SCENE = "image_id names no file"
+    NO_ID = "type_id is no number"
+    NO_BOUNDS = "bounds_imcoords are not four numbers"
+    NO_AREA = "box is empty or inverted"
+    REPEATED = "repeats another feature"
+
+
+@dataclass
+class Annotations:
+    """What an annotation file holds.
+
+    Attributes:
+        boxes: of each scene (a file name without its suffix), in the order of the file. A scene with a feature is here,
+            though every one of its features was dropped.
+        features: how many there are in all.
+        dropped: how many of them by reason.
+        examples: the first dropped for each reason, such as `feature 17 of 2355.tif`.
+    """
+
+    boxes: dict[str, Boxes]
+    features: int = 0
+    dropped: Counter[Defect] = field(default_factory=Counter)
+    examples: dict[Defect, str] = field(default_factory=dict)
+
+
+class _DefectError(Exception):
+    def __init__(self, defect: Defect) -> None:
+        self.defect = defect
+
+
+def read_annotations(path: str | Path) -> Annotations:
+    """The boxes of every scene.
+
+    Memory grows with the number of features by some 40 bytes each, whatever else they carry.
+
+    Raises:
+        AnnotationError: it cannot be read, or is no GeoJSON FeatureCollection.
+    """
+    artefacts = Taxonomy.xview().artefacts
+    columns: dict[str, array[float]] = {}
+    found = Annotations({})
+    for feature in read_features(path):
+        image_id = ""
+        try:
+            properties = feature.get("properties") if isinstance(feature, dict) else None
+            if not isinstance(properties, dict):
+                raise _DefectError(Defect.NO_PROPERTIES)
+            image_id = _read_image_id(properties.get("image_id"))
+            boxes = columns.setdefault(name_scene(image_id), array("d"))
+            boxes.extend(_read_box(properties, artefacts))
+        except _DefectError as error:
+            found.dropped[error.defect] += 1
+            place = f" of {image_id}" if image_id else ""
+            found.examples.setdefault(error.defect, f"feature {found.features + 1:,}{place}")
+        found.features += 1
+    for scene, values in columns.items():
+        rows = np.frombuffer(values, np.float64).reshape(-1, 5) if values else np.empty((0, 5))
+        _, first = np.unique(rows, axis=0, return_index=True)
+        if len(first) < len(rows):
+            found.dropped[Defect.REPEATED] += len(rows) - len(first)
+            found.examples.setdefault(Defect.REPEATED, f"{len(rows) - len(first)} of {scene}")
+        found.boxes[scene] = rows[np.sort(first)]
+    return found
+
+
+def name_scene(file: str) -> str:
+    """`2355.tif` -> `2355`."""
+    stem, dot, suffix = file.rpartition(".")
+    return stem if f"{dot}{suffix}".lower() in RASTER_SUFFIXES else file
+
+
+def _read_image_id(value: object) -> str:
+    if not isinstance(value, str) or Path(value).name != value or not name_scene(value):
+        raise _DefectError(Defect.NO_SCENE)
+    return value
+
+
+def _read_box(properties: dict[str, Any], artefacts: frozenset[int]) -> tuple[float, float, float, float, float]:
+    type_id = properties.get("type_id")
+    # bool is an int to Python, and 18.0 is one to JSON.
+    if not isinstance(type_id, (int, float)) or isinstance(type_id, bool) or not 0 <= type_id <= _MAX_ID:
+        raise _DefectError(Defect.NO_ID)
+    if type_id != int(type_id):
+        raise _DefectError(Defect.NO_ID)
+    if type_id in artefacts:
+        raise _DefectError(Defect.ARTEFACT)
+    bounds = properties.get("bounds_imcoords")
+    fields = bounds.split(",") if isinstance(bounds, str) and len(bounds) <= 4 * _LONGEST_NUMBER else []
+    if len(fields) != 4 or not all(_NUMBER.fullmatch(number) for number in fields):
+        raise _DefectError(Defect.NO_BOUNDS)
+    left, top, right, bottom = map(float, fields)
+    if max(map(abs, (left, top, right, bottom))) > _MAX_COORDINATE:
+        raise _DefectError(Defect.NO_BOUNDS)
+    if right <= left or bottom <= top:
+        raise _DefectError(Defect.NO_AREA)
+    return float(type_id), left, top, right, bottom
+
+
+def read_features(path: str | Path) -> Iterator[Any]:
+    """The members of a FeatureCollection's `features`, one after the other, as they stand in the file.
+
+    Raises:
+        AnnotationError: it cannot be read, is not JSON, is cut short, or has no `features`.
+    """
+    from extract.ranks.group import shows_bars  # and with it torch, which a process that only cuts need not load
+
+    try:
+        with open(path, "rb") as file, io.TextIOWrapper(file, "utf-8-sig") as text:
+            size = Path(path).stat().st_size
+            with tqdm(
+                total=size, unit="B", unit_scale=True, desc="labels", leave=False, disable=not shows_bars()
+            ) as bar:
+                yield from _scan_collection(_Scanner(text), lambda: bar.update(file.tell() - bar.n))
+    except OSError as error:
+        raise AnnotationError(f"cannot read {path}: {error.strerror}: LABELS is xView_train.geojson") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of thousands of digits
+        raise AnnotationError(
+            f"{path} is no GeoJSON FeatureCollection ({error}): LABELS is xView_train.geojson; get it again"
+        ) from error
+
+
+def _scan_collection(scanner: "_Scanner", note_progress: Any) -> Iterator[Any]:
+    """The elements of the member `features` of the object that the text is."""
+    scanner.take("{")
+    met = False
+    while not scanner.try_take("}"):
+        name = scanner.read_value()
+        scanner.take(":")
+        if name != "features":
+            scanner.read_value()
+        else:
+            met = True
+            scanner.take("[")
+            while not scanner.try_take("]"):
+                yield scanner.read_value()
+                note_progress()
+                scanner.try_take(",")
+        scanner.try_take(",")
+    if not met:
+        raise ValueError("it has no features")
+
+
+class _Scanner:
+    """Reads JSON values one at a time from a text that is never held whole.
+
+    Commas are taken where they stand, and not missed: JSON's grammar between values is not what this is to judge.
+    """
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+        self._decoder = json.JSONDecoder()
+        self._buffer, self._at, self._ended = "", 0, False
+
+    def try_take(self, mark: str) -> bool:
+        """Pass over a mark, if it is what comes next."""
+        while True:
+            match = _BLANK.match(self._buffer, self._at)
+            assert match
+            self._at = match.end()
+            if self._at < len(self._buffer) or self._ended:
+                break
+            self._read_on()
+        found = self._buffer.startswith(mark, self._at)
+        self._at += len(mark) if found else 0
+        return found
+
+    def take(self, mark: str) -> None:
+        if not self.try_take(mark):
+            raise ValueError(
+                f"expected {mark} where it {'ends' if self._at == len(self._buffer) else 'says'} "
+                f"{self._buffer[self._at : self._at + 10]!r}"
+            )
+
+    def read_value(self) -> Any:
+        """The JSON value that comes next."""
+        self.try_take(" ")
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._at)
+            except ValueError:  # cut by the end of the buffer, most likely
+                if self._ended:
+                    raise
+            else:
+                # A number may go on beyond the buffer, and `1` is one before the point of `1.5` has been read.
+                if self._buffer[end : end + 1] in _AFTER_VALUE or self._ended:
+                    self._at = end
+                    return value
+            if len(self._buffer) - self._at > MAX_VALUE_CHARACTERS:
+                raise ValueError(f"no end of a value within {MAX_VALUE_CHARACTERS:,} characters")
+            self._read_on()
+
+    def _read_on(self) -> None:
+        more = self._text.read(_CHUNK_CHARACTERS)
+        self._buffer, self._at, self._ended = self._buffer[self._at :] + more, 0, not more

@@ -1,0 +1,122 @@
+"""What a tiling tells its user: scenes, features, boxes and labels, and what was left out, with its reason."""
+
+import re
+from collections import Counter
+from dataclasses import fields
+
+from cache_schema.cli.text import show_first, show_name
+from cache_schema.taxonomy import Taxonomy
+
+from .annotations import Defect
+from .cut import SceneCount
+from .plan import TileConfig, TilePlan
+
+_READ_AS_ONE = re.compile(r".+_\d+")
+_INDENT = "\n" + " " * 10
+
+
+def describe_plan(config: TileConfig, plan: TilePlan) -> str:
+    """Several lines: what the raw data holds, and what its tiles will."""
+    total = _add([scene.count for scene in plan.scenes])
+    return "\n".join(
+        f"{name:10}{_INDENT.join(lines)}"
+        for name, lines in (
+            ("scenes", _describe_scenes(config, plan)),
+            ("features", _describe_features(config, plan)),
+            ("boxes", _describe_boxes(config, plan, total)),
+            ("tiles", _describe_tiles(config, plan, total)),
+        )
+    )
+
+
+def describe_failures(failed: dict[str, str]) -> str:
+    """The first ten scenes that cannot be read, with the reason."""
+    lines = [f"\n  {show_name(name)}: {show_name(reason)}" for name, reason in sorted(failed.items())]
+    return f"{len(failed):,} scenes cannot be read:{show_first(lines, separator='', limit=10)}"
+
+
+def _describe_scenes(config: TileConfig, plan: TilePlan) -> list[str]:
+    lines = [f"{len(plan.scenes) + len(plan.unreadable):,} in {config.images}"]
+    if plan.other_files:
+        lines[0] += f"; {plan.other_files:,} other files there are passed over"
+    if plan.missing:
+        lines.append(
+            f"{len(plan.missing):,} with features but without a file, passed over: {_name(sorted(plan.missing))}"
+        )
+    if plan.unlabelled:
+        lines.append(
+            f"{len(plan.unlabelled):,} without a feature: no label file says that they show nothing, since nobody may "
+            f"have looked: {_name(plan.unlabelled)}"
+        )
+    if plan.gone:
+        lines.append(
+            f"{len(plan.gone):,} in {config.out} whose file is gone; their tiles stay there: {_name(plan.gone)}"
+        )
+    joined = [scene.job.name for scene in plan.scenes if _READ_AS_ONE.fullmatch(scene.job.name)]
+    if joined:
+        lines.append(
+            rf"{len(joined):,} whose names end in _DIGITS, such as {show_name(joined[0])}: extract and train take the "
+            r"digits for a tile's unless they are given --scene-regex '^(?P<scene>.+)_\d+_\d+$'"
+        )
+    return lines
+
+
+def _describe_features(config: TileConfig, plan: TilePlan) -> list[str]:
+    annotations = plan.annotations
+    lines = [f"{annotations.features:,} in {config.labels}"]
+    for defect in Defect:
+        if annotations.dropped[defect]:
+            example = show_name(annotations.examples[defect])
+            lines.append(f"{annotations.dropped[defect]:,} dropped: {defect.value} ({example}, for one)")
+    if plan.missing:
+        lines.append(f"{sum(plan.missing.values()):,} dropped: of scenes without a file")
+    unreadable = sum(len(annotations.boxes.get(name, ())) for name in plan.unreadable)
+    if unreadable:
+        lines.append(f"{unreadable:,} dropped: of scenes that cannot be read")
+    return lines
+
+
+def _describe_boxes(config: TileConfig, plan: TilePlan, total: SceneCount) -> list[str]:
+    share = f"{100 * config.cutting.min_visibility:g} %"
+    lines = [f"{sum(len(scene.job.boxes) for scene in plan.scenes):,}"]
+    for number, what in (
+        (total.outside, "dropped: outside of their scene"),
+        (total.unseen, f"dropped: no tile shows {share} of them"),
+        (total.over_edge, "reach beyond an edge of their scene and are clipped there"),
+    ):
+        if number:
+            lines.append(f"{number:,} {what}")
+    return lines
+
+
+def _describe_tiles(config: TileConfig, plan: TilePlan, total: SceneCount) -> list[str]:
+    cutting = config.cutting
+    lines = [f"{total.tiles:,} of {cutting.size} px, {cutting.stride} px apart"]
+    if total.small:
+        lines[0] += f"; {total.small:,} smaller, as their scene is"
+    without = sum(scene.count.tiles for scene in plan.scenes if not scene.job.labelled)
+    lines.append(f"{total.lines:,} label lines; {total.empty:,} tiles with an empty label, {without:,} without one")
+    if total.cut_off:
+        share = f"{100 * cutting.min_visibility:g} %"
+        lines.append(f"{total.cut_off:,} times a box is left out of a tile that shows less than {share} of it")
+    known = set(Taxonomy.xview().type_ids or ())
+    unknown = {label_id: number for label_id, number in sorted(total.raw_ids.items()) if label_id not in known}
+    if unknown:
+        ids = show_first([f"{label_id} ({number:,})" for label_id, number in unknown.items()])
+        lines.append(f"{sum(unknown.values()):,} of the lines have ids that are no xView type, and keep them: {ids}")
+    return lines
+
+
+def _add(counts: list[SceneCount]) -> SceneCount:
+    total = SceneCount()
+    ids: Counter[int] = Counter()
+    for count in counts:
+        ids.update(count.raw_ids)
+        for name in (item.name for item in fields(count) if item.name != "raw_ids"):
+            setattr(total, name, getattr(total, name) + getattr(count, name))
+    total.raw_ids = dict(ids)
+    return total
+
+
+def _name(scenes: list[str]) -> str:
+    return show_first([show_name(scene) for scene in scenes])

@@ -1,0 +1,141 @@
+"""Whether an extraction and the training after it can work, and what it would take: said in seconds, before an hour is
+spent."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cache_schema.storage.store import carries_credentials
+from extract.config import ExtractConfig
+from extract.errors import ConfigError
+from extract.ranks.signals import stop_on_signals
+from extract.tiles.source import Source
+
+from .cache import Pending, check_place, check_space, check_version
+from .checkpoint import Weights, check_backbone
+from .estimate import check_estimate, check_speed
+from .finding import Examination, Finding, Known
+from .machine import Device, check_device, check_open_files, check_packages, check_shared_memory
+from .storage import Found, check_clock, check_credentials, check_layout, check_storage, find_server, is_bucket
+from .tiles import Sample, check_label_ids, check_labels, check_sample, check_scenes
+
+__all__ = ["DoctorConfig", "Finding", "examine", "run_doctor"]
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What is to be examined.
+
+    Attributes:
+        extract: the extraction, as it would be asked for.
+        sample: tiles to fetch and decode.
+        seed: of their draw.
+        nproc: ranks the extraction would have, None for one per GPU, else 1.
+        taxonomy: the class list training would use, None for xView's.
+        price_per_hour: of all that computes, in any currency.
+    """
+
+    extract: ExtractConfig
+    sample: int = 24
+    seed: int = 0
+    nproc: int | None = None
+    taxonomy: str | None = None
+    price_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, url in (("TILES", self.extract.tiles), ("CACHE", self.extract.cache or "")):
+            if carries_credentials(url):  # refused before any check could show it
+                raise ConfigError(f"{name} is a URL with a user or password in it: leave them out")
+        if self.sample < 1:
+            raise ConfigError(f"--sample {self.sample}: choose at least 1 tile")
+        if self.nproc is not None and self.nproc < 1:
+            raise ConfigError(f"NPROC={self.nproc}: choose at least 1 rank")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
+            raise ConfigError(f"--price-per-hour {self.price_per_hour}: a price, 0 or more")
+
+
+def run_doctor(config: DoctorConfig) -> list[Finding]:
+    """Examine, print each finding as it comes, and a verdict at the end."""
+    with stop_on_signals():
+        findings = examine(config, lambda finding: print(finding, flush=True))
+    failed = [finding.check for finding in findings if finding.status == "fail"]
+    count = [sum(finding.status == status for finding in findings) for status in ("ok", "warning", "skipped")]
+    verdict = f"this extraction cannot work yet: mend {', '.join(failed)}" if failed else "this extraction can work"
+    print(f"{verdict} ({len(failed)} failed, {count[1]} warnings, {count[0]} ok, {count[2]} skipped)")
+    return findings
+
+
+def examine(config: DoctorConfig, say: Callable[[Finding], None]) -> list[Finding]:
+    """Run all checks; `say` takes each finding at once. One that fails never ends the others."""
+    run, exam = config.extract, Examination(say)
+    exam.check("packages", check_packages)
+    device = exam.check("device", lambda: check_device(run, config.nproc))
+    backbone = exam.check("backbone", lambda: check_backbone(run.backbone, run.image_size, device.value))
+    # Where the cache goes by default depends on the backbone.
+    url = Known("backbone", run.cache)
+    if backbone.value:
+        url = Known("backbone", run.cache_url(backbone.value.checkpoint.image_size))
+    credentials = exam.check("credentials", lambda: check_credentials([run.tiles, url.value or ""]))
+    source, found, sample = _examine_tiles(exam, config, credentials)
+    place = exam.check(
+        "cache place", lambda: check_place(url.get()), *([credentials] if is_bucket(url.value or "") else [])
+    )
+    pending = exam.check(
+        "cache version",
+        lambda: check_version(run, place.get(), source.get(), found.get(), backbone.get(), device.get()),
+    )
+    exam.check(
+        "cache space",
+        lambda: check_space(place.get(), pending.get(), backbone.get().checkpoint.width, at_least=found.get().at_least),
+    )
+    _examine_work(exam, config, device, backbone, found, sample, pending, url)
+    return exam.findings
+
+
+def _examine_tiles(
+    exam: Examination, config: DoctorConfig, credentials: Known[bool]
+) -> tuple[Known[Source], Known[Found], Known[Sample]]:
+    """Where the tiles are, and what they are."""
+    run, in_bucket = config.extract, is_bucket(config.extract.tiles)
+    source = exam.check("storage", lambda: check_storage(run.tiles), *([credentials] if in_bucket else []))
+    if in_bucket:
+        exam.check("clock", lambda: check_clock(find_server()), source)
+    found = exam.check("layout", lambda: check_layout(source.get(), unlabelled=run.unlabelled))
+    sample = exam.check(
+        "sample", lambda: check_sample(source.get(), found.get(), config.sample, config.seed, run.max_quarantined)
+    )
+    exam.check("labels", lambda: check_labels(sample.get()))
+    exam.check("label ids", lambda: check_label_ids(sample.get(), config.taxonomy))
+    exam.check("scenes", lambda: check_scenes(found.get(), run.scene_regex))
+    return source, found, sample
+
+
+def _examine_work(
+    exam: Examination,
+    config: DoctorConfig,
+    device: Known[Device],
+    backbone: Known[Weights],
+    found: Known[Found],
+    sample: Known[Sample],
+    pending: Known[Pending],
+    url: Known[str],
+) -> None:
+    """The limits that feed workers meet, and what the extraction takes."""
+    run = config.extract
+
+    def count_workers() -> int:
+        return device.get().ranks.choose_workers(run.workers)
+
+    exam.check("open files", lambda: check_open_files(count_workers()))
+    exam.check(
+        "shared memory",
+        lambda: check_shared_memory(
+            count_workers(), device.get().ranks.local_world_size, run.batch_size * sample.get().tile_bytes
+        ),
+    )
+    speed = exam.check(
+        "speed", lambda: check_speed(backbone.get(), device.get(), sample.get(), run.batch_size, count_workers())
+    )
+    exam.check(
+        "estimate",
+        lambda: check_estimate(found.get(), pending.get(), speed.get(), (run.tiles, url.get()), config.price_per_hour),
+    )

@@ -1,0 +1,217 @@
+"""What changed in the bucket since an earlier version was made, and which version that is: by the two tables alone."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_schema import BlockValues, CacheError, CacheRoot, IntegrityError, Provenance, Status, TileTable, Version
+from cache_schema.layout import BoolArray
+from extract.tiles.batch import LabelBatch, make_requests, read_labels
+from extract.tiles.listing import find_names
+from extract.tiles.source import CONCURRENT_READS, Source
+
+from .errors import RunError
+
+_LARGEST_LOSS = 0.1
+"""Share of an earlier version's rows that may be gone from the bucket before that needs a word of the user's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """A table of N rows beside an earlier one.
+
+    Attributes:
+        row: (N,) int64, row of the same name in the earlier table, -1 where there is none.
+        same_tile: (N,) bool, rows whose tile has the earlier one's size and checksum.
+        same_label: (N,) bool, the same of its label; none is the same as none.
+        removed: rows of the earlier table whose name is not in this one.
+    """
+
+    row: npt.NDArray[np.int64]
+    same_tile: BoolArray
+    same_label: BoolArray
+    removed: int
+
+    @cached_property
+    def kept(self) -> int:
+        """Rows with nothing changed."""
+        return int((self.same_tile & self.same_label).sum())
+
+    @cached_property
+    def relabelled(self) -> int:
+        """Rows of which only the label changed."""
+        return int((self.same_tile & ~self.same_label).sum())
+
+    def count(self) -> dict[str, int]:
+        """How many rows are `new`, `changed`, `removed`, `relabelled` and `kept`."""
+        new = int((self.row < 0).sum())
+        return {
+            "new": new,
+            "changed": len(self.row) - new - self.relabelled - self.kept,
+            "removed": self.removed,
+            "relabelled": self.relabelled,
+            "kept": self.kept,
+        }
+
+    def describe(self) -> str:
+        """`12 new, 3 changed, 1 removed, 2 relabelled, 14,982 kept`."""
+        return ", ".join(f"{number:,} {what}" for what, number in self.count().items())
+
+    def refuse_loss(self, earlier: Version, tiles: str) -> None:
+        """Check that no more than a tenth of the earlier rows is gone: most often that is another prefix, or an
+        upload that is not finished.
+
+        Raises:
+            RunError: more are gone.
+        """
+        rows = earlier.layout.rows
+        if self.removed > _LARGEST_LOSS * rows:
+            raise RunError(
+                f"{self.removed:,} of the {rows:,} tiles of version {earlier.id} in {earlier.root.url} are gone from "
+                f"{tiles}: check TILES, or go on without them with ARGS=--yes"
+            )
+
+
+def compare_tables(earlier: TileTable, table: TileTable) -> Changes:
+    """What became of the rows of `earlier`, and where those of `table` come from."""
+    row = find_names(table.tile, earlier.tile)
+    same = row >= 0
+
+    def agree(*columns: str) -> BoolArray:
+        # Row -1 is some row, whatever it says: there is none of that name.
+        equal = [getattr(table, column) == getattr(earlier, column)[row] for column in columns]
+        return np.asarray(np.logical_and.reduce([same, *equal]))
+
+    return Changes(
+        row=row,
+        same_tile=agree("size", "crc32c"),
+        same_label=agree("label_size", "label_crc32c"),
+        removed=len(earlier) - int(same.sum()),
+    )
+
+
+def find_earlier(
+    root: CacheRoot, table: TileTable, provenance: Provenance, identity: str
+) -> tuple[Version, Changes] | None:
+    """The version beside the one of this table and provenance whose rows can be taken over, and what changed since.
+
+    That is the version in use; if it was made from something else, the sealed one that shares most rows.
+
+    Args:
+        root: the cache.
+        table, provenance: of the version to make.
+        identity: what stands for bytes in `table`, see `Recorded`.
+
+    Returns:
+        None where there is none, or where the version to make is in use already or finished without being in use.
+    """
+    wanted, in_use = provenance.version_id(table.identity_digest()), open_in_use(root)
+    if in_use and in_use.id == wanted:
+        return None
+
+    def fits(version: Version) -> bool:
+        return version.provenance == provenance and version.recorded.identity == identity
+
+    if in_use and fits(in_use):
+        candidates = [in_use]
+    else:
+        sealed = [version for version in _open(root, root.versions()) if fits(version) and version.sealed]
+        candidates = [] if wanted in [version.id for version in sealed] else sealed
+    compared = [
+        (version, compare_tables(earlier, table)) for version in candidates if (earlier := read_own_table(version))
+    ]
+    return max(compared, key=lambda pair: pair[1].kept + pair[1].relabelled, default=None)
+
+
+def read_own_table(version: Version) -> TileTable | None:
+    """The table of a version if it is the one its id was made from, else None."""
+    try:
+        table = version.read_table()
+    except CacheError:
+        return None
+    return table if version.provenance.version_id(table.identity_digest()) == version.id else None
+
+
+def open_in_use(root: CacheRoot) -> Version | None:
+    """The version in use, sealed or being redone; None where there is none that can be opened."""
+    current = root.current()
+    return next(_open(root, [current]), None) if current else None
+
+
+def _open(root: CacheRoot, ids: Sequence[str]) -> Iterator[Version]:
+    """Those of `ids` that can be opened."""
+    for version_id in ids:
+        try:
+            yield root.open_version(version_id)
+        except CacheError:  # nothing can be taken over from a version that is damaged, removed or half created
+            continue
+
+
+_TRIED_AGAIN = (Status.PENDING, Status.GONE, Status.CHECKSUM_MISMATCH)
+"""What the tile's bytes, which are the same, do not settle."""
+
+
+class EarlierRows:
+    """Rows of an earlier version whose tile is the same in the table of the one in making.
+
+    Blocks are read one at a time, when they are asked for: rows of a block are nearly contiguous in the earlier
+    version, so the last two blocks read are enough to read each about once.
+    """
+
+    def __init__(self, earlier: Version, table: TileTable, source: Source) -> None:
+        self._earlier = earlier
+        self._table = table
+        self._source = source
+        self._changes = compare_tables(earlier.read_table(), table)
+        self._read = lru_cache(maxsize=2)(self._read_trusted)
+        self._threads = ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="labels")
+
+    def copy(self, rows: slice, values: BlockValues) -> LabelBatch:
+        """Fill in what is known of `rows`: vectors, status and, where the label file is the same, label ids. Only rows
+        of a block that agrees with its commit count as known; the others stay pending.
+
+        Args:
+            rows: of the version in making.
+            values: of these rows, blank; filled in place.
+
+        Returns:
+            the labels that had to be read, because their file changed since.
+
+        Raises:
+            SourceError: a label cannot be read.
+        """
+        same = np.flatnonzero(self._changes.same_tile[rows])
+        block, offset = np.divmod(self._changes.row[rows][same], self._earlier.layout.block_rows)
+        for number in np.unique(block).tolist():
+            known = self._read(number)
+            if known is not None:
+                _copy_rows(known, offset[block == number], values, same[block == number])
+        return self._relabel(rows, values, ~self._changes.same_label[rows] & (values.status != Status.PENDING))
+
+    def _relabel(self, rows: slice, values: BlockValues, changed: BoolArray) -> LabelBatch:
+        here = np.flatnonzero(changed)
+        requests = make_requests(self._table, (rows.start + here).tolist())
+        labels = read_labels(self._source, self._threads, requests)
+        values.label_ids[here] = labels.label_ids
+        return labels
+
+    def _read_trusted(self, block: int) -> BlockValues | None:
+        try:
+            return self._earlier.read_trusted(block)
+        except IntegrityError:
+            return None
+
+
+def _copy_rows(
+    known: BlockValues, there: npt.NDArray[np.int64], values: BlockValues, here: npt.NDArray[np.int64]
+) -> None:
+    settled = ~np.isin(known.status[there], _TRIED_AGAIN)
+    there, here = there[settled], here[settled]
+    for name, vectors in known.pooled.items():
+        values.pooled[name][here] = vectors[there]
+    values.label_ids[here] = known.label_ids[there]
+    values.status[here] = known.status[there]

@@ -1,0 +1,1 @@
+"""The processes of a job: their group, agreement, heartbeat, signals and machine."""

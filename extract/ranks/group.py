@@ -1,0 +1,287 @@
+"""Ranks: the process group, what one rank does for all, and the counter that shares out blocks."""
+
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cache_schema import TileprobeError
+from extract.errors import AgreementError, ConfigError
+
+from .heartbeat import REMEDY, read_peer_timeout, watch_peers
+from .same_job import NOTHING_ASKED, Asked, Member, decline, settle
+from .signals import Stopped
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_HOST = torch.device("cpu")
+
+Counter = Callable[[int], int]
+"""`add(n)` gives the total of all ranks after adding n."""
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for one that lives, above all for rank 0 while it lists; of one that is gone, see `peers`."""
+
+_DECLINE_TIMEOUT = timedelta(seconds=30)
+"""How long a rank that ends before it has joined tries to tell the others."""
+
+_STOP_PATIENCE_S = 10
+"""How long rank 0 waits for ranks that are told to stop; torchrun ends all of them after 30 s."""
+
+_STOP_LOOK_S = 0.05
+
+_arrived = threading.Event()
+"""Set once this rank has begun to join: from then on the others learn of its end by other ways."""
+
+
+class ToldByMainError(TileprobeError):
+    """Rank 0 met an error and tells it; this rank has nothing to add."""
+
+
+class PeerLostError(TileprobeError):
+    """Another rank ended in the middle of what all do together; it has said why, or torchrun will."""
+
+
+def shows_bars() -> bool:
+    """Whether progress bars are wanted: not if the command is quiet, or logs every batch."""
+    return _log.getEffectiveLevel() == logging.WARNING
+
+
+def get_job_id() -> str | None:
+    """torchrun's id of this job, the same after its restarts; None without one that no other job has."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if job == "none" else job
+
+
+def exit_with(error: TileprobeError) -> NoReturn:
+    """End this rank with one line and the error's status.
+
+    The first rank to end makes torchrun end the rest, so one with nothing to say lets the one that has speak first.
+    Other nodes know nothing of it, so one that ends before it has joined them tells them.
+    """
+    if isinstance(error, (ToldByMainError, PeerLostError)):
+        time.sleep(5)
+    if not isinstance(error, ToldByMainError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if not _arrived.is_set() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with suppress(RuntimeError):
+            store, rank, _ = _open_store(_DECLINE_TIMEOUT)
+            decline(dist.PrefixStore("agreement", store), rank, str(error))
+    sys.exit(error.status)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes:
+        rank, world_size: position in the whole job.
+        local_world_size: ranks on this machine.
+        device: this rank's own.
+        store: the group's key-value store; its counters are atomic across ranks.
+    """
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    store: dist.Store
+
+    @classmethod
+    def alone(cls, device: torch.device = _HOST) -> Self:
+        """A process that has no peers, or asks none: it needs no process group."""
+        return cls(0, 1, 1, device, dist.HashStore())
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def draws_bars(self) -> bool:
+        """Whether this rank draws progress bars."""
+        return self.is_main and shows_bars()
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that are this rank's share."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size) if hasattr(os, "sched_getaffinity") else 1
+
+    def choose_workers(self, asked: int | None) -> int:
+        """Feed processes of this rank: as asked, else one per core that computing leaves."""
+        return max(1, self.cores - 1) if asked is None else asked
+
+    def run_on_main(self, work: Callable[[], T], tell: Callable[[T], T] = lambda result: result) -> T:
+        """Run `work` on rank 0 and give its result to all; an error a user can act on ends every rank.
+
+        Args:
+            work: what to run.
+            tell: what the other ranks get of the result, where all of it would be too much.
+
+        Raises:
+            TileprobeError: on rank 0, what `work` raised; on the others `ToldByMainError`.
+        """
+        outcome: list[T | TileprobeError | None] = [None]
+        if self.is_main:
+            try:
+                result = work()
+                outcome[0] = tell(result)
+            except TileprobeError as error:
+                _log.debug("where the error arose:", exc_info=True)
+                outcome[0] = error.with_traceback(None)
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
+        told = outcome[0]
+        if isinstance(told, TileprobeError):
+            raise told if self.is_main else ToldByMainError(str(told))
+        return result if self.is_main else told  # type: ignore[return-value]
+
+    def run_everywhere(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank and give each its own result; if it fails on one, all end and rank 0 says why."""
+        failure: TileprobeError | None = None
+        try:
+            result = work()
+        except TileprobeError as error:
+            _log.debug("where the error arose:", exc_info=True)
+            failure = error.with_traceback(None)
+        failures = [failure] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(failures, failure)
+        first = next((error for error in failures if error is not None), None)
+        if first is not None:
+            raise first if self.is_main else ToldByMainError(str(first))
+        return result
+
+    def agree(self, holds: bool) -> bool:
+        """Whether something holds on every rank."""
+        answers = [holds] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(answers, holds)
+        return all(answers)
+
+    def wait(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def stop_together(self, patience_s: float = _STOP_PATIENCE_S) -> Iterator[None]:
+        """Have rank 0, when told to stop, leave this after the others, which are told as well.
+
+        It waits for `patience_s` seconds at most: a rank on another machine may not have been told.
+        """
+        count_left = self.make_counter("left")
+        try:
+            yield
+        except Stopped:
+            deadline = time.monotonic() + patience_s
+            with suppress(dist.DistError):  # the store may be gone before its ranks
+                left = count_left(1)
+                while self.is_main and left < self.world_size and time.monotonic() < deadline:
+                    time.sleep(_STOP_LOOK_S)
+                    left = count_left(0)
+            raise
+        else:
+            count_left(1)
+
+    def make_counter(self, name: str) -> Counter:
+        """A counter shared by all ranks; its key carries a nonce, so a restarted job starts from zero."""
+        nonce = self.run_on_main(lambda: uuid.uuid4().hex)
+        return lambda amount: self.store.add(f"{name}/{nonce}", amount)
+
+
+@contextmanager
+def join_ranks(device: str = "auto", asked: Asked = NOTHING_ASKED) -> Iterator[Ranks]:
+    """Join the process group torchrun describes, or make one of a single process when there is none.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`. nccl on CUDA, gloo elsewhere. On CPU each rank gets cores / local ranks
+            threads (torchrun alone would give it one).
+        asked: what all ranks must have been asked alike.
+
+    Raises:
+        ConfigError: CUDA asked for and not there, fewer GPUs than local ranks, or PEER_TIMEOUT is no time.
+        AgreementError: on rank 0, nodes that do not belong together; on the others `ToldByMainError`.
+    """
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    chosen, peer_timeout = choose_device(device, local_rank, local_world), read_peer_timeout()
+    store: dist.Store
+    if "RANK" in os.environ:
+        store, rank, world_size = _open_store(GROUP_TIMEOUT)
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    _arrived.set()
+    if world_size > 1:
+        _agree_on_job(store, rank, world_size, Member.describe(asked, chosen.type))
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=GROUP_TIMEOUT,
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    ranks = Ranks(rank, world_size, local_world, chosen, dist.PrefixStore("tileprobe", store))
+    if chosen.type == "cpu":
+        torch.set_num_threads(ranks.cores)
+    try:
+        with watch_peers(dist.PrefixStore("peers", store), rank, world_size, peer_timeout):
+            yield ranks
+    except RuntimeError as error:
+        if world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise PeerLostError(f"rank {rank} lost touch with the other ranks: see their messages; {REMEDY}") from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """torchrun's store, and this process's rank and the number of ranks."""
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that are gone. Rank
+        # 0's own store is new each time; and a node that restarts for another's sake does not count that.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store, rank, world_size
+
+
+def _agree_on_job(store: dist.Store, rank: int, world_size: int, me: Member) -> None:
+    try:
+        refusal = settle(dist.PrefixStore("agreement", store), rank, world_size, me)
+    except dist.DistError as error:
+        raise PeerLostError(f"rank {rank} waited for the other ranks in vain: see their messages") from error
+    if refusal:
+        raise AgreementError(refusal) if rank == 0 else ToldByMainError(refusal)
+
+
+def choose_device(device: str, local_rank: int, local_world: int) -> torch.device:
+    """The device of one of `local_world` ranks on this machine: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise ConfigError("--device cuda: no CUDA device is visible: use --device cpu, or check the driver")
+    if local_world > gpus:
+        raise ConfigError(f"NPROC={local_world}, but {gpus} GPUs are visible: use NPROC={gpus}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def say(ranks: Ranks, line: str) -> None:
+    if ranks.is_main:
+        print(line, flush=True)

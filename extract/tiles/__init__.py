@@ -1,0 +1,1 @@
+"""Tiles and their labels: listed, fetched, decoded and fed in batches."""

@@ -1,0 +1,270 @@
+"""Georeferenced rasters, read window by window: (H, W, 3) uint8 RGB, and where on the Earth a window lies.
+
+Only GDAL's GeoTIFF driver is asked, whatever a file's name: a text that calls itself `.tif` could otherwise have GDAL
+follow it to other files and addresses. Files beside a raster (`.aux.xml`, `.tfw`, `.ovr`) are neither read nor written.
+A `Raster` belongs to the process and thread that opened it.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import rasterio
+import rasterio.transform
+import rasterio.windows
+from rasterio._err import CPLE_BaseError
+from rasterio.enums import ColorInterp, Interleaving
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.warp import transform as transform_points
+
+from extract.errors import ConfigError, RasterError
+
+from .decode import MAX_PIXELS, RGBImage
+
+RASTER_SUFFIXES = (".tif", ".tiff")
+MAX_RASTER_PIXELS = 2**34
+"""131,072 pixels squared. A raster is never held whole, but a few bytes can claim any number of windows to cut."""
+MAX_BLOCK_BYTES = 4 * MAX_PIXELS
+"""What is decompressed together, a strip or a tile of the file: as many pixels as a tile may have, in RGBA."""
+CACHE_BYTES = 256 * 2**20
+"""Blocks that GDAL may keep per process; strips of a row of windows fit in when the raster is 170,000 pixels wide."""
+
+_OPTIONS = {
+    "GDAL_CACHEMAX": CACHE_BYTES,
+    "GDAL_PAM_ENABLED": "NO",  # neither reads nor writes .aux.xml
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # looks at no file beside the raster
+    "GDAL_NUM_THREADS": "1",
+}
+_RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+_REMEDY_8_BIT = "make it 8-bit: gdal_translate -ot Byte -scale"
+_FAILURES = (RasterioError, CPLE_BaseError, CRSError, OSError)
+
+LonLat = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of a raster: its place in the grid, and in pixels from the raster's top left corner."""
+
+    row: int
+    column: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def windows(height: int, width: int, size: int, stride: int) -> Iterator[Window]:
+    """Windows that cover a raster, row by row from the top left.
+
+    They are `size` pixels a side and `stride` apart. The last row and column are moved inward to the edge: every pixel
+    is covered and every window is whole, and those overlap their neighbours by more than the others. Where a raster is
+    smaller than a window, the window is as small: nothing is padded with pixels that no sensor saw.
+
+    Raises:
+        ConfigError: a size or stride below 1, a stride that would leave gaps, or windows over `MAX_PIXELS`.
+    """
+    check_grid(size, stride)
+    tops, lefts = _place_windows(height, size, stride), _place_windows(width, size, stride)
+    for row, top in enumerate(tops):
+        for column, left in enumerate(lefts):
+            yield Window(row, column, top, left, min(size, height), min(size, width))
+
+
+def count_windows(height: int, width: int, size: int, stride: int) -> int:
+    """How many `windows` gives, without making them."""
+    return len(_place_windows(height, size, stride)) * len(_place_windows(width, size, stride))
+
+
+def check_grid(size: int, stride: int) -> None:
+    """Raise ConfigError where `windows` would."""
+    if size < 1 or size * size > MAX_PIXELS:
+        raise ConfigError(f"--size {size}: choose 1 to {math.isqrt(MAX_PIXELS):,} pixels a side")
+    if not 1 <= stride <= size:
+        raise ConfigError(f"--stride {stride}: choose 1 to the size, {size}; a larger one would leave gaps")
+
+
+def _place_windows(length: int, size: int, stride: int) -> Sequence[int]:
+    last = max(length - size, 0)
+    return [*range(0, last, stride), last]
+
+
+class Raster:
+    """One GeoTIFF, open for reading.
+
+    Attributes:
+        path: the file.
+        height, width: pixels.
+        crs: rasterio's coordinate reference system; None without one, or without a transform that goes with it.
+        transform: affine, from pixel (column, row) to coordinates of `crs`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the header.
+
+        Args:
+            path: a local file.
+
+        Raises:
+            RasterError: no such file, no GeoTIFF, over the limits, or bands that are no 8-bit colours.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():  # GDAL would take /vsicurl/… for an address
+            raise RasterError(f"no file {path}: check the path")
+        try:
+            with rasterio.Env(**_OPTIONS), warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                self._dataset = rasterio.open(self.path.absolute(), driver="GTiff")
+        except _FAILURES as error:
+            raise RasterError(f"{path} cannot be opened as a GeoTIFF ({_quote(error)}): get it again") from error
+        try:
+            self.height, self.width = int(self._dataset.height), int(self._dataset.width)
+            self.transform = self._dataset.transform
+            self.crs = None if self.transform.is_identity else self._dataset.crs
+            self._bands, self._palette = self._choose_bands()
+            self._check_extent()
+            self._is_inverted = "YES" in self._dataset.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE", "")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._dataset.close()
+
+    def read(self, window: Window) -> RGBImage:
+        """The window's pixels, (height, width, 3) uint8 RGB.
+
+        Grey is repeated, palettes are looked up, alpha and further bands are dropped. Of three bands and more, those
+        that the file calls red, green and blue are taken, else the first three.
+
+        Raises:
+            RasterError: the file is damaged there, or was moved or cut while it was read.
+        """
+        place = rasterio.windows.Window(window.left, window.top, window.width, window.height)
+        try:
+            with rasterio.Env(**_OPTIONS):
+                bands = self._dataset.read(self._bands, window=place)
+        except _FAILURES as error:
+            where = f"rows {window.top} to {window.top + window.height}"
+            raise RasterError(f"{self.path} is damaged at {where} ({_quote(error)}): get it again") from error
+        if self._palette is not None:
+            return np.asarray(self._palette[bands[0]])
+        pixels = np.ascontiguousarray(np.moveaxis(bands, 0, -1))
+        if self._is_inverted:
+            pixels = 255 - pixels
+        return np.asarray(pixels if len(bands) == 3 else np.repeat(pixels, 3, axis=2))
+
+    def wgs84_ring(self, window: Window) -> list[LonLat] | None:
+        """The window's outline as (longitude, latitude) in degrees, for a GeoJSON polygon (RFC 7946).
+
+        Five positions, the last equal to the first, counter-clockwise. A window across the antimeridian keeps its
+        shape: longitudes then go beyond 180. None where the raster has no coordinate reference system.
+
+        Raises:
+            RasterError: its coordinates have no place on the Earth.
+        """
+        rings = self.wgs84_rings([window])
+        return None if rings is None else rings[0]
+
+    def wgs84_rings(self, windows: Sequence[Window]) -> list[list[LonLat]] | None:
+        """The outlines of many windows, as `wgs84_ring` gives each: together they take a fraction of the time."""
+        if self.crs is None:
+            return None
+        corners = [
+            corner
+            for window in windows
+            for bottom, right in [(window.top + window.height, window.left + window.width)]
+            for corner in ((window.left, window.top), (window.left, bottom), (right, bottom), (right, window.top))
+        ]
+        columns, rows = zip(*corners, strict=True)
+        xs, ys = rasterio.transform.xy(self.transform, rows, columns, offset="ul")
+        try:
+            with rasterio.Env(**_OPTIONS):
+                lons, lats = transform_points(self.crs, "EPSG:4326", xs, ys)
+        except _FAILURES as error:
+            raise RasterError(self._describe_nowhere(_quote(error))) from error
+        if not all(map(math.isfinite, (*lons, *lats))):
+            raise RasterError(self._describe_nowhere("no longitude and latitude"))
+        positions = list(zip(lons, lats, strict=True))
+        return [_close_ring(positions[start : start + 4]) for start in range(0, len(positions), 4)]
+
+    def _describe_nowhere(self, why: str) -> str:
+        return (
+            f"{self.path}: its coordinates cannot be turned into longitude and latitude ({why}): mend its coordinate "
+            "reference system with gdal_edit.py -a_srs"
+        )
+
+    def _check_extent(self) -> None:
+        if self.height * self.width > MAX_RASTER_PIXELS:
+            raise RasterError(
+                f"{self.path} has {self.width:,} x {self.height:,} pixels, more than the limit of "
+                f"{math.isqrt(MAX_RASTER_PIXELS):,} squared: cut it with gdal_translate -srcwin"
+            )
+        together = self._dataset.count if self._dataset.interleaving == Interleaving.pixel else 1
+        rows, columns = self._dataset.block_shapes[0]  # of all bands alike, as is the type: a byte each
+        if rows * columns * together > MAX_BLOCK_BYTES:
+            raise RasterError(
+                f"{self.path} is stored in blocks of {columns:,} x {rows:,} pixels, more than fits the limit of "
+                f"{MAX_BLOCK_BYTES // 2**20} MiB: store it in small ones with gdal_translate -co TILED=YES"
+            )
+
+    def _choose_bands(self) -> tuple[list[int], RGBImage | None]:
+        """1-based numbers of the bands to read, one or three, and the (256, 3) colours of a palette."""
+        colours = list(self._dataset.colorinterp)
+        if len(colours) == 2 and colours[1] != ColorInterp.alpha:
+            raise RasterError(f"{self.path} has 2 bands, neither grey nor RGB: choose one or three, gdal_translate -b")
+        if len(colours) < 3:
+            bands = [1]
+        elif set(_RGB) <= set(colours):
+            bands = [colours.index(colour) + 1 for colour in _RGB]
+        else:
+            bands = [1, 2, 3]
+        palette = self._read_palette() if colours[0] == ColorInterp.palette and len(bands) == 1 else None
+        for band in bands:
+            dtype = self._dataset.dtypes[band - 1]
+            bits = self._dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8")
+            if dtype != "uint8" or (bits != "8" and palette is None):
+                depth = dtype if dtype != "uint8" else f"{bits}-bit"
+                raise RasterError(f"{self.path} has {depth} values, which are no 8-bit colours: {_REMEDY_8_BIT}")
+        return bands, palette
+
+    def _read_palette(self) -> RGBImage:
+        palette = np.zeros((256, 3), np.uint8)
+        for index, colour in self._dataset.colormap(1).items():
+            if index < 256:
+                palette[index] = colour[:3]
+        return palette
+
+
+def _close_ring(corners: list[LonLat]) -> list[LonLat]:
+    """Four corners as a counter-clockwise ring whose last position is its first, in one piece at the antimeridian."""
+    lons = [lon for lon, _ in corners]
+    if max(lons) - min(lons) > 180:
+        corners = [(lon + 360 if lon < 0 else lon, lat) for lon, lat in corners]
+    if _measure_area(corners) < 0:
+        corners = corners[::-1]
+    return [*corners, corners[0]]
+
+
+def _measure_area(ring: Sequence[LonLat]) -> float:
+    """Twice the signed area: above zero when the ring runs counter-clockwise (the shoelace formula)."""
+    return sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, [*ring[1:], ring[0]], strict=True))
+
+
+def _quote(error: Any) -> str:
+    """An error's own words on one line."""
+    return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__

@@ -1,0 +1,168 @@
+"""What a run tells its user: where the time went, what was left out, what the whole bucket would take."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_schema import LABEL_ID_COLUMNS, Status, Version
+from cache_schema.cli.text import format_duration, show_first, show_name
+from cache_schema.layout import LABEL_IDS_DTYPE, POOLED_DTYPE
+from extract.backbone.dinov3 import POOLING
+from extract.tiles.batch import LabelBatch, TileBatch
+
+_MALFORMED = ": malformed line"
+
+_MAX_EXAMPLES = 5
+
+_NOTEWORTHY = 0.02
+"""A share of the time below which waiting for something is not worth a word."""
+
+_TELLING_S = 5.0
+"""A shorter run has waited for the start of its workers, and little else."""
+
+_MOST_WORKERS = 32
+
+
+@dataclass
+class Timing:
+    """Where one rank's seconds went while it embedded, and what it met on the way.
+
+    Attributes:
+        tiles: embedded or quarantined.
+        kept: rows taken over from an earlier version.
+        copy_s: seconds that took.
+        wall_s: from the first request to the last block handed over, less `copy_s`.
+        feed_s, device_s, write_s: the main process waiting for a batch, computing it, waiting for a write.
+        fetch_worker_s, decode_worker_s: seconds the feed's workers spent; they divide `feed_s`.
+        label_lines: lines with content in the label files.
+        malformed: malformed ones among them, as far as they were named.
+        examples: the first few of those, `FILE:LINE`.
+    """
+
+    tiles: int = 0
+    kept: int = 0
+    copy_s: float = 0.0
+    wall_s: float = 0.0
+    feed_s: float = 0.0
+    device_s: float = 0.0
+    write_s: float = 0.0
+    fetch_worker_s: float = 0.0
+    decode_worker_s: float = 0.0
+    label_lines: int = 0
+    malformed: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, other: "Timing") -> None:
+        """Count in what the same rank did besides."""
+        for name in (item.name for item in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def note_batch(self, batch: TileBatch) -> None:
+        self.tiles += len(batch)
+        self.fetch_worker_s += batch.fetch_s
+        self.decode_worker_s += batch.decode_s
+        self.note_labels(batch)
+
+    def note_labels(self, batch: TileBatch | LabelBatch) -> None:
+        self.label_lines += batch.label_lines
+        named = [problem.removesuffix(_MALFORMED) for problem in batch.problems if problem.endswith(_MALFORMED)]
+        self.malformed += len(named)
+        self.examples += named[: _MAX_EXAMPLES - len(self.examples)]
+
+
+def share_waits(timings: Sequence[Timing]) -> dict[str, float]:
+    """Shares of the ranks' time together: waiting for `fetch` and `decode`, keeping the `device` busy, waiting for
+    `write`."""
+    wall = max(sum(t.wall_s for t in timings), 1e-9)
+    fetching = sum(t.fetch_worker_s for t in timings)
+    decoding = sum(t.decode_worker_s for t in timings)
+    fetch_share = fetching / max(fetching + decoding, 1e-9)
+    feed = sum(t.feed_s for t in timings) / wall
+    return {
+        "fetch": feed * fetch_share,
+        "decode": feed * (1 - fetch_share),
+        "device": sum(t.device_s for t in timings) / wall,
+        "write": sum(t.write_s for t in timings) / wall,
+    }
+
+
+def describe_waits(timings: Sequence[Timing]) -> str:
+    """`waiting: fetch 1.2 %, decode 0.4 %, device 98.3 %, write 0.1 %`."""
+    return "waiting: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in share_waits(timings).items())
+
+
+def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool = False, written: str = "CACHE") -> str:
+    """One sentence: what this run waited for most, besides the device, and what would help.
+
+    Args:
+        timings: of all ranks.
+        workers: feed processes a rank.
+        cores: CPU cores a rank.
+        on_cpu: the backbone runs on those cores, too.
+        written: what the run writes, as its user calls it.
+    """
+    if max(t.wall_s for t in timings) < _TELLING_S:
+        return "too short a run to tell what would help"
+    shares = share_waits(timings)
+    slowest = max(("fetch", "decode", "write"), key=lambda name: shares[name])
+    if shares[slowest] < _NOTEWORTHY:
+        return f"the device was busy {100 * shares['device']:.0f} % of the time: a faster one is all that would help"
+    waiting = f"waiting on {slowest} {100 * shares[slowest]:.0f} %: "
+    if slowest == "write":
+        return waiting + f"put {written} on faster storage"
+    # Were the device never to wait, workers would have to be so many times as fast.
+    feed = shares["fetch"] + shares["decode"]
+    wanted = min(_MOST_WORKERS, math.ceil(max(workers, 1) / max(1 - feed, 1 / _MOST_WORKERS)))
+    if slowest == "decode" and (on_cpu or wanted > cores):
+        count = f"{cores} core{'s' if cores > 1 else ''} a rank"
+        return (
+            waiting + f"{count}{' for the model as well' if on_cpu else ''}: more of them, or smaller tiles, would help"
+        )
+    if wanted <= workers:
+        return waiting + "the tiles' place answers slowly: compute nearer to it"
+    return waiting + f"raise --workers to {wanted}"
+
+
+def describe_speed(timings: Sequence[Timing], elapsed: float) -> str:
+    tiles = sum(t.tiles for t in timings)
+    slowest = max(t.wall_s for t in timings)
+    per_rank = ", ".join(f"{t.tiles / t.wall_s:.0f}" for t in timings if t.tiles)
+    return (
+        f"{tiles:,} tiles in {slowest:.1f} s: {tiles / slowest:.0f} tiles/s (per rank {per_rank}), "
+        f"{elapsed:.1f} s in all; {describe_waits(timings)}"
+    )
+
+
+def describe_labels(timings: Sequence[Timing]) -> str:
+    lines = sum(t.label_lines for t in timings)
+    malformed = sum(t.malformed for t in timings)
+    if not malformed:
+        return f"{lines:,} label lines read"
+    examples = [show_name(example) for t in timings for example in t.examples]
+    return f"{lines:,} label lines read, malformed ones among them: {show_first(examples, of=malformed)}"
+
+
+def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str:
+    """Name and reason of the quarantined tiles, the first ten."""
+    rows = np.flatnonzero(status > Status.EMBEDDED).tolist()
+    names = version.read_table().tile
+    lines = [f"\n  {show_name(names[row])}: {Status(status[row]).reason}" for row in rows]
+    return f"quarantined {len(rows):,}:{show_first(lines, separator='', limit=10)}"
+
+
+def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) -> str:
+    """What the whole bucket would take, from this trial."""
+    seconds = all_tiles * max(t.wall_s for t in timings) / sum(t.tiles for t in timings)
+    size = estimate_cache_bytes(all_tiles, version.layout.width)
+    return (
+        f"all {all_tiles:,} tiles: about {format_duration(seconds)} on this hardware and {size / 2**20:,.0f} MiB "
+        "of cache (the same command without LIMIT)"
+    )
+
+
+def estimate_cache_bytes(tiles: int, width: int) -> int:
+    """Bytes of a cache of so many tiles and `width` numbers a vector; the tile table adds a few per cent."""
+    return tiles * (width * POOLED_DTYPE.itemsize * len(POOLING) + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize)

@@ -1,0 +1,156 @@
+"""What is decided, checked and opened before a training run begins."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from cache_schema import ProvenanceError, Version, open_cache
+from extract.backbone.checkpoint import follow_links
+from train.data.prefix import check_room
+from train.data.sets import Sets
+from train.loop.finetune import check_finetuning, check_head, plan_prefixes
+from train.runs.checkpoint import CheckpointMeta, LoadedCheckpoint, load_best
+from train.runs.directory import RunDirectory
+from train.runs.resume import recover_run
+
+from .config import TrainConfig
+from .errors import CheckpointError, TrainError
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What rank 0 decides before training: where files go, and which state to go on from."""
+
+    run: RunDirectory
+    resume: LoadedCheckpoint | None
+    notes: tuple[str, ...]
+
+    def outline(self) -> Self:
+        """The same without the state itself."""
+        return replace(self, resume=self.resume and self.resume.outline())
+
+
+def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
+    """The settings a run really uses: a resumed run's own, or completed from the head it starts from."""
+    if config.resume:
+        run = RunDirectory.resume(config.run)
+        stored = run.read_config()
+        if not stored.val_cache:
+            # A split file may be lost, with the machine it was on; another release may split otherwise.
+            stored = replace(stored, data=replace(stored.data, split_file=run.split_file))
+        return config.resume_from(stored), None, ()
+    found = _find_head(config) if config.unfreeze else None
+    if found is None:
+        return config, None, ("no cached head to start from: the head starts at random",) if config.unfreeze else ()
+    run, head = found
+    stored = run.read_config()
+    data, split = config.data, "its own split"
+    if stored.cache == config.cache and not data.split_file and not config.val_cache:
+        version = open_cache(config.cache, allow_unsealed=config.allow_unsealed).id
+        if run.read_version() != version:
+            raise CheckpointError(
+                f"{run} was trained on version {run.read_version()} of {config.cache}, which holds {version} now: "
+                "run `make train-head` again"
+            )
+        # Another split would validate on tiles the head was trained on.
+        if stored.val_cache:
+            data, split, config = stored.data, stored.val_cache, replace(config, val_cache=stored.val_cache)
+        else:
+            data, split = replace(stored.data, split_file=run.split_file), "the split of that run"
+    features = "+".join(head.meta.features)
+    config = replace(config, data=data, features=features, head_run=str(run), **_describe_shape(head.meta))
+    return config, head, (f"head starts from {run}, best epoch {head.meta.epoch}; validates on {split}",)
+
+
+def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | None:
+    """The cached head to start from: the run asked for, else the newest beside this one, if it is of this cache."""
+    beside, slash, _ = config.run.rstrip("/").rpartition("/")
+    run = RunDirectory.open(config.head_run) if config.head_run else RunDirectory.find(f"{beside}{slash}head")
+    if run is None:
+        return None
+    head = load_best(run.path)
+    if config.head_run is None and run.read_config().cache != config.cache:
+        return None
+    return run, head
+
+
+def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
+    """The settings that give a head of a checkpoint's shape."""
+    return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
+
+
+def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> tuple[str, ...]:
+    """Refuse what would fail later, before anything is written; returns what to say of the room on disk.
+
+    Raises:
+        TileprobeError: the run cannot be made.
+    """
+    version = sets.train.version
+    if config.backbone and follow_links(config.backbone) != follow_links(version.recorded.backbone):
+        raise ProvenanceError(
+            f"{config.cache} was made with BACKBONE={version.recorded.backbone}, not {config.backbone}: "
+            f"run `make extract BACKBONE={config.backbone}`, or leave BACKBONE unset"
+        )
+    if head is not None:
+        check_head(head.meta, sets.train)
+    if config.unfreeze:
+        check_finetuning([cache for cache in (sets.train, sets.val, sets.test) if cache is not None], config.unfreeze)
+    if not (config.cache_prefix and config.unfreeze):
+        return ()
+    views = config.make_augmentation().count_views()
+    prefixes = plan_prefixes(sets.train, sets.val, config.scratch, config.unfreeze, views)
+    return (check_room(prefixes, agreed=config.large_prefix),)
+
+
+def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
+    """Rank 0: check what would fail later, then make or reopen the run directory."""
+    room = check_run(config, head, sets)
+    if config.resume:
+        run = RunDirectory.resume(config.run)
+        _refuse_other_tiles(run, config.cache, sets)
+        resume, notes = recover_run(run, config.save_every)
+        epoch = resume.meta.epoch if resume else 0
+        run.cut_history(epoch)
+        begun = f", step {resume.meta.begun.steps:,} of the next" if resume and resume.meta.begun.steps else ""
+        return Start(
+            run, resume, (*room, *run.notes, *notes, f"resuming {run} after epoch {epoch} of {config.epochs}{begun}")
+        )
+    run = RunDirectory.create(config.run)
+    run.write_json("split.json", sets.split)
+    # The settings last: with them the directory is a run, which can be resumed.
+    write_settings(run, config, sets.train.version)
+    run.finish()
+    return Start(
+        run,
+        None,
+        (
+            *room,
+            f"global batch {config.batch_size}; files go to {run}",
+        ),
+    )
+
+
+def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> None:
+    """config.json: the settings, and what the cache was made from."""
+    run.write_json(
+        "config.json",
+        {
+            "config": config.to_json(),
+            "version": version.id,
+            "provenance": version.provenance.to_json(),
+            "recorded": version.recorded.to_json(),
+        },
+    )
+
+
+def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
+    """A run goes on with the rows it began with, or not at all."""
+    began, now = run.read_version(), sets.train.version.id
+    if began != now:
+        raise TrainError(
+            f"{run} was trained on version {began} of {cache}, which holds {now} now: start a new run without --resume"
+        )
+    if run.read_json("split.json") != sets.split:
+        raise TrainError(
+            f"{run}/split.json does not hold the tiles there are now: another VAL_CACHE lies there: start a new run "
+            "without --resume"
+        )

@@ -1,0 +1,1 @@
+"""Cross-validation by scene, and the labels that it doubts."""

@@ -1,0 +1,1 @@
+"""`python -m train ladder`: rung after rung on one split, one table."""

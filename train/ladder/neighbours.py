@@ -1,0 +1,71 @@
+"""A run without training, the lowest rung of a ladder: a tile shows what its nearest training tiles show."""
+
+import time
+from dataclasses import replace
+
+import torch
+
+from cache_schema.layout import BoolArray
+from extract.ranks.group import join_ranks
+from extract.ranks.same_job import Asked
+from extract.ranks.signals import stop_on_signals
+from train.begin import open_run
+from train.config import TrainConfig
+from train.data.labels import LabelledCache, LabelledRows, can_look_up
+from train.data.memory import agree_on_budget, report_device_peak
+from train.data.sets import read_sets
+from train.errors import TrainError
+from train.metrics.baselines import NEAREST
+from train.metrics.decisions import FloatArray
+from train.metrics.figures import Metrics, compute_metrics
+from train.metrics.intervals import bootstrap_intervals, intervals_to_json
+from train.metrics.neighbours import find_neighbours
+from train.runs.val_logits import save_val_logits
+
+
+def run_neighbours(config: TrainConfig) -> None:
+    """Score the ten nearest neighbours where a head of these settings would be scored, and leave a run directory.
+
+    It holds what the other rungs' runs are compared by, and no checkpoint.
+
+    Raises:
+        TileprobeError: whatever a user can mend.
+    """
+    with stop_on_signals(), join_ranks(config.device, Asked.of("train neighbours", config)) as ranks:
+        config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
+        sets = read_sets(config, ranks)
+        if not can_look_up(sets.train, sets.val):
+            raise TrainError(
+                "nearest neighbours need the vectors in memory, where they do not fit: give a larger --memory-budget, "
+                "or leave neighbours out of --rungs"
+            )
+        run = open_run(config, None, sets).run
+        for line in sets.notes:
+            print(line, flush=True)
+
+        def guess(cache: LabelledCache) -> FloatArray:
+            """(n, C) probabilities."""
+            found = find_neighbours(cache, sets.train, k=NEAREST, threshold=1.0, device=ranks.device, seed=config.seed)
+            return found.vote(sets.train.rows.labels)
+
+        started = time.perf_counter()
+        probs = guess(sets.val)
+        run.append_timing({"search_s": time.perf_counter() - started, **report_device_peak(ranks.device)})
+        # A share of 0 becomes -inf and comes back as 0; 0.5 becomes 0 and comes back as 0.5; ties stay ties.
+        save_val_logits(run, sets.val.rows, torch.from_numpy(probs).logit())
+        metrics = _score(probs, sets.val.rows, sets.counted, config.seed)
+        if sets.test is not None:
+            test = _score(guess(sets.test), sets.test.rows, sets.counted_test, config.seed)
+            run.write_json("test_metrics.json", test)
+        run.write_json("metrics.json", metrics)
+        print(f"\nmAP {metrics['map_macro']:.4f}, weighted F1 {metrics['f1_weighted']:.4f}\nrun: {run}", flush=True)
+
+
+def _score(probs: FloatArray, rows: LabelledRows, counted: BoolArray, seed: int) -> Metrics:
+    """Figures at threshold 0.5 and intervals of the rows where `counted` (n,) is true."""
+    probs, rows = probs[counted], rows.select(counted)
+    metrics = compute_metrics(probs, rows.labels, rows.class_names, loss=None)
+    if metrics["map_macro"] is None:
+        raise TrainError("no validation tile shows any class: nothing can be scored; give a larger VAL_CACHE")
+    intervals = bootstrap_intervals(probs, rows.labels, rows.scenes, seed=seed)
+    return {**metrics, "intervals": intervals_to_json(intervals)}

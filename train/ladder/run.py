@@ -1,0 +1,310 @@
+"""`make ladder`: every rung a run of the trainer, one after the other, and what the dearer ones gained.
+
+A rung is a process of its own, so that its time and its memory are its own. The ladder's directory holds
+
+    ladder.json                     settings, what has become of each rung, and in the end the table
+    ladder.png                      quality against cost
+    linear -> linear-001, …         the rungs' runs, and beside each what it printed, linear.log
+    lock                            held while a rung runs, even if the ladder itself was killed meanwhile
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import torch
+from tqdm import tqdm
+
+from cache_schema import open_cache
+from cache_schema.cli.settings import isolate
+from extract.ranks.group import shows_bars
+from extract.ranks.signals import Stopped, act_on_signals
+from train.errors import TrainError
+from train.runs.bucket import is_bucket
+from train.runs.directory import RunDirectory
+
+from .rungs import LINEAR, MLP, NEIGHBOURS, Leg, Record, Rung, choose_rungs
+
+LADDER = "ladder.json"
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """What the rungs are run with.
+
+    Attributes:
+        cache: of the training tiles.
+        rungs: as the user named them.
+        shared: options of every rung, the cache among them.
+        head: further options of the rungs on cached vectors.
+        finetune: further options of those that train layers.
+    """
+
+    cache: str
+    rungs: str
+    shared: tuple[str, ...]
+    head: tuple[str, ...]
+    finetune: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(
+            value["cache"], value["rungs"], tuple(value["shared"]), tuple(value["head"]), tuple(value["finetune"])
+        )
+
+
+def run_ladder(link: str, config: LadderConfig | None, nproc: int | None) -> None:
+    """Climb every rung, then print the table and what was gained.
+
+    Args:
+        link: to the newest ladder, `runs/ladder` -> `runs/ladder-001`.
+        config: of a new ladder; None goes on with the newest, with its own settings.
+        nproc: ranks of a rung; None for one per GPU.
+
+    Raises:
+        TrainError: a rung failed; the table shows the others.
+        TileprobeError: whatever else a user can mend.
+        Stopped: SIGTERM or SIGINT came; finished rungs are kept, and the one under way saved what it could.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainError("a ladder is one process that starts the ranks of its rungs: run it alone, with --nproc")
+    if is_bucket(link):
+        raise TrainError(f"{link}: a ladder lies on this machine: choose a local RUN")
+    nproc = nproc or max(1, torch.cuda.device_count())
+    ladder = Ladder.begin(link, config, nproc) if config else Ladder.reopen(link, nproc)
+    with ladder.locked():
+        ladder.climb()
+        ladder.conclude()
+
+
+class Ladder:
+    """The rungs of one directory.
+
+    Args:
+        run: the directory.
+        config: of all rungs.
+        records: one a rung, cheapest first.
+        nproc: ranks of a rung.
+    """
+
+    def __init__(self, run: RunDirectory, config: LadderConfig, records: Sequence[Record], nproc: int) -> None:
+        self._run, self._config, self._records, self._nproc = run, config, records, nproc
+        self._lock: IO[str] | None = None
+        self._child: int | None = None
+        self._signal: int | None = None
+        self._told = False
+
+    @classmethod
+    def begin(cls, link: str, config: LadderConfig, nproc: int) -> Self:
+        """A new ladder; nothing is written where the rungs or the cache are refused."""
+        depth = open_cache(config.cache, allow_unsealed="--allow-unsealed" in config.shared).provenance.depth
+        rungs, notes = choose_rungs(config.rungs, depth)
+        ladder = cls(RunDirectory.create(link), config, [Record(rung) for rung in rungs], nproc)
+        ladder._write()
+        for note in notes:
+            print(note)
+        print(f"{len(rungs)} rungs: {', '.join(rung.title for rung in rungs)}; files go to {ladder._run}", flush=True)
+        return ladder
+
+    @classmethod
+    def reopen(cls, link: str, nproc: int) -> Self:
+        """The newest ladder, to go on with."""
+        if not Path(link, LADDER).is_file():
+            raise TrainError(f"no ladder at {link}: start one without --resume, or check RUN")
+        run = RunDirectory(Path(os.path.realpath(link)))
+        try:
+            stored = run.read_json(LADDER)
+            config = LadderConfig.from_json(stored["settings"])
+            records = [Record.from_json(line) for line in stored["rungs"]]
+        except (KeyError, TypeError) as error:
+            raise TrainError(f"{run}/{LADDER} is not of this release: {error}: start a new ladder") from error
+        return cls(run, config, records, nproc)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory. A rung inherits the lock: one that outlives its ladder still writes there."""
+        with (self._run.path / "lock").open("w") as self._lock:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                pids = [str(r.legs[-1].pid) for r in self._records if r.state == "running" and r.legs]
+                raise TrainError(
+                    f"{self._run} is in use by a ladder, or by a rung that outlived one (process "
+                    f"{', '.join(pids) or 'unknown'}): wait until it has ended, or end it"
+                ) from error
+            yield
+
+    def climb(self) -> None:
+        """Run every rung that is not finished.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        self._count_lost_legs()
+        done = [record for record in self._records if record.state == "finished"]
+        if done:
+            print(f"kept, since they are finished: {', '.join(record.rung.title for record in done)}", flush=True)
+        total, hidden = len(self._records), not shows_bars()
+        with act_on_signals(self._forward), tqdm(total=total, initial=len(done), unit="rung", disable=hidden) as bar:
+            for record in self._records:
+                if record.state == "finished":
+                    continue
+                bar.set_description(record.rung.title)
+                self._climb(record)
+                if self._signal is not None:
+                    break
+                bar.write(self._describe(record), file=sys.stdout)
+                bar.update()
+        if self._signal is not None:
+            finished = sum(record.state == "finished" for record in self._records)
+            stop = Stopped(self._signal)
+            print(
+                f"stopped by {stop}: {finished} of {len(self._records)} rungs of {self._run} are finished; "
+                "--resume goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise stop
+
+    def conclude(self) -> None:
+        """Print and write the table of the finished rungs.
+
+        Raises:
+            TrainError: some rungs failed.
+        """
+        # Not before: a process that starts another passes its own peak memory on to it.
+        from .table import summarise
+
+        finished = [record for record in self._records if record.state == "finished"]
+        failed = [record for record in self._records if record.state == "failed"]
+        if finished:
+            summary = summarise(self._run, finished)
+            self._write(summary.to_json())
+            print(f"\n{summary.text}\nladder: {self._run} ({LADDER}, ladder.png, a run and its log of every rung)")
+        if failed:
+            reasons = "; ".join(f"{record.rung.title}: {record.error}" for record in failed)
+            raise TrainError(
+                f"{len(failed)} of {len(self._records)} rungs failed ({reasons}): see the logs in {self._run}, mend "
+                "what they name, and go on with --resume"
+            )
+
+    def _climb(self, record: Record) -> None:
+        """Run one rung to its end, in `record` for good."""
+        if record.rung.unfreeze and not (self._run.path / MLP / "metrics.json").is_file():
+            record.state, record.error = "failed", "not run, since there is no MLP head to start from"
+            self._write()
+            return
+        log = self._run.path / f"{record.rung.name}.log"
+        command = self._make_command(record.rung)
+        with log.open("ab") as stream:
+            start = stream.tell()
+            stream.write(f"$ {shlex.join(command)}\n".encode())
+            stream.flush()
+            self._follow(record, command, stream)
+        status = record.legs[-1].status
+        if self._signal is not None:
+            record.state = "waiting"
+        elif status == 0:
+            record.state, record.error = "finished", None
+        else:
+            record.state, record.error = "failed", _explain(status, log, start)
+        self._write()
+
+    def _follow(self, record: Record, command: Sequence[str], log: IO[bytes]) -> None:
+        """Start a process, wait for its end, and note what it took."""
+        assert self._lock is not None
+        began, clock = time.time(), time.perf_counter()
+        # In a session of its own: Ctrl-C comes to the ladder alone, which tells the rung once.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[self._lock.fileno()],
+            env=isolate(os.environ),
+        )
+        self._child = process.pid
+        leg = Leg(process.pid, began)
+        record.state = "running"
+        record.legs.append(leg)
+        self._write()
+        self._tell_child()  # of a signal that came while there was none to tell
+        _, code, usage = os.wait4(process.pid, 0)
+        self._child = None
+        leg.status = process.returncode = os.waitstatus_to_exitcode(code)
+        leg.seconds = time.perf_counter() - clock
+        leg.peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def _make_command(self, rung: Rung) -> list[str]:
+        """The trainer's command line for one rung, which goes on with its run if there is one."""
+        config, place = self._config, self._run.path / rung.name
+        options = ["--run-dir", os.path.relpath(place), *config.shared]
+        if rung.unfreeze:
+            head = os.path.relpath(self._run.path / MLP)
+            command = ["finetune", "--unfreeze", str(rung.unfreeze), "--head-run", head, *options, *config.finetune]
+        elif rung.name == NEIGHBOURS:
+            command = ["neighbours", *options, *config.head]
+        else:
+            command = ["head", "--head", "linear" if rung.name == LINEAR else "mlp", *options, *config.head]
+        # Neighbours are sought anew in seconds, and have nothing to resume.
+        if rung.name != NEIGHBOURS and (place / "config.json").is_file():
+            command.append("--resume")
+        return [*self._make_launch(rung), "-m", "train", *command]
+
+    def _make_launch(self, rung: Rung) -> list[str]:
+        if self._nproc == 1 or rung.name == NEIGHBOURS:
+            return [sys.executable]
+        return [sys.executable, "-m", "extract.launch", f"--nproc-per-node={self._nproc}", "--standalone"]
+
+    def _count_lost_legs(self) -> None:
+        """A leg whose end the ladder did not live to see lasted until the last line of its log."""
+        for record in self._records:
+            for leg in record.legs:
+                if leg.seconds is None:
+                    log = self._run.path / f"{record.rung.name}.log"
+                    leg.seconds = max(0.0, log.stat().st_mtime - leg.began) if log.exists() else 0.0
+
+    def _describe(self, record: Record) -> str:
+        if record.state == "finished":
+            return f"{record.rung.title}: {record.wall_s:.0f} s"
+        return f"{record.rung.title} failed: {record.error}"
+
+    def _write(self, results: Mapping[str, Any] | None = None) -> None:
+        settings = {**self._config.__dict__, "nproc": self._nproc}
+        records = [record.to_json() for record in self._records]
+        self._run.write_json(LADDER, {"settings": settings, "rungs": records, **(results or {})})
+
+    def _forward(self, number: int) -> None:
+        """Tell the rung under way to stop."""
+        self._signal = number
+        self._tell_child()
+
+    def _tell_child(self) -> None:
+        """Pass a signal on, once: a second one would end the trainer before it could save."""
+        if self._signal is not None and self._child is not None and not self._told:
+            self._told = True
+            os.kill(self._child, signal.SIGTERM)
+
+
+def _explain(status: int | None, log: Path, start: int) -> str:
+    """Why a process failed, in one line: the signal that ended it, or from `start` bytes of its log on the last
+    `error: ` line, or else the last line that says anything."""
+    if status is not None and status < 0:
+        return f"ended by {signal.Signals(-status).name}"
+    with log.open("rb") as stream:
+        stream.seek(start)
+        lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines()[1:]]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return next(reversed(errors or [line for line in lines if line]), f"ended with status {status}")

@@ -1,0 +1,1 @@
+"""One training: assembled, stepped, validated and saved."""

@@ -1,0 +1,117 @@
+"""Step 0 of fine-tuning: is what is streamed now what the cache holds?
+
+Everything rests on a cached embedding and a streamed one being the same, so training refuses to begin before it has
+embedded some cached rows again.
+"""
+
+import numpy as np
+import torch
+
+from cache_schema import Status, Version
+from cache_schema.layout import Float16Array
+from extract.backbone.checkpoint import Checkpoint
+from extract.backbone.dinov3 import Backbone
+from extract.backbone.embed import TileEmbedder
+from extract.backbone.provenance import record_environment
+from extract.tiles.feed import TileFeed
+from extract.tiles.source import Source
+from train.data.streaming import request_batches
+from train.errors import StepZeroError
+
+MAX_RELATIVE_DIFFERENCE = 1e-3
+MIN_MEDIAN_COSINE = 0.999
+_ROWS = 128
+
+
+def choose_block(version: Version) -> int:
+    """The block whose rows are compared: in the middle, far from what either end may have of its own."""
+    return version.layout.blocks // 2
+
+
+class StepZero:
+    """Some cached rows, chosen as whole batches of the extraction, since a batch's shape moves its vectors a little."""
+
+    def __init__(self, version: Version, source: Source, feed: TileFeed, checkpoint: Checkpoint) -> None:
+        self._version = version
+        self._source = source
+        self._feed = feed
+        self._checkpoint = checkpoint
+        batch = version.recorded.batch_size
+        block = version.layout.block_slice(choose_block(version))
+        self._rows = range(block.start, min(block.start + max(batch, _ROWS // batch * batch), block.stop))
+
+    def check_reproduction(self, backbone: Backbone) -> str:
+        """Embed the rows in the cache's own precision.
+
+        Returns:
+            A line for the user.
+
+        Raises:
+            StepZeroError: a row differs by more than 1e-3 of its norm; names what differs from the extraction.
+        """
+        stored, streamed = self._embed(backbone)
+        difference = float(np.max(np.linalg.norm(streamed - stored, axis=1) / np.linalg.norm(stored, axis=1)))
+        if not difference <= MAX_RELATIVE_DIFFERENCE:
+            now = record_environment(
+                self._checkpoint.name,
+                self._source,
+                self._version.recorded.batch_size,
+                backbone.device,
+                self._version.provenance.precision,
+            )
+            causes = self._version.recorded.differences(now) or ["nothing that is recorded"]
+            raise StepZeroError(
+                f"streamed embeddings differ from the cache's by {difference:.1e} of their norm, more than "
+                f"{MAX_RELATIVE_DIFFERENCE:.0e}; what differs from the extraction: {'; '.join(causes)}: "
+                "run `make extract` into another CACHE on this machine"
+            )
+        return (
+            f"step 0: {len(stored)} rows streamed again differ from the cache by at most {difference:.1e} of their norm"
+        )
+
+    def check_training_precision(self, backbone: Backbone, *, amp: bool) -> str:
+        """Embed the rows as training will, with float32 master weights and, where it is used, autocast.
+
+        Returns:
+            A line for the user.
+
+        Raises:
+            StepZeroError: the median cosine with the cache is below 0.999.
+        """
+        with torch.autocast(backbone.device.type, torch.bfloat16, enabled=amp):
+            stored, streamed = self._embed(backbone)
+        norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(streamed, axis=1)
+        cosine = float(np.median(np.sum(stored * streamed, axis=1) / norms))
+        if not cosine >= MIN_MEDIAN_COSINE:
+            raise StepZeroError(
+                f"embeddings in training precision have a median cosine of {cosine:.5f} with the cache's, below "
+                f"{MIN_MEDIAN_COSINE}: train with --no-amp, or extract with --precision float32"
+            )
+        return f"step 0: in training precision their median cosine is {cosine:.6f}"
+
+    def _embed(self, backbone: Backbone) -> tuple[np.ndarray, np.ndarray]:
+        """(n, pooled widths) float64 stored and streamed vectors of the embedded rows, pooled arrays side by side."""
+        version, table = self._version, self._version.read_table()
+        batch = version.recorded.batch_size
+        embedder = TileEmbedder(backbone, self._checkpoint, batch)
+        streamed = []
+        keep: list[bool] = []
+        values = version.read_block(self._rows.start // version.layout.block_rows)
+        first = version.layout.block_slice(self._rows.start // version.layout.block_rows).start
+        for tiles in self._feed.read(request_batches(table, self._rows, batch)):
+            # A tile that is not what it was may be one that this run does not use: those it uses were checked before.
+            embedded = (values.status[tiles.rows - first] == Status.EMBEDDED) & (tiles.status == Status.EMBEDDED)
+            vectors = {name: pooled.cpu().numpy() for name, pooled in embedder.embed(tiles).items()}
+            streamed.append(_join(vectors, version.layout.pooling))
+            keep += embedded.tolist()
+        rows = np.arange(self._rows.start, self._rows.stop) - first
+        stored = _join({name: array[rows] for name, array in values.pooled.items()}, version.layout.pooling)
+        if not any(keep):
+            raise StepZeroError(
+                f"none of {len(keep):,} tiles to compare with the cache can be read as it was: run `make extract` again"
+            )
+        return stored[keep], np.concatenate(streamed)[keep]
+
+
+def _join(pooled: dict[str, Float16Array], pooling: tuple[str, ...]) -> np.ndarray:
+    return np.concatenate([pooled[name] for name in pooling], axis=1).astype(np.float64)

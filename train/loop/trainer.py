@@ -1,0 +1,355 @@
+"""The training loop, the same for cached vectors and streamed tiles."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from extract.ranks.group import Ranks
+from train.config import TrainConfig
+from train.data.batches import Batch, Tiles, count_epoch
+from train.data.memory import report_device_peak
+from train.data.rare import compute_class_weights, find_rarest
+from train.errors import CheckpointError, TrainError
+from train.metrics.evaluation import score_epoch
+from train.metrics.figures import average_rarest
+from train.model.classifier import Classifier
+from train.model.optimizer import scale_learning_rate
+from train.model.shards import gather_state, gather_tensors, load_tensors, send_state
+from train.runs.checkpoint import Begun, CheckpointMeta, LoadedCheckpoint, save_checkpoint, sync
+from train.runs.directory import RunDirectory
+
+from .step import TrainStep, use_amp
+from .validation import ValidationSet, predict_logits
+
+MIN_EPOCH_STEPS = 20
+
+CHECK_STEPS = 20
+"""Steps after which the losses are looked at: each look waits for the device and for the other ranks."""
+
+
+@dataclass
+class EpochTiming:
+    """Seconds of one epoch: in all, waiting for batches, and validating."""
+
+    train_s: float = 0.0
+    wait_s: float = 0.0
+    val_s: float = 0.0
+
+
+def choose_batch_size(rows: int, asked: int) -> int:
+    """The asked global batch, halved until an epoch has 20 steps."""
+    size = asked
+    while size > 1 and rows / size < MIN_EPOCH_STEPS:
+        size //= 2
+    return size
+
+
+class Trainer:
+    """Trains one classifier and leaves its files in a run directory."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        train: Tiles,
+        val: ValidationSet,
+        config: TrainConfig,
+        meta: CheckpointMeta,
+        run: RunDirectory,
+        ranks: Ranks,
+    ) -> None:
+        self.classifier = classifier
+        self.config = config
+        self._train = train
+        self._val = val
+        self._meta = meta
+        self._run = run
+        self._ranks = ranks
+        self._amp = use_amp(config, ranks)
+        self._loss = config.make_loss()
+        self._epoch = 0
+        self._begun = Begun()
+        self._best: float | None = None
+        self._best_epoch: int | None = None
+        # Repeated tiles make epochs longer, and not all of them alike.
+        self._epoch_tiles = [count_epoch(train.rows, config.seed, epoch) for epoch in range(config.epochs)]
+        *self._first_steps, self._steps = accumulate(
+            (math.ceil(tiles / config.batch_size) for tiles in self._epoch_tiles), initial=0
+        )
+        self._rarest = find_rarest(train.rows.labels, val.rows.labels[val.counted])
+        weights = None
+        if config.class_weights != "none":
+            computed = compute_class_weights(train.rows.labels, config.class_weights)
+            weights = torch.from_numpy(computed).to(ranks.device)
+        self._step = TrainStep(classifier, config, weights, ranks)
+
+    def restore(self, checkpoint: LoadedCheckpoint) -> None:
+        """Go on after the epoch, or the step within one, that a checkpoint was saved at; rank 0 has it, the others its
+        outline."""
+        if checkpoint.optimizer is None:
+            raise CheckpointError("this checkpoint holds no optimiser state: it cannot be resumed")
+        load_tensors(self.classifier, checkpoint.tensors, self._ranks)
+        send_state(checkpoint.optimizer, self._step.optimizer, self._ranks)
+        meta = checkpoint.meta
+        self._epoch, self._best, self._best_epoch, self._begun = meta.epoch, meta.best, meta.best_epoch, meta.begun
+
+    def fit(self, note: Callable[[str], None]) -> None:
+        """Train the remaining epochs; `best/` and `last/` and a history line an epoch are left in the run directory.
+
+        Raises:
+            TrainError: the loss is no longer finite; it names the rows.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        try:
+            self._fit(note)
+        finally:
+            self._step.close()
+
+    def _fit(self, note: Callable[[str], None]) -> None:
+        over = self._is_over()
+        with tqdm(
+            total=sum(self._epoch_tiles),
+            initial=sum(self._epoch_tiles[: self._epoch]) + self._begun.steps * self.config.batch_size,
+            unit="tile",
+            desc="train",
+            disable=not self._ranks.draws_bars,
+        ) as bar:
+            while not over:
+                timing = EpochTiming()
+                trained = self._train_epoch(bar, timing)
+                started = time.perf_counter()
+                logits = predict_logits(self.classifier, self._val.tiles, self._ranks, amp=self._amp)
+                self._epoch += 1
+                # What fails on rank 0 alone ends every rank.
+                closed = self._ranks.run_on_main(partial(self._close_epoch, logits, trained, timing, started))
+                if closed.best or closed.due:
+                    state = self._gather(optimizer=closed.due)
+                    self._ranks.run_on_main(partial(self._save_epoch, closed, state))
+                self._tell(closed, trained["train_loss"], timing, bar, note)
+                over = closed.over
+        if self._epoch < self.config.epochs:
+            note(
+                f"stopped early, after epoch {self._epoch} of {self.config.epochs}: no better {self.config.best_by} "
+                f"for {self.config.patience} epochs"
+            )
+
+    def _is_over(self) -> bool:
+        """Rank 0, and any rank just restored: whether no epoch is left, or patience with the last ones is over."""
+        if self._epoch == self.config.epochs:
+            return True
+        patience = self.config.patience
+        return patience is not None and self._epoch - (self._best_epoch or self._epoch) >= patience
+
+    def _train_epoch(self, bar: "tqdm[Any]", timing: EpochTiming) -> dict[str, float]:
+        """Train what is left of an epoch; its mean loss over all ranks, and what the options in use did, for the
+        history."""
+        config, started = self.config, time.perf_counter()
+        self.classifier.train()
+        first, last = self._first_steps[self._epoch], ([*self._first_steps, self._steps])[self._epoch + 1]
+        done = first + self._begun.steps
+        batches = self._train.iterate_epoch(
+            batch_size=config.batch_size, seed=config.seed, epoch=self._epoch, first_step=self._begun.steps
+        )
+        total = torch.tensor(self._begun.summed_loss, dtype=torch.float64, device=self._ranks.device)
+        if not self._ranks.is_main:
+            total.zero_()  # what was summed before counts once
+        clipped = torch.tensor(self._begun.clipped, device=self._ranks.device)
+        unchecked: list[_StepRows] = []
+        for step, batch in enumerate(_time_waits(batches, timing), start=done + 1):
+            taken = step - 1 - first
+            # Once the batch is there: a DataLoader draws a number when it starts.
+            if step == done + 1 or (config.save_steps and taken % config.save_steps == 0):
+                seed_dropout(config.seed, self._epoch, self._ranks.rank, taken)
+            result = self._step.run(batch, scale_learning_rate(step - 1, self._steps, config.warmup))
+            total += result.summed
+            clipped += result.clipped
+            bar.update(batch.global_size)
+            unchecked.append(_StepRows(step, batch.rows, result.finite))
+            save = config.save_steps and (step - first) % config.save_steps == 0 and step < last
+            if save or len(unchecked) == CHECK_STEPS:
+                self._refuse_not_finite(unchecked)
+                unchecked.clear()
+            if save:
+                self._save_begun(step - first, total, clipped)
+        self._refuse_not_finite(unchecked)
+        dist.all_reduce(total)
+        self._begun = Begun()
+        timing.train_s = time.perf_counter() - started
+        tiles = self._epoch_tiles[self._epoch]
+        figures = {"train_loss": float(total) / (tiles * len(self._meta.class_ids))}
+        if config.repeat_factor:
+            figures["train_tiles"] = tiles
+        if config.clip_norm is not None:
+            figures["clipped_share"] = int(clipped) / (last - first)
+        return figures
+
+    def _save_begun(self, steps: int, total: torch.Tensor, clipped: torch.Tensor) -> None:
+        """Save `last/` within an epoch."""
+        everywhere = total.clone()
+        dist.all_reduce(everywhere)
+        self._begun = Begun(steps, float(everywhere), int(clipped))
+        state = self._gather(optimizer=True)
+
+        def save() -> None:
+            if not all(tensor.isfinite().all() for tensor in state.tensors.values()):
+                raise TrainError(
+                    f"the weights are no longer finite in epoch {self._epoch + 1}, after step {steps:,}: lower --lr, "
+                    "or train without --amp; the checkpoints are as they were"
+                )
+            self._save(self._run.last, state)
+            self._run.upload()
+
+        self._ranks.run_on_main(save)
+
+    def _refuse_not_finite(self, steps: list["_StepRows"]) -> None:
+        """End training on every rank if one of them met a loss that is not finite, and name the rows it came from.
+
+        From the step after it on everything is NaN, so the earliest step of all ranks is the one to name.
+        """
+        finite = torch.cat([step.finite for step in steps]).all() if steps else torch.ones((), dtype=torch.bool)
+        agreed = finite.to(self._ranks.device, torch.int32)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        if agreed:
+            return
+        mine = next(((step.number, step.bad_rows()) for step in steps if not step.finite.all()), None)
+        found: list[tuple[int, list[int]] | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(found, mine)
+        first = min(number for number, _ in filter(None, found))
+        rows = sorted(row for number, part in filter(None, found) if number == first for row in part)
+
+        def refuse() -> None:
+            raise TrainError(
+                f"the loss is not finite in epoch {self._epoch + 1}, step {first:,} of {self._steps:,}, for "
+                f"{self._train.rows.describe(rows)} of a batch of {self.config.batch_size:,}: lower --lr, train "
+                "without --amp, or check these tiles; the checkpoints are as they were"
+            )
+
+        self._ranks.run_everywhere(refuse)
+
+    def _close_epoch(
+        self,
+        logits: torch.Tensor | None,
+        trained: dict[str, float],
+        timing: EpochTiming,
+        started: float,
+    ) -> "_ClosedEpoch":
+        """Rank 0: score the validation rows, leave the figures in the run directory, and say what is to be saved."""
+        assert logits is not None
+        # The very last step of an epoch can spoil the weights after its loss was still finite.
+        spoilt = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        if spoilt:
+            raise TrainError(
+                f"the model gives NaN or infinity after epoch {self._epoch}, for {self._val.rows.describe(spoilt)} of "
+                f"{len(logits):,} validation tiles: lower --lr, or train without --amp; the checkpoints are as they "
+                "were"
+            )
+        metrics = score_epoch(logits, self._val.rows, self._val.counted, loss=self._loss)
+        timing.val_s = time.perf_counter() - started
+        figures = {name: value for name, value in metrics.items() if name != "per_class"}
+        figures |= average_rarest(metrics, self._rarest)
+        self._run.append_history(
+            {"epoch": self._epoch, "lr": self._step.optimizer.param_groups[0]["lr"], **trained, **figures}
+        )
+        figures_of_cost = {**timing.__dict__, **report_device_peak(self._ranks.device)}
+        self._run.append_timing({"epoch": self._epoch, **figures_of_cost, "tiles": self._epoch_tiles[self._epoch - 1]})
+        value = metrics[self.config.best_by]
+        if value is None:
+            raise TrainError("no validation tile shows any class: no epoch can be the best; give a larger VAL_CACHE")
+        best = self._best is None or value > self._best
+        if best:
+            self._best, self._best_epoch = value, self._epoch
+        over = self._is_over()
+        return _ClosedEpoch(metrics, best, over or self._epoch % self.config.save_every == 0, over)
+
+    def _save_epoch(self, closed: "_ClosedEpoch", state: "_State") -> None:
+        """Rank 0: the checkpoints that are due."""
+        if closed.best:
+            self._save(self._run.best, replace(state, optimizer=None))
+        if closed.due:
+            sync(self._run.history)  # a checkpoint that outlived its history line could not be resumed
+            self._save(self._run.last, state)
+            self._run.upload()
+
+    def _tell(
+        self,
+        closed: "_ClosedEpoch",
+        loss: float,
+        timing: EpochTiming,
+        bar: "tqdm[Any]",
+        note: Callable[[str], None],
+    ) -> None:
+        """One line for the user."""
+        metrics = closed.metrics
+        bar.set_postfix_str(
+            f"loss {loss:.4f}, F1 weighted {metrics['f1_weighted']:.3f}, mAP {metrics['map_macro']:.3f}", refresh=False
+        )
+        note(
+            f"epoch {self._epoch}/{self.config.epochs}: loss {loss:.4f}, val F1 weighted {metrics['f1_weighted']:.4f}, "
+            f"mAP {metrics['map_macro']:.4f}; {timing.train_s:.2f} s, {len(self._train) / timing.train_s:,.0f} "
+            f"tiles/s, {100 * timing.wait_s / timing.train_s:.0f} % of it waiting for tiles"
+        )
+
+    def _gather(self, *, optimizer: bool) -> "_State":
+        """What rank 0 is to save; every rank must call it."""
+        tensors = gather_tensors(self.classifier.trained_tensors(), self._ranks)
+        return _State(tensors, gather_state(self._step.optimizer, self._ranks) if optimizer else None)
+
+    def _save(self, directory: Path, state: "_State") -> None:
+        meta = self._meta.at_epoch(self._epoch, self._best, self._best_epoch, self._begun)
+        save_checkpoint(directory, state.tensors, meta, state.optimizer)
+
+
+def seed_dropout(seed: int, epoch: int, rank: int, steps: int = 0) -> None:
+    """Make the draws after so many steps of an epoch depend on these alone, so that a resumed run repeats them."""
+    torch.manual_seed(((seed * 1_000_003 + epoch) * 8_191 + rank) ^ (steps << 40))
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What a checkpoint is written from: tensors by name, and the optimiser's state if that is to be in it."""
+
+    tensors: dict[str, torch.Tensor]
+    optimizer: dict[str, Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _ClosedEpoch:
+    """What rank 0 made of an epoch: its metrics, whether it is the best so far, whether `last/` is due, and whether
+    training is over."""
+
+    metrics: dict[str, Any]
+    best: bool
+    due: bool
+    over: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _StepRows:
+    """Of one step, counted from 1 over all epochs: this rank's rows and whether the loss of each is finite."""
+
+    number: int
+    rows: torch.Tensor
+    finite: torch.Tensor
+
+    def bad_rows(self) -> list[int]:
+        rows: list[int] = self.rows[~self.finite.cpu()].tolist()
+        return rows
+
+
+def _time_waits(batches: Iterator[Batch], timing: EpochTiming) -> Iterator[Batch]:
+    """The same batches, with the seconds spent waiting for each counted."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        timing.wait_s += time.perf_counter() - started
+        if batch is None:
+            return
+        yield batch

@@ -1,0 +1,1 @@
+"""The classifier: head, loss, optimiser, augmentation and shards."""

@@ -1,0 +1,81 @@
+"""`python -m train evaluate`: a run scored on labelled tiles."""
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cache_schema import RawLabels
+from extract.ranks.group import join_ranks
+from extract.ranks.same_job import Asked
+from train.data.labels import label_rows
+from train.errors import TrainError
+from train.metrics.evaluation import describe_evaluation, evaluate_rows
+from train.model.augment import Views
+
+from .inference import Inference, Target, describe_views, infer
+from .trained_model import LoadedRun
+
+
+def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers: int | None) -> dict[str, Any] | None:
+    """Print the metrics of a run on labelled tiles: the same figures and per-class table as in training.
+
+    Args:
+        run: its directory or link.
+        target: what to score it on; labels are read by the run's own rules.
+        tta: `d4` averages each tile's logits over its eight symmetries.
+        device, workers: as in training.
+
+    Returns:
+        on the main rank the metrics, as in a run's metrics.json; and `run`, `tiles`, `notes`.
+    """
+    with join_ranks(device, Asked.of("train evaluate", target, run=run, tta=tta)) as ranks:
+        loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
+        inference = infer(loaded, target, ranks, workers=workers, labels=True, tta=tta)
+        report, values = ranks.run_on_main(lambda: _score(loaded, inference, tta))
+        if not ranks.is_main:
+            return None
+        print(report)
+        return values
+
+
+def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[str, dict[str, Any]]:
+    assert inference is not None
+    data = loaded.config.data
+    raw = RawLabels.pack(inference.label_ids)
+    rows = label_rows(inference.table, raw, inference.status, data, reading=loaded.meta.reading)
+    if rows.class_names != loaded.meta.class_names:
+        raise TrainError(
+            f"{data.taxonomy} does not name the classes that {loaded.directory} was trained on: it has changed since, "
+            "so give it back as it was"
+        )
+    counted = ~rows.empty if data.empty == "drop" else np.ones(len(rows), bool)
+    if not counted.any():
+        raise TrainError("no labelled tile shows a class of this run: there is nothing to score")
+    evaluation = evaluate_rows(
+        torch.from_numpy(inference.logits[rows.index]),
+        rows,
+        counted,
+        loss=loaded.config.make_loss(),
+        decisions=loaded.decisions,
+    )
+    notes = [
+        *rows.notes,
+        *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted]),
+        *describe_views(tta),
+    ]
+    values = {"run": str(loaded.directory), "tiles": inference.tiles, "notes": notes, **evaluation.to_json()}
+    return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)]), values
+
+
+def _warn_of_training_tiles(loaded: LoadedRun, tiles: str, names: npt.NDArray[np.str_]) -> list[str]:
+    """A line for the user when some of the scored tiles are those the run was trained on."""
+    trained_on = loaded.directory.read_json("config.json")["recorded"]["tiles"]
+    if os.path.abspath(trained_on) != os.path.abspath(tiles):
+        return []
+    seen = len(set(loaded.directory.read_json("split.json")["train"]) & {str(name) for name in names})
+    if not seen:
+        return []
+    return [f"warning: {seen:,} of the {len(names):,} tiles scored here trained this run: its figures flatter it"]

@@ -1,0 +1,239 @@
+"""A run as files that need nothing of this package: a backbone that transformers opens, its head, and one ONNX graph.
+
+    config.json, preprocessor_config.json, model.safetensors    the backbone; the size, mean and deviation of the run
+    head.safetensors, head.json                                 the head, and how its input and output are to be read
+    classifier.onnx                                             pixel values to logits, in one
+    sha256                                                      `sha256sum -c sha256`
+
+A fine-tuned run's trained layers are put into the weights it started from, all in float32: they are float32 masters,
+and half precision would round away what small steps have changed, while what is stored in half precision loses nothing
+in float32. Whoever loads them chooses the precision to compute in. A head's run leaves the backbone as it is, so its
+files are copied, and a cache made from the copy is the cache that the head was trained on.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from extract.backbone.checkpoint import Checkpoint, find_checkpoint
+from extract.backbone.dinov3 import Backbone
+from extract.backbone.provenance import make_provenance
+from extract.errors import BackboneError
+from extract.ranks.signals import stop_on_signals
+from train.errors import CheckpointError, TrainError
+from train.model.classifier import Classifier, Head
+from train.runs.bucket import is_bucket
+from train.runs.checkpoint import seal_directory, sync
+
+from .onnx import check_onnx, relative_difference, require_onnx, write_onnx
+from .trained_model import LoadedRun
+
+MAX_DIFFERENCE = 1e-5
+"""Of the logits of what was written, read again by the same code, over the largest of them or 1."""
+
+_CPU = torch.device("cpu")
+_BILINEAR = 2  # as Pillow numbers it
+_PIXELS = 3  # random tiles to compare logits on
+
+
+def run_export(run: str, out: str | None, *, onnx: bool) -> None:
+    """Write the best epoch of a run as a directory of its own, and say what it is good for.
+
+    Args:
+        run: its directory or link, or `gs://…`.
+        out: where to; None for `export` in the run. Nothing may be there yet.
+        onnx: whether to write the classifier as ONNX too.
+
+    Raises:
+        TileprobeError: no run, or a damaged one; its backbone is gone or another; something is in the way; what was
+            written does not compute what the run does. Nothing is left then.
+        Stopped: SIGTERM or SIGINT came; nothing is left.
+    """
+    place = _choose_place(run, out)
+    if onnx:
+        require_onnx()
+    with stop_on_signals():
+        loaded = LoadedRun.load(run)
+        checkpoint = _find_checkpoint(loaded)
+        with _write_whole(place) as directory:
+            notes = _export(loaded, checkpoint, directory, onnx=onnx)
+    print("\n".join([*notes, f"-> {place}: `make extract BACKBONE={place}` caches its embeddings"]))
+
+
+def _choose_place(run: str, out: str | None) -> Path:
+    if out is not None and is_bucket(out):
+        raise TrainError(f"--out {out}: an export is a local directory, to be copied to a bucket afterwards")
+    if out is None and is_bucket(run):
+        raise TrainError(f"{run} is in a bucket, and an export is a local directory: say where with --out")
+    # By its number: the link moves on to the next run.
+    place = Path(os.path.relpath(Path(run).resolve() / "export")) if out is None else Path(out)
+    if place.exists() or place.is_symlink():
+        raise TrainError(f"{place} is there already and is not overwritten: choose another --out, or remove it")
+    return place
+
+
+@contextmanager
+def _write_whole(out: Path) -> Iterator[Path]:
+    """A temporary directory, sealed and renamed to `out` at the end, and removed if it does not come to that.
+
+    Raises:
+        TrainError: it cannot be written.
+    """
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        seal_directory(temporary)
+        temporary.rename(out)
+        sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainError(f"cannot write {out}: {reason}: make room or access, or choose another --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _find_checkpoint(loaded: LoadedRun) -> Checkpoint:
+    """The backbone as the run had it, with the size, mean and deviation that the run used.
+
+    Raises:
+        CheckpointError: it is not there, or another is.
+    """
+    run, name = loaded.directory, loaded.meta.backbone
+    trained_on = run.read_provenance()
+    precision: Any = trained_on.precision
+    try:
+        checkpoint = find_checkpoint(name, trained_on.image_size)
+    except BackboneError as error:
+        raise CheckpointError(f"{run} was trained on {name}, which must be where it was then: {error}") from error
+    differences = trained_on.differences(make_provenance(checkpoint, precision))
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint.path} is not the backbone that {run} was trained on ({'; '.join(differences)}): "
+            "put that one back"
+        )
+    return checkpoint
+
+
+def _export(loaded: LoadedRun, checkpoint: Checkpoint, directory: Path, *, onnx: bool) -> list[str]:
+    """Write every file but the digests; lines for the user."""
+    classifier = loaded.make_classifier(_load(checkpoint), checkpoint.width, _CPU)
+    size = checkpoint.image_size
+    pixels = torch.randn(_PIXELS, 3, size, size, generator=torch.Generator().manual_seed(0))
+    expected = _compute_logits(classifier, pixels)
+    notes = [_write_backbone(loaded, checkpoint, classifier, directory)]
+    _write_preprocessor(checkpoint, directory)
+    save_file({name: tensor.contiguous() for name, tensor in classifier.head.state_dict().items()}, _head(directory))
+    _write_json(directory / "head.json", _describe_head(loaded, find_checkpoint(str(directory))))
+    if not loaded.meta.thresholds:
+        notes.append("the run was stopped before its end: temperature 1 and thresholds 0.5, not tuned ones")
+    del classifier  # before the next: a large model is not to be in memory twice
+    classifier = _read_again(loaded, directory)
+    worst = relative_difference(_compute_logits(classifier, pixels), expected, of=expected)
+    if not worst <= MAX_DIFFERENCE:
+        raise TrainError(
+            f"what was written gives logits that differ from the run's by {worst:.1e} of the largest, more than "
+            f"{MAX_DIFFERENCE:.0e}: use the versions of constraints.txt"
+        )
+    if onnx:
+        path = directory / "classifier.onnx"
+        write_onnx(classifier, path, pixels[:2])
+        worst = check_onnx(path, pixels, expected, batches=(_PIXELS, 1))
+        notes.append(f"{path.name}: its logits differ from torch's by at most {worst:.1e} of the largest")
+    return notes
+
+
+def _load(checkpoint: Checkpoint) -> Backbone:
+    backbone = Backbone.load(checkpoint, precision="float32", device=_CPU)
+    backbone.unpack()
+    return backbone
+
+
+@torch.inference_mode()
+def _compute_logits(classifier: Classifier, pixels: Tensor) -> Tensor:
+    logits: Tensor = classifier(pixels)
+    return logits
+
+
+def _write_backbone(loaded: LoadedRun, checkpoint: Checkpoint, classifier: Classifier, directory: Path) -> str:
+    """config.json and the weights."""
+    run, meta = loaded.directory, loaded.meta
+    if meta.unfreeze:
+        assert classifier.backbone is not None
+        classifier.backbone.vit.save_pretrained(directory)
+        merged = sum(name.startswith("backbone.") for name in loaded.tensors)
+        return f"{run}, best epoch {meta.epoch}: {merged} trained tensors put into {checkpoint.name}, in float32"
+    for file in (checkpoint.path / "config.json", *checkpoint.path.glob("*.index.json"), *checkpoint.weight_files):
+        shutil.copyfile(file, directory / file.name)
+    return f"{run}, best epoch {meta.epoch}: {checkpoint.name} as it was, since only the head was trained"
+
+
+def _write_preprocessor(checkpoint: Checkpoint, directory: Path) -> None:
+    """The backbone's own, with what was done to every tile of the run in the place of what it says of that."""
+    settings = json.loads((checkpoint.path / "preprocessor_config.json").read_text())
+    settings |= {
+        "do_resize": True,
+        "size": {"height": checkpoint.image_size, "width": checkpoint.image_size},
+        "resample": _BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": checkpoint.mean,
+        "image_std": checkpoint.std,
+    }
+    _write_json(directory / "preprocessor_config.json", settings)
+
+
+def _describe_head(loaded: LoadedRun, exported: Checkpoint) -> dict[str, Any]:
+    """What someone needs to use the head: its input, shape and classes, and how to decide from its logits."""
+    meta, decisions = loaded.meta, loaded.decisions
+    return {
+        "features": meta.features,
+        "width": exported.width * len(meta.features),
+        "hidden": meta.hidden,
+        "dropout": meta.dropout,
+        "class_ids": meta.class_ids,
+        "class_names": meta.class_names,
+        "reading": meta.reading,
+        "temperature": decisions.temperature,
+        "thresholds": decisions.thresholds.tolist(),
+        "tuned": bool(meta.thresholds),
+        "image_size": meta.image_size,
+        "weights_sha256": exported.hash_weights(),
+        "trained": {
+            "run": str(loaded.directory),
+            "epoch": meta.epoch,
+            "unfreeze": meta.unfreeze,
+            "precision": meta.precision,
+            "amp": loaded.amp,
+            "backbone": meta.backbone,
+            "weights_sha256": meta.weights_sha256,
+        },
+    }
+
+
+def _read_again(loaded: LoadedRun, directory: Path) -> Classifier:
+    """The classifier from the written files alone; nothing in it is left to train."""
+    checkpoint, meta = find_checkpoint(str(directory)), loaded.meta
+    width = checkpoint.width * len(meta.features)
+    head = Head(width, len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
+    head.load_state_dict(load_file(_head(directory)))
+    return Classifier(head, _load(checkpoint), meta.features).eval().requires_grad_(False)
+
+
+def _head(directory: Path) -> Path:
+    return directory / "head.safetensors"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,307 @@
+"""A trained model over a cache or over tiles: what is asked of it, and its logits row after row, in order."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, TileTable, Version, open_cache
+from cache_schema.layout import UInt8Array, UInt16Array
+from extract.backbone.dinov3 import Backbone
+from extract.backbone.transform import TileTransform
+from extract.ranks.group import Ranks
+from extract.tiles.batch import Request, TileBatch
+from extract.tiles.feed import TileFeed
+from extract.tiles.listing import list_tiles
+from extract.tiles.source import open_source
+from extract.timing import Timing, describe_waits
+from train.errors import TrainError
+from train.model.augment import SYMMETRIES, Views, average_views
+from train.model.classifier import join_features
+
+from .inputs import Inputs, Listed, find_inputs
+from .trained_model import TrainedModel
+
+_STREAM_BATCH = 32
+
+_HEAD_ROWS = 8192
+
+_ROUND = 16
+"""Batches of each rank that rank 0 puts in order together: few enough to hold, enough for ranks not to wait often."""
+
+FloatArray = npt.NDArray[np.float32]
+
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What to run on. Exactly one of the first three is set.
+
+    Attributes:
+        tiles: `gs://bucket/prefix` or a directory, holding images/.
+        cache: rows of a cache.
+        names: files, directories, buckets and rasters, see `find_inputs`.
+        window, stride: how rasters among `names` are cut, in pixels.
+    """
+
+    tiles: str | None
+    cache: str | None
+    names: tuple[str, ...] = ()
+    window: int | None = None
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tiles is not None) + (self.cache is not None) + bool(self.names) != 1:
+            raise TrainError("give either --tiles or --cache, or to predict, files and directories instead (INPUT)")
+        if not self.names and (self.window, self.stride) != (None, None):
+            raise TrainError("--window and --stride cut GeoTIFFs that are named one by one (INPUT): leave them out")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A model and what it is run on.
+
+    Attributes:
+        inputs: its rows.
+        version: whose vectors are read in the place of tiles; None streams.
+    """
+
+    model: TrainedModel
+    inputs: Inputs
+    version: Version | None = None
+
+    @classmethod
+    def plan(cls, model: TrainedModel, target: Target, ranks: Ranks, *, labels: bool, tta: Views) -> "Task":
+        """Find what lies behind the target. A head on a cache of its own embeddings reads vectors; everything else
+        streams tiles.
+
+        Raises:
+            TrainError: several views are asked for of vectors, which are of one.
+            ProvenanceError: the vectors are of another backbone, size or precision than the run's.
+            SourceError: there is nothing.
+        """
+        if target.names:
+            names, window, stride = target.names, target.window, target.stride
+            return cls(model, ranks.run_on_main(lambda: find_inputs(names, window, stride)))
+        if not target.cache:
+            tiles = open_source(str(target.tiles)).url
+            table = ranks.run_on_main(lambda: list_tiles(open_source(tiles), unlabelled=not labels).table)
+            return cls(model, Inputs((Listed(tiles, table, labels=labels),)))
+        version = ranks.run_everywhere(lambda: open_cache(str(target.cache)))
+        inputs = Inputs((Listed(version.recorded.tiles, version.read_table(), labels=labels),))
+        if model.meta.unfreeze:
+            return cls(model, inputs)
+        if tta != "one":
+            raise TrainError(
+                f"--tta {tta} turns tiles, and {model.place} reads a cache's vectors: use --tiles, or leave --tta out"
+            )
+        ranks.run_everywhere(lambda: _check_provenance(model, version))
+        return cls(model, inputs, version)
+
+    @property
+    def listed(self) -> Listed:
+        """The rows of a target that is one listing."""
+        (part,) = self.inputs.parts
+        assert isinstance(part, Listed)
+        return part
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a model says of n rows that follow each other.
+
+    Attributes:
+        first: the first of them.
+        logits: (n, C) float32, NaN in rows without an embedding.
+        label_ids: (n, 128) uint16, zeros where labels were not read.
+        status: (n,) uint8, see `Status`.
+        problems: a line for each that could not be read.
+    """
+
+    first: int
+    logits: FloatArray
+    label_ids: UInt16Array
+    status: UInt8Array
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """What a model says of N tiles, on rank 0.
+
+    Attributes:
+        tiles: where they lie, `gs://bucket/prefix` or a directory.
+        table: the tiles.
+        logits, label_ids, status: as those of `Scored`.
+    """
+
+    tiles: str
+    table: TileTable
+    logits: FloatArray
+    label_ids: UInt16Array
+    status: UInt8Array
+
+
+def infer(
+    model: TrainedModel, target: Target, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views = "one"
+) -> Inference | None:
+    """Logits of every tile of the target at once, on rank 0; None on the others. Raises what `Task.plan` does."""
+    task = Task.plan(model, target, ranks, labels=labels, tta=tta)
+    parts = [*score(task, ranks, Timing(), workers=workers, tta=tta)]
+    if not ranks.is_main:
+        return None
+    logits, label_ids, status = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "label_ids", "status")
+    )
+    return Inference(task.listed.place, task.listed.table, logits, label_ids, status)
+
+
+def score(task: Task, ranks: Ranks, timing: Timing, *, workers: int | None, tta: Views = "one") -> Iterator[Scored]:
+    """Logits of every row in order, on rank 0; nothing on the others, which must ask for it all the same.
+
+    Args:
+        timing: is told where this rank's time goes.
+        workers: feed processes a rank.
+        tta: `d4` averages each tile's logits over its eight symmetries.
+    """
+    if task.version:
+        return _score_vectors(task.model, task.version, ranks, timing)
+    size = max(1, min(_STREAM_BATCH, len(task.inputs)))
+    batches = sum(math.ceil(len(group) / size) for group in task.inputs.group())
+    return _put_in_order(_score_share(task, ranks, timing, size, workers=workers, tta=tta), batches, ranks)
+
+
+def _check_provenance(model: TrainedModel, version: Version) -> None:
+    meta, provenance = model.meta, version.provenance
+    mine = (meta.weights_sha256, meta.image_size, meta.precision)
+    if mine != (provenance.weights_sha256, provenance.image_size, provenance.precision):
+        raise ProvenanceError(
+            f"{version.root.url} holds embeddings of {version.recorded.backbone} at {provenance.image_size} px in "
+            f"{provenance.precision}, the run is of {meta.backbone} at {meta.image_size} px in {meta.precision}: "
+            "extract with the run's settings, or use --tiles"
+        )
+
+
+@torch.inference_mode()
+def _score_vectors(model: TrainedModel, version: Version, ranks: Ranks, timing: Timing) -> Iterator[Scored]:
+    """The head over a cache, block by block, on rank 0: too little work to share out."""
+    if not ranks.is_main:
+        return
+    meta, started = model.meta, time.perf_counter()
+    classifier = model.make_classifier(None, version.layout.width, ranks.device)
+    for block in range(version.layout.blocks):
+        values = _read_block(version, block)
+        vectors = join_features({name: torch.from_numpy(values.pooled[name]) for name in meta.features}, meta.features)
+        logits = torch.cat([classifier(part.to(ranks.device)).float().cpu() for part in vectors.split(_HEAD_ROWS)])
+        timing.tiles += len(logits)
+        timing.wall_s = time.perf_counter() - started
+        yield Scored(version.layout.block_slice(block).start, logits.numpy(), values.label_ids, values.status)
+
+
+def _read_block(version: Version, block: int) -> BlockValues:
+    """A block that cannot be trusted reads as pending."""
+    try:
+        return version.read_trusted(block)
+    except IntegrityError:
+        rows = version.layout.block_slice(block)
+        return BlockValues.make_blank(version.layout, rows.stop - rows.start)
+
+
+def _score_share(
+    task: Task, ranks: Ranks, timing: Timing, size: int, *, workers: int | None, tta: Views
+) -> Iterator[Scored]:
+    """This rank's batches end to end, as they come."""
+    model, feeds = task.model, _open_feeds(task.inputs, ranks, workers)
+    checkpoint = ranks.run_on_main(model.find_checkpoint)
+    precision: Any = model.meta.precision
+    backbone = Backbone.load(checkpoint, precision=precision, device=ranks.device)
+    classifier = _keep_shape(model.make_classifier(backbone, checkpoint.width, ranks.device), size)
+    transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
+    amp, count = model.autocasts(ranks.device), ranks.make_counter("predicted")
+    asked = started = time.perf_counter()
+    with tqdm(total=len(task.inputs), unit="tile", desc="predict", disable=not ranks.draws_bars) as bar:
+        for batch in _read_share(task.inputs, feeds, ranks, size):
+            got = time.perf_counter()
+            with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
+                pixels = transform(batch.images, device=ranks.device, dtype=backbone.dtype)
+                logits = average_views(classifier, pixels) if tta == "d4" else classifier(pixels)
+            found = logits.float().cpu().numpy()
+            found[batch.status != Status.EMBEDDED] = np.nan
+            timing.note_batch(batch)
+            timing.feed_s += got - asked
+            timing.device_s += time.perf_counter() - got
+            yield Scored(int(batch.rows[0]), found, batch.label_ids, batch.status, batch.problems)
+            asked = time.perf_counter()
+            timing.wall_s = asked - started
+            bar.set_postfix_str(describe_waits([timing]), refresh=False)
+            bar.update(count(len(batch)) - bar.n)
+
+
+def _keep_shape(classifier: Model, size: int) -> Model:
+    """The classifier in forward passes of one shape: a short batch is filled up, as in extraction."""
+
+    def run(pixels: Tensor) -> Tensor:
+        missing = size - len(pixels)
+        if missing:
+            pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
+        return classifier(pixels)[: size - missing]
+
+    return run
+
+
+def _open_feeds(inputs: Inputs, ranks: Ranks, workers: int | None) -> dict[str, TileFeed]:
+    """A feed for each place. The first starts its workers now, while the model is being loaded."""
+    pinned, count = ranks.device.type == "cuda", ranks.choose_workers(workers)
+    places = dict.fromkeys(part.place for part in inputs.parts)
+    feeds = {place: TileFeed(open_source(place), workers=count, pin_memory=pinned) for place in places}
+    for feed in islice(feeds.values(), 1):
+        feed.start()
+    return feeds
+
+
+def _read_share(inputs: Inputs, feeds: dict[str, TileFeed], ranks: Ranks, size: int) -> Iterator[TileBatch]:
+    """This rank's batches: every one of so many as there are ranks. A batch is of one place."""
+    number = 0
+    for group in inputs.group():
+        first = (ranks.rank - number) % ranks.world_size
+        batches = _cut(group.make_requests(), size)
+        yield from feeds[group.place].read(islice(batches, first, None, ranks.world_size))
+        number += math.ceil(len(group) / size)
+
+
+def _cut(requests: Iterator[Request], size: int) -> Iterator[list[Request]]:
+    while batch := list(islice(requests, size)):
+        yield batch
+
+
+def _put_in_order(mine: Iterator[Scored], batches: int, ranks: Ranks) -> Iterator[Scored]:
+    """The ranks' batches in the order of their rows, on rank 0."""
+    if ranks.world_size == 1:
+        yield from mine
+        return
+    for _ in range(math.ceil(batches / (ranks.world_size * _ROUND))):
+        parts: list[list[Scored]] = [[]] * ranks.world_size
+        dist.gather_object([*islice(mine, _ROUND)], parts if ranks.is_main else None, dst=0)
+        if ranks.is_main:
+            yield from sorted(chain.from_iterable(parts), key=lambda part: part.first)
+    next(mine, None)  # has no more, but notes the time of its last batch
+
+
+def describe_views(tta: Views) -> list[str]:
+    """A line for the user when several views of each tile were averaged."""
+    if tta == "one":
+        return []
+    return [
+        f"--tta {tta}: mean logits of {SYMMETRIES} flips and rotations of each tile; temperature and thresholds were "
+        "fitted on one"
+    ]

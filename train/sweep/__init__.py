@@ -1,0 +1,1 @@
+"""`python -m train sweep`: heads of many settings trained together."""

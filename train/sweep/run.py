@@ -1,0 +1,233 @@
+"""`python -m train sweep`: a grid of configurations trained together, ranked, and the winner left as a run."""
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from extract.ranks.group import Ranks, join_ranks
+from extract.ranks.same_job import Asked
+from extract.ranks.signals import Stopped, stop_on_signals
+from train.begin import open_run, write_settings
+from train.config import TrainConfig
+from train.data.cached import open_cached_tiles
+from train.data.sets import Sets, read_sets
+from train.data.vectors import HeldVectors
+from train.errors import TrainError
+from train.loop.assemble import make_head, make_meta
+from train.loop.step import use_amp
+from train.loop.trainer import choose_batch_size
+from train.loop.validation import ValidationSet
+from train.model.classifier import Classifier, Head
+from train.run import finish_run
+from train.runs.checkpoint import save_checkpoint
+from train.runs.directory import RunDirectory
+
+from .grid import Grid, describe_command
+from .ranking import HeadResult, Ranked, cross_fit, format_ranking, rank_configurations
+from .training import Folds, SweepPass, plan_passes
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What training left.
+
+    Attributes:
+        results: heads that can be ranked.
+        failed: those that diverged.
+        stop: the signal that ended it early.
+        epochs: that the heads were trained for.
+    """
+
+    results: list[HeadResult]
+    failed: list[TrainConfig]
+    stop: Stopped | None
+    epochs: int
+
+
+def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
+    """Train every configuration with every seed, rank them, and leave a run directory with the winner in it.
+
+    Args:
+        base: what all share; its seed is the first one, and that of the split.
+        grid: what differs.
+        seeds: how many, counted up from the first.
+
+    Raises:
+        TileprobeError: whatever a user can mend.
+        Stopped: SIGTERM or SIGINT came; what was complete by then is ranked and written.
+    """
+    if seeds < 1:
+        raise TrainError(f"--seeds {seeds}: at least 1")
+    used = dict.fromkeys(name for config in grid.expand(base) for name in config.features.split("+"))
+    base = replace(base, features="+".join(used))
+    numbers = [replace(base, seed=base.seed + i).seed for i in range(seeds)]
+    with stop_on_signals(), join_ranks(base.device, Asked.of("train sweep", base, grid, seeds=seeds)) as ranks:
+        ranks.run_on_main(lambda: _refuse_several(ranks.world_size))
+        run = None
+        try:
+            sets = read_sets(base, ranks)
+            if not isinstance(sets.train.vectors, HeldVectors):
+                raise TrainError(
+                    "a sweep looks at the vectors many times over and needs them in memory, where they do not "
+                    "fit: give a larger --memory-budget, or fewer --features"
+                )
+            base = replace(base, batch_size=choose_batch_size(len(sets.train.rows), base.batch_size))
+            start = open_run(base, None, sets)
+            run = start.run
+            for line in (*sets.notes, *start.notes):
+                print(line, flush=True)
+            if not base.val_cache:  # another seed would make another split
+                base = replace(base, data=replace(base.data, split_file=run.split_file))
+            Sweep(grid.expand(base), numbers, sets, tuple(used), run, ranks).run()
+        except Stopped as stop:
+            ranked = run is not None and (run.path / "sweep.json").exists()
+            what = f"{run}/sweep.json ranks what was complete" if ranked else "nothing was complete yet"
+            print(f"stopped by {stop}: {what}", file=sys.stderr, flush=True)
+            raise
+
+
+def _refuse_several(world_size: int) -> None:
+    if world_size > 1:
+        raise TrainError(f"a sweep is one process, not {world_size}: leave NPROC unset")
+
+
+class Sweep:
+    """A sweep on sets that are read, with all `features` that it uses, into a run directory that is there."""
+
+    def __init__(
+        self,
+        configs: Sequence[TrainConfig],
+        seeds: Sequence[int],
+        sets: Sets,
+        features: tuple[str, ...],
+        run: RunDirectory,
+        ranks: Ranks,
+    ) -> None:
+        self._configs, self._seeds, self._sets, self._run, self._ranks = configs, seeds, sets, run, ranks
+        self._joined = features
+        self._amp = use_amp(configs[0], ranks)
+        self._val = ValidationSet(open_cached_tiles(sets.val, ranks), sets.val.rows, sets.counted)
+        self._folds = Folds.make(self._val, seeds[0], ranks.device)
+        if not self._folds.support.any():
+            raise TrainError("no validation tile shows any class: nothing can be ranked; give a larger VAL_CACHE")
+
+    def run(self) -> None:
+        """Train, rank, and write what the winner leaves."""
+        outcome = self._train()
+        ranked = rank_configurations(outcome.results, outcome.failed)
+        if not ranked and outcome.stop is not None:
+            raise outcome.stop
+        if not ranked:
+            raise TrainError(
+                "a head of every configuration diverged: lower --lrs, or run `python -m train head`, which names tiles"
+            )
+        honest = cross_fit(ranked, self._folds.support)
+        self._write(ranked, honest, outcome)
+        print(f"\n{format_ranking(ranked)}", flush=True)
+        self._finish(ranked[0])
+        print("\n".join(self._describe(ranked, honest, outcome)), flush=True)
+        if outcome.stop is not None:
+            raise outcome.stop
+
+    def _make_head(self, config: TrainConfig) -> Head:
+        return make_head(make_meta(config, self._sets.train), self._sets.train.version.layout.width, config.seed)
+
+    def _train(self) -> Outcome:
+        train = open_cached_tiles(self._sets.train, self._ranks)
+        passes = plan_passes(self._configs, self._seeds, self._make_head, self._ranks.device)
+        heads, epochs = len(self._configs) * len(self._seeds), self._configs[0].epochs
+        print(f"{len(self._configs)} configurations x {len(self._seeds)} seeds: {heads} heads, {len(passes)} passes")
+        results: list[HeadResult] = []
+        failed: list[TrainConfig] = []
+        current = None
+        with tqdm(
+            total=heads * epochs * len(train),
+            unit="tile x head",
+            unit_scale=True,
+            desc="sweep",
+            disable=not self._ranks.draws_bars,
+        ) as bar:
+            try:
+                for stacks in passes:
+                    current = SweepPass(
+                        stacks, train, self._val, self._folds, self._joined, self._make_head, amp=self._amp
+                    )
+                    current.train(bar)
+                    self._collect(current, results, failed)
+            except Stopped as stop:
+                if not results and current is not None and current.epochs:
+                    self._collect(current, results, failed)
+                    epochs = current.epochs
+                return Outcome(results, failed, stop, epochs)
+        return Outcome(results, failed, None, epochs)
+
+    def _collect(self, finished: SweepPass, results: list[HeadResult], failed: list[TrainConfig]) -> None:
+        """Take a pass's results; the winner's tensors will be those of the first seed, so the others need none."""
+        found, lost = finished.collect(keep=finished.seed == self._seeds[0])
+        results += found
+        failed += lost
+
+    def _write(self, ranked: Sequence[Ranked], honest: dict[str, float] | None, outcome: Outcome) -> None:
+        lines = [entry.to_json(i) for i, entry in enumerate(ranked, start=1)]
+        whole: dict[str, Any] = {
+            "configurations": len(self._configs),
+            "seeds": list(self._seeds),
+            "epochs": outcome.epochs,
+            "complete": outcome.stop is None,
+            "diverged": [describe_command(config) for config in outcome.failed],
+            "cross_fitted": honest,
+            "ranking": [
+                {**line, "heads": [head.to_json() for head in entry.heads]}
+                for line, entry in zip(lines, ranked, strict=True)
+            ],
+        }
+        self._run.write_json("sweep.json", whole)
+        with (self._run.path / "sweep.csv").open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, lines[0].keys())
+            writer.writeheader()
+            writer.writerows(lines)
+
+    def _finish(self, winner: Ranked) -> None:
+        """Make the directory a run of the winning configuration with the first seed: not the luckiest of its seeds."""
+        head = winner.heads[0]
+        config = head.config
+        assert head.tensors is not None
+        meta = make_meta(config, self._sets.train)
+        best = meta.at_epoch(head.best_epoch, head.figures["f1_weighted"], head.best_epoch)
+        write_settings(self._run, config, self._sets.train.version)
+        save_checkpoint(self._run.best, {f"head.{name}": tensor for name, tensor in head.tensors.items()}, best)
+        classifier = Classifier(self._make_head(config), None, meta.features).to(self._ranks.device)
+        own = read_sets(config, self._ranks)  # with its features alone
+        finish_run(config, self._run, own, classifier, lambda cache: open_cached_tiles(cache, self._ranks), self._ranks)
+
+    def _describe(self, ranked: Sequence[Ranked], honest: dict[str, float] | None, outcome: Outcome) -> list[str]:
+        """What to make of the winner, and the command that trains it alone."""
+        lines = []
+        if outcome.failed:
+            lines.append(
+                f"warning: {len(outcome.failed)} heads diverged, so that {len(self._configs) - len(ranked)} "
+                "configurations are not ranked: lower --lrs; sweep.json names them"
+            )
+        if outcome.stop is not None:
+            lines.append(
+                f"stopped by {outcome.stop}: ranked are {len(outcome.results)} heads of "
+                f"{len(self._configs) * len(self._seeds)}, after {outcome.epochs} of {self._configs[0].epochs} epochs"
+            )
+        tried = f"the best of {len(ranked)} is chosen for its luck too, so its figures above flatter it"
+        if honest is None:
+            lines.append(f"{tried}; with a single validation scene there is no telling by how much")
+        else:
+            lines.append(
+                f"{tried}: epoch and configuration chosen on other scenes than those that score them give weighted F1 "
+                f"{honest['f1_weighted']:.4f}, macro F1 {honest['f1_macro']:.4f} "
+                f"(for {ranked[0].mean('f1_weighted'):.4f} and {ranked[0].mean('f1_macro'):.4f})"
+            )
+        return [
+            *lines,
+            f"all configurations: {self._run}/sweep.csv",
+            f"the winner alone: {describe_command(ranked[0].config)}",
+        ]

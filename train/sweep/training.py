@@ -1,0 +1,287 @@
+"""A sweep's training: in a pass over the data each batch is read once, and every head of the pass trains on it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cache_schema.layout import BoolArray
+from train.config import TrainConfig
+from train.data.batches import Tiles
+from train.loop.trainer import seed_dropout
+from train.loop.validation import ValidationSet
+from train.metrics.intervals import score_resamples
+from train.model.classifier import Head, draw_dropout, join_features
+from train.model.optimizer import scale_learning_rate
+
+from .grid import describe_loss
+from .ranking import KEYS, CountArray, FloatArray, HeadResult, assign_folds, choose_epochs, score_counts
+from .stacked_heads import Stack, StackedHeads
+
+STATE_BYTES = 2 << 30
+"""What the heads of a pass may take together, with gradients, moments and best epochs; more heads take turns."""
+ACTIVATION_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+"""What the widest layer of a stack may take: on a CPU its share of the cache, on a GPU enough to fill it."""
+_COPIES = 6  # parameters, gradients, two moments, the best epoch's and those that take their place
+
+Members = tuple[TrainConfig, ...]
+MakeHead = Callable[[TrainConfig], Head]
+
+
+def plan_passes(
+    configs: Sequence[TrainConfig], seeds: Sequence[int], make_head: MakeHead, device: torch.device
+) -> list[list[Members]]:
+    """Which heads train together: per pass its stacks, per stack its members.
+
+    Heads of one seed see the same batches, so a pass is of one seed. A stack is of one shape, and in it those of the
+    same loss are neighbours.
+
+    Args:
+        configs: of the first seed.
+        seeds: that each of them is trained with.
+        make_head: gives a fresh head; called once a shape, on the meta device.
+        device: that they will train on.
+    """
+    passes: list[list[Members]] = [[]]
+    room = STATE_BYTES
+    for _, group in groupby(sorted(configs, key=_order), _shape):
+        members = tuple(group)
+        with torch.device("meta"):
+            tensors = list(make_head(members[0]).parameters())
+        state = _COPIES * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        layer = members[0].batch_size * len(tensors[0]) * tensors[0].element_size()
+        for stack in _split(members, max(1, min(ACTIVATION_BYTES[device.type] // layer, STATE_BYTES // state))):
+            if passes[-1] and len(stack) * state > room:
+                passes.append([])
+                room = STATE_BYTES
+            room -= len(stack) * state
+            passes[-1].append(stack)
+    return [
+        [tuple(replace(config, seed=seed) for config in stack) for stack in stacks]
+        for seed in seeds
+        for stacks in passes
+    ]
+
+
+def _shape(config: TrainConfig) -> tuple[str, int]:
+    return config.features, config.hidden_width
+
+
+def _order(config: TrainConfig) -> tuple[str, int, str]:
+    return *_shape(config), describe_loss(config)
+
+
+def _split(members: Members, most: int) -> list[Members]:
+    """As few stacks as hold at most `most` members each, about equal in size."""
+    size = math.ceil(len(members) / math.ceil(len(members) / most))
+    return [members[start : start + size] for start in range(0, len(members), size)]
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """Validation rows in folds of scenes.
+
+    Attributes:
+        weights: (n, K) float32 on the device: 1 in the fold of a row, and nowhere for a row that does not count.
+        labels: (n, C) bool on the device.
+        support: (K, C) positives.
+    """
+
+    weights: Tensor
+    labels: Tensor
+    support: CountArray
+
+    @classmethod
+    def make(cls, val: ValidationSet, seed: int, device: torch.device) -> "Folds":
+        """Folds of the validation rows that count."""
+        fold = assign_folds(val.rows.scenes[val.counted], seed)
+        weights = np.zeros((len(val.rows), int(fold.max()) + 1), np.float32)
+        weights[np.flatnonzero(val.counted), fold] = 1
+        support = np.stack([val.rows.labels[column > 0].sum(axis=0) for column in weights.T])
+        return cls(torch.from_numpy(weights).to(device), torch.from_numpy(val.rows.labels).to(device), support)
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """How the M members of a stack did so far.
+
+    Attributes:
+        history: per epoch (M, K, 2, C) counts, see `score_counts`.
+        sound: (M,) bool, members whose logits were always finite.
+        value: (M,) their highest weighted F1.
+        tensors: of that epoch, stacked.
+    """
+
+    history: tuple[CountArray, ...]
+    sound: BoolArray
+    value: FloatArray
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def begin(cls, stack: Stack) -> Self:
+        members = len(stack.configs)
+        return cls((), np.ones(members, bool), np.full(members, -np.inf), {})
+
+    def after(self, counts: CountArray, finite: BoolArray, heads: StackedHeads, support: CountArray) -> "Progress":
+        """The same one epoch later; members that were never as good leave their tensors."""
+        sound = self.sound & finite
+        value, _ = score_counts(counts.sum(axis=1), support.sum(axis=0))
+        better = (value > self.value) & sound
+        tensors = {
+            name: _choose(better, now.detach(), self.tensors.get(name, now)) for name, now in heads.tensors.items()
+        }
+        return Progress((*self.history, counts), sound, np.where(better, value, self.value), tensors)
+
+
+def _choose(chosen: BoolArray, new: Tensor, old: Tensor) -> Tensor:
+    """(M, …) with the chosen members from `new`; never `new` itself, which goes on changing."""
+    where = torch.from_numpy(chosen).to(new.device).view(-1, *[1] * (new.dim() - 1))
+    return torch.where(where, new, old.detach())
+
+
+class SweepPass:
+    """Trains the heads of one seed, epoch by epoch, each batch in all of them.
+
+    Attributes:
+        progress: of each stack, as of the last epoch that was closed in all of them.
+
+    Args:
+        stacks: the members of each.
+        train: rows with all `joined` features.
+        val: the same of the validation rows.
+        folds: of the validation rows.
+        joined: names of the pooled arrays, in the order of the inputs' columns.
+        make_head: what the members of a shape and seed start from.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[Members],
+        train: Tiles,
+        val: ValidationSet,
+        folds: Folds,
+        joined: tuple[str, ...],
+        make_head: MakeHead,
+        *,
+        amp: bool,
+    ) -> None:
+        device = folds.labels.device
+        self.members = sum(map(len, stacks))
+        self._config = stacks[0][0]
+        self._stacks = [Stack(members, make_head(members[0]), device, amp=amp) for members in stacks]
+        self._train, self._val, self._folds, self._joined, self._amp = train, val, folds, joined, amp
+        self.progress = [Progress.begin(stack) for stack in self._stacks]
+
+    @property
+    def seed(self) -> int:
+        return self._config.seed
+
+    @property
+    def epochs(self) -> int:
+        """How many are closed."""
+        return len(self.progress[0].history)
+
+    def train(self, bar: "tqdm[Any]") -> None:
+        """Train every epoch; `progress` is whole whenever a signal comes."""
+        while self.epochs < self._config.epochs:
+            self._train_epoch(bar)
+            counted = self._count()
+            self.progress = [
+                progress.after(counts, finite, stack.heads, self._folds.support)
+                for progress, stack, (counts, finite) in zip(self.progress, self._stacks, counted, strict=True)
+            ]
+
+    def _train_epoch(self, bar: "tqdm[Any]") -> None:
+        config, epoch = self._config, self.epochs
+        steps = math.ceil(len(self._train) / config.batch_size)
+        seed_dropout(config.seed, epoch, 0)
+        hidden = max(stack.hidden for stack in self._stacks)
+        batches = self._train.iterate_epoch(batch_size=config.batch_size, seed=config.seed, epoch=epoch)
+        for step, batch in enumerate(batches, start=epoch * steps):
+            scale = scale_learning_rate(step, config.epochs * steps, config.warmup)
+            mask = None
+            if hidden and config.dropout:
+                # The very draw that the dropout of a single head of that width makes.
+                shape, dtype = (len(batch.inputs), hidden), torch.bfloat16 if self._amp else torch.float32
+                mask = draw_dropout(shape, config.dropout, device=batch.inputs.device, dtype=dtype)
+            views = self._take_features(batch.inputs)
+            for stack in self._stacks:
+                stack.train_step(views[stack.features], batch.labels, mask, scale)
+            bar.update(batch.global_size * self.members)
+
+    def _take_features(self, inputs: Tensor) -> dict[str, Tensor]:
+        """By feature choice the (B, F) float32 columns out of all."""
+        parts = dict(zip(self._joined, inputs.float().chunk(len(self._joined), dim=1), strict=True))
+        choices = {stack.features for stack in self._stacks}
+        return {choice: join_features(parts, tuple(choice.split("+"))) for choice in choices}
+
+    @torch.inference_mode()
+    def _count(self) -> list[tuple[CountArray, BoolArray]]:
+        """Per stack (M, K, 2, C) hits and decisions by fold, and (M,) whether all logits are finite."""
+        totals: list[Tensor] = [torch.zeros(())] * len(self._stacks)
+        finite: list[Tensor] = [torch.ones((), dtype=torch.bool)] * len(self._stacks)
+        for rows, views in self._iterate_val():
+            weights, labels = self._folds.weights[rows], self._folds.labels[rows]
+            for i, stack in enumerate(self._stacks):
+                logits = stack.heads(views[stack.features])
+                preds = logits.sigmoid() >= 0.5
+                decided = torch.stack([preds & labels, preds], dim=2).float()
+                totals[i] = totals[i] + torch.einsum("bk,mbsc->mksc", weights, decided).double()
+                finite[i] = finite[i] & logits.isfinite().all(dim=(1, 2))
+        return [
+            (total.cpu().numpy().astype(np.int64), known.cpu().numpy())
+            for total, known in zip(totals, finite, strict=True)
+        ]
+
+    def _iterate_val(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Validation rows and their features, never more at once than a batch of training has."""
+        start = 0
+        for share in self._val.tiles.iterate_share():
+            for inputs in share.split(self._config.batch_size):
+                yield slice(start, start + len(inputs)), self._take_features(inputs)
+                start += len(inputs)
+
+    def collect(self, *, keep: bool) -> tuple[list[HeadResult], list[TrainConfig]]:
+        """The heads that trained soundly, with their tensors if they are to be kept, and those that did not."""
+        results, failed = [], []
+        for stack, progress in zip(self._stacks, self.progress, strict=True):
+            history = np.stack(progress.history)
+            for m, config in enumerate(stack.configs):
+                if not progress.sound[m]:
+                    failed.append(config)
+                    continue
+                tensors = {name: tensor[m].cpu().clone() for name, tensor in progress.tensors.items()}
+                results.append(self._collect_head(stack, m, progress.tensors, history[:, m], tensors if keep else None))
+        return results, failed
+
+    def _collect_head(
+        self,
+        stack: Stack,
+        m: int,
+        best: dict[str, Tensor],
+        history: CountArray,
+        tensors: dict[str, Tensor] | None,
+    ) -> HeadResult:
+        support = self._folds.support
+        heads = StackedHeads({name: tensor[m : m + 1] for name, tensor in best.items()})
+        weighted, _ = score_counts(history.sum(axis=1), support.sum(axis=0))
+        others, own = choose_epochs(history, support)
+        figures = self._score(heads, stack.features)
+        return HeadResult(stack.configs[m], int(weighted.argmax()) + 1, figures, others, own, tensors)
+
+    @torch.inference_mode()
+    def _score(self, heads: StackedHeads, features: str) -> dict[str, float]:
+        """Figures of a single head on the rows that count."""
+        val = self._val
+        logits = torch.cat([heads(views[features])[0].cpu() for _, views in self._iterate_val()])
+        probs: npt.NDArray[np.float32] = logits.sigmoid().numpy()[val.counted]
+        whole = np.zeros(len(probs), np.intp), np.ones((1, 1))
+        scores = score_resamples(probs, val.rows.labels[val.counted], *whole)
+        return {key: float(scores[key][0]) for key in KEYS}
