@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -15,10 +13,7 @@ from train.model.loss import LOSSES, LossConfig, asymmetric_loss, bce_loss, foca
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh inputs every run; `TEST_SEED=n` repeats one."""
-    seed = int(os.environ.get("TEST_SEED") or np.random.SeedSequence().generate_state(1)[0])
-    print(f"TEST_SEED={seed}")
-    return np.random.default_rng(seed)
+    return np.random.default_rng(fresh_seed())
 
 
 def reference(logits: np.ndarray, labels: np.ndarray, alpha: float, gamma: float) -> np.ndarray:
