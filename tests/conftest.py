@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import hypothesis.core
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
 from extract.demo.server import find_server_binary, serve_bucket
 from tests.proxy import Proxy
+from tests.seeds import FIXED, choose_test_seed, draw_for
 
 PROJECT_ROOT = Path(__file__).parents[1]
 
@@ -20,9 +22,35 @@ PROJECT_ROOT = Path(__file__).parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+TEST_SEED = choose_test_seed()
+
 # A machine with other work to do is slow at times, and no property is about time.
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile("any machine", deadline=None, derandomize=TEST_SEED == FIXED)
 hypothesis.settings.load_profile("any machine")
+if TEST_SEED != FIXED:
+    hypothesis.core.global_force_seed = int(TEST_SEED)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Print the seed of a run that is not the usual one: pytest's own header is off with `-q`."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and TEST_SEED != FIXED:
+        reporter.write_line(f"TEST_SEED={TEST_SEED}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> Iterator[object]:
+    """Draw a fixture's seeds for its own name; a shared one's not for whichever test asks for it first."""
+    name = f"{fixturedef.argname}[{getattr(request, 'param_index', 0)}]"
+    with draw_for(f"{request.node.name}/{name}" if fixturedef.scope == "function" else name):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Draw a test's seeds for its name and parameters."""
+    with draw_for(item.name):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,6 +16,7 @@ from PIL import Image
 
 from extract.config import ExtractConfig
 from extract.run import run_extraction
+from tests.seeds import fresh_seed as fresh_seed
 from train.__main__ import run as run_command_line
 
 CLASSES: Mapping[str, tuple[int, int, tuple[int, int, int]]] = {
@@ -30,13 +30,6 @@ CLASSES: Mapping[str, tuple[int, int, tuple[int, int, int]]] = {
 
 SHARES = (0.55, 0.4, 0.25, 0.25, 0.12)
 TILE = 64
-
-
-def fresh_seed() -> int:
-    """Another seed every run, printed; `TEST_SEED=n` repeats one."""
-    seed = int(os.environ.get("TEST_SEED") or np.random.SeedSequence().generate_state(1)[0]) % 2**31
-    print(f"TEST_SEED={seed}")
-    return seed
 
 
 def plant_tiles(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 import time
 import uuid
@@ -60,9 +61,12 @@ def make_bucket() -> Iterator[tuple[str, str]]:
 
 
 @click.command()
-@click.option("--seed", type=int, default=1, show_default=True, help="Of everything that is drawn.")
-def main(seed: int) -> None:
+@click.option("--seed", type=int, help="Of everything that is drawn; without it, another every time.")
+def main(seed: int | None) -> None:
     """Run them all; the first that loses something ends with an error that names it."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}: repeat with ARGS='--seed {seed}'", flush=True)
     rows: Rows = []
     with make_bucket() as (url, bucket):
         parts: dict[str, Callable[[Path], Rows]] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -14,9 +18,11 @@ from hypothesis import strategies as st
 from cache_schema import BlockValues, Layout
 from extract.ranks.group import Ranks
 from tests.planted import fresh_seed
-from train.data.batches import epoch_order, split_evenly, take_share
+from tests.vectors import hold as hold_vectors
+from train.data.batches import count_epoch, draw_epoch, draw_repeats, epoch_order, split_evenly, take_share
 from train.data.cached import CachedTiles
 from train.data.labels import LabelledRows
+from train.data.rare import compute_repeat_factors
 from train.data.vectors import HeldVectors
 
 
@@ -59,6 +65,29 @@ def hold(rows: int, features: tuple[str, ...] = ("cls",), block_rows: int = 7) -
     for block, where in enumerate(version.layout.block_slices()):
         vectors.keep(block, make_values(where))
     return vectors
+
+
+NAMES = tuple("abcdef")
+
+
+def make_sampled_rows(labels: np.ndarray, threshold: float | None) -> LabelledRows:
+    n = len(labels)
+    return LabelledRows(
+        index=np.arange(n),
+        tiles=np.array([f"t{i}" for i in range(n)]),
+        scenes=np.array(["s"] * n),
+        labels=labels,
+        reading="type",
+        class_ids=tuple(range(len(NAMES))),
+        class_names=NAMES,
+        notes=(),
+        repeat_factors=None if threshold is None else compute_repeat_factors(labels, threshold),
+    )
+
+
+def draw_labels(rng: np.random.Generator, rows: int = 300) -> np.ndarray:
+    """A long tail whose last class is on no tile; some tiles show nothing."""
+    return rng.random((rows, len(NAMES))) < np.array([0.5, 0.1, 0.05, 0.02, 0.02, 0])
 
 
 @settings(max_examples=60)
@@ -158,3 +187,62 @@ def test_features_are_joined_in_the_order_asked_for() -> None:
     ):
         (share,) = CachedTiles(make_rows([3]), hold(4, features), make_ranks(0, 1)).iterate_share()
         assert share.tolist() == [expected]
+
+
+def test_factors_are_rounded_at_random_and_right_on_average() -> None:
+    factors = np.array([1.0, 1.25, 2.0, 3.9] * 500)
+    for epoch in range(3):
+        repeats = draw_repeats(factors, 5, epoch)
+        assert ((repeats == np.floor(factors)) | (repeats == np.ceil(factors))).all()
+        # Of 500 draws the mean lies within 4.5 standard errors but once in 150,000 times.
+        for first, factor in enumerate(factors[:4]):
+            share = factor % 1
+            error = 4.5 * math.sqrt(share * (1 - share) / 500)
+            assert repeats[first::4].mean() == pytest.approx(factor, abs=error + 1e-12)
+    torch.rand(3)
+    np.random.random(3)
+    np.testing.assert_array_equal(draw_repeats(factors, 5, 2), repeats)
+    assert (draw_repeats(factors, 5, 3) != repeats).any()
+    assert (draw_repeats(factors, 6, 2) != repeats).any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_rank_sees_its_share_of_the_same_repeated_batches(world_size: int) -> None:
+    rng = np.random.default_rng(fresh_seed())
+    seed, epoch, batch_size = (int(v) for v in rng.integers(1, 50, 3))
+    labels = draw_labels(rng)
+    rows = make_sampled_rows(labels, 0.2)
+    vectors = np.arange(len(labels), dtype=np.float16)[:, None]
+    held = hold_vectors(vectors)
+    shares = []
+    for rank in range(world_size):
+        ranks = Ranks(rank, world_size, world_size, torch.device("cpu"), dist.HashStore())
+        tiles = CachedTiles(rows, held, ranks)
+        shares.append(list(tiles.iterate_epoch(batch_size=batch_size, seed=seed, epoch=epoch)))
+    batches = [sorted(int(row) for share in batch for row in share.rows) for batch in zip(*shares, strict=True)]
+    order = draw_epoch(rows, seed, epoch)
+    assert batches == [sorted(part.tolist()) for part in order.split(batch_size)]
+    for batch, expected in zip(zip(*shares, strict=True), batches, strict=True):
+        assert all(share.global_size == len(expected) for share in batch)
+        assert all(torch.equal(share.inputs[:, 0].long(), share.rows) for share in batch)
+    shown = Counter(row for batch in batches for row in batch)
+    assert rows.repeat_factors is not None
+    assert [shown[row] for row in range(len(rows))] == draw_repeats(rows.repeat_factors, seed, epoch).tolist()
+    assert sum(shown.values()) == count_epoch(rows, seed, epoch) > len(rows)
+    assert order.tolist() != sorted(order.tolist())
+
+
+def test_without_repeats_an_epoch_is_what_it_was() -> None:
+    rows = make_sampled_rows(draw_labels(np.random.default_rng(fresh_seed())), None)
+    assert torch.equal(draw_epoch(rows, 3, 4), epoch_order(len(rows), 3, 4))
+    assert count_epoch(rows, 3, 4) == len(rows)
+    # With a factor of 1 everywhere too.
+    rows = replace(rows, repeat_factors=np.ones(len(rows)))
+    assert torch.equal(draw_epoch(rows, 3, 4), epoch_order(len(rows), 3, 4))
+
+
+def test_factors_go_with_their_rows() -> None:
+    rows = make_sampled_rows(draw_labels(np.random.default_rng(fresh_seed())), 0.2)
+    chosen = np.arange(len(rows)) % 3 == 1
+    assert rows.repeat_factors is not None
+    np.testing.assert_array_equal(rows.select(chosen).repeat_factors, rows.repeat_factors[chosen])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from tests.seeds import fresh_seed
 from train.metrics.figures import (
     DOMINANT_CLASSES,
     compute_metrics,
@@ -31,10 +31,7 @@ TOLERANCE = 1e-6
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh inputs every run; `TEST_SEED=n` repeats one."""
-    seed = int(os.environ.get("TEST_SEED") or np.random.SeedSequence().generate_state(1)[0])
-    print(f"TEST_SEED={seed}")
-    return np.random.default_rng(seed)
+    return np.random.default_rng(fresh_seed())
 
 
 def draw(rng: np.random.Generator, rows: int = 203, classes: int = 12) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import tracemalloc
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score
 
+from tests.seeds import fresh_seed
 from train.metrics import intervals
 from train.metrics.figures import compute_metrics
 from train.metrics.intervals import KEYS, bootstrap_difference, bootstrap_intervals, score_resamples
@@ -17,10 +17,7 @@ from train.metrics.intervals import KEYS, bootstrap_difference, bootstrap_interv
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh inputs every run; `TEST_SEED=n` repeats one."""
-    seed = int(os.environ.get("TEST_SEED") or np.random.SeedSequence().generate_state(1)[0])
-    print(f"TEST_SEED={seed}")
-    return np.random.default_rng(seed)
+    return np.random.default_rng(fresh_seed())
 
 
 def draw(
