@@ -150,7 +150,7 @@ def _load_embedder(plan: Plan, version: Version, ranks: Ranks) -> TileEmbedder:
     """The backbone, and a batch size that fits on every rank: halved once, before the first block, if it must be."""
     precision: Any = version.provenance.precision
     backbone = Backbone.load(plan.checkpoint, precision=precision, device=ranks.device)
-    embedder = TileEmbedder(backbone, plan.checkpoint, version.recorded.batch_size)
+    embedder = TileEmbedder.for_version(version, backbone, plan.checkpoint)
     if not ranks.agree(embedder.fits()):
         asked, embedder.batch_size = embedder.batch_size, max(1, embedder.batch_size // 2)
         fit = ranks.agree(embedder.fits())

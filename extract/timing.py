@@ -10,7 +10,6 @@ import numpy.typing as npt
 from cache_schema import LABEL_ID_COLUMNS, Status, Version
 from cache_schema.cli.text import format_duration, show_first, show_name
 from cache_schema.layout import LABEL_IDS_DTYPE, POOLED_DTYPE
-from extract.backbone.dinov3 import POOLING
 from extract.tiles.batch import LabelBatch, TileBatch
 
 _MALFORMED = ": malformed line"
@@ -156,13 +155,14 @@ def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str
 def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) -> str:
     """What the whole bucket would take, from this trial."""
     seconds = all_tiles * max(t.wall_s for t in timings) / sum(t.tiles for t in timings)
-    size = estimate_cache_bytes(all_tiles, version.layout.width)
+    layout = version.layout
+    size = estimate_cache_bytes(all_tiles, layout.width * len(layout.pooling))
     return (
         f"all {all_tiles:,} tiles: about {format_duration(seconds)} on this hardware and {size / 2**20:,.0f} MiB "
         "of cache (the same command without LIMIT)"
     )
 
 
-def estimate_cache_bytes(tiles: int, width: int) -> int:
-    """Bytes of a cache of so many tiles and `width` numbers a vector; the tile table adds a few per cent."""
-    return tiles * (width * POOLED_DTYPE.itemsize * len(POOLING) + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize)
+def estimate_cache_bytes(tiles: int, numbers: int) -> int:
+    """Bytes of a cache of so many tiles, each of so many pooled numbers; the tile table adds a few per cent."""
+    return tiles * (numbers * POOLED_DTYPE.itemsize + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize)

@@ -10,6 +10,7 @@ from cache_schema import Status, Version
 from cache_schema.cli.text import format_bytes
 from extract.backbone.checkpoint import Checkpoint
 from extract.backbone.dinov3 import Backbone
+from extract.backbone.pooling import count_tokens_read
 from extract.backbone.precision import DTYPES
 from extract.backbone.provenance import find_cached_checkpoint
 from extract.ranks.group import Ranks, join_ranks
@@ -148,7 +149,7 @@ def _estimate_memory(
     unit = checkpoint.tokens * checkpoint.width * tiles
     arithmetic = "autocast" if amp else "float32"
     layer = unit * _KEPT[arithmetic]
-    last = unit * _KEPT_FOR_CLS[arithmetic] if config.features == "cls" else layer
+    last = unit * _KEPT_FOR_CLS[arithmetic] if count_tokens_read(config.features.split("+")) == 1 else layer
     kept = (config.unfreeze - 1) * layer + last
     if config.grad_checkpoint:  # and one layer at a time whole again
         kept = config.unfreeze * unit * _KEPT["checkpointed"] + (layer if config.unfreeze > 1 else last)
