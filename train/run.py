@@ -17,8 +17,8 @@ from train.data.rare import find_rarest
 from train.data.sets import Sets, read_sets
 from train.loop.assemble import MakeTiles, prepare_training
 from train.loop.determinism import deterministic_algorithms
+from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
-from train.loop.trainer import choose_batch_size
 from train.loop.validation import predict_logits
 from train.metrics.baselines import compare
 from train.metrics.evaluation import describe_evaluation, evaluate_rows
@@ -110,7 +110,7 @@ def finish_run(
     """
     best = ranks.run_on_main(lambda: load_best(run.path), tell=LoadedCheckpoint.outline)
     load_tensors(classifier, best.tensors, ranks)
-    amp = use_amp(config, ranks)
+    amp = use_amp(config.amp, ranks.device)
     val_logits = predict_logits(classifier, make_tiles(sets.val), ranks, amp=amp)
     test_logits = None
     if sets.test is not None:

@@ -45,10 +45,8 @@ class TileEmbedder:
         On CUDA the work is only queued: reading the result waits for it.
         """
         pixels = self.transform(batch.images, device=self.backbone.device, dtype=self.backbone.dtype)
-        missing = self.batch_size - len(batch)
-        if missing:
-            pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
-        vectors = {name: pooled[: len(batch)].half() for name, pooled in self.backbone(pixels, self.pooling).items()}
+        pooled = self.backbone(pad_batch(pixels, self.batch_size), self.pooling)
+        vectors = {name: rows[: len(batch)].half() for name, rows in pooled.items()}
         blank = np.flatnonzero(batch.status != Status.EMBEDDED)
         if blank.size:
             for rows in vectors.values():
@@ -71,3 +69,9 @@ class TileEmbedder:
                 raise
             return False
         return True
+
+
+def pad_batch(pixels: Tensor, size: int) -> Tensor:
+    """Append zeros to (b, …) until it has `size` rows: every forward pass has one shape, whatever the batch."""
+    missing = size - len(pixels)
+    return torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])]) if missing else pixels

@@ -40,22 +40,11 @@ def prepare_training(
         for line in augmentation.describe():
             ranks.say(line)
         stream = TileStream(version, checkpoint, ranks, workers=config.workers, augmentation=augmentation)
-        stream.unfreeze(
-            config.unfreeze,
-            checkpointing=config.grad_checkpoint,
-            amp=use_amp(config, ranks),
-            say=ranks.say,
-        )
+        stream.unfreeze(config.unfreeze, checkpointing=config.grad_checkpoint, amp=use_amp(config.amp, ranks.device))
         if config.cache_prefix:
             # In the shape that a step computes: another would round differently.
             share = -(-config.batch_size // ranks.world_size)
-            stream.keep_prefix(
-                sets.train,
-                sets.val,
-                config.scratch,
-                batch=-(-share // config.accumulate),
-                say=ranks.say,
-            )
+            stream.keep_prefix(sets.train, sets.val, config.scratch, batch=-(-share // config.accumulate))
         backbone, make_tiles = stream.backbone, stream.build
     meta = make_meta(config, sets.train)
     classifier = Classifier(make_head(meta, version.layout.width, config.seed), backbone, features).to(ranks.device)
@@ -104,7 +93,7 @@ def _compare_cached_and_streamed(
         (on_cache, open_cached_tiles(sets.val, ranks)),
         (classifier, make_tiles(sets.val)),
     ):
-        logits = predict_logits(model, tiles, ranks, amp=use_amp(config, ranks))
+        logits = predict_logits(model, tiles, ranks, amp=use_amp(config.amp, ranks.device))
         if logits is not None:
             scored = score_epoch(logits, sets.val.rows, sets.counted, loss=config.make_loss())
             figures.append(f"{scored['map_macro']:.4f}")
