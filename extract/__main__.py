@@ -7,6 +7,7 @@ import click
 
 from cache_schema import TileprobeError
 from cache_schema.cli.command import DONE, FOUND, Group, Outcome, heading, run_group
+from extract.backbone.pooling import DEFAULT_POOLING
 from extract.backbone.precision import DTYPES
 from extract.ranks.group import exit_with
 from extract.ranks.signals import Stopped
@@ -47,6 +48,7 @@ def main() -> None:
     default="auto",
     help="Dtype of weights and forward pass; auto is bf16 where the device multiplies it, else float32.",
 )
+@click.option("--pooling", default="+".join(DEFAULT_POOLING), help="Vectors to store of each tile, joined by +.")
 @heading("Machine")
 @click.option("--batch-size", type=int, default=32, help="Tiles per forward pass.")
 @click.option("--workers", type=int, help="Feed processes per rank.  [default: its cores less one]")
@@ -123,7 +125,7 @@ def tile_command(
 
 
 _DOCTOR_ASKS = (
-    *("tiles", "backbone", "image_size", "cache", "precision", "batch_size", "workers", "device"),
+    *("tiles", "backbone", "image_size", "cache", "precision", "pooling", "batch_size", "workers", "device"),
     *("scene_regex", "unlabelled", "max_quarantined", "yes"),
 )
 """Options of an extraction that decide whether it can work."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from extract.backbone.pooling import DEFAULT_POOLING, POOLINGS
 from extract.backbone.precision import PrecisionChoice
 from extract.ranks.same_job import PER_NODE
 from extract.tiles.scenes import DEFAULT_SCENE_REGEX
@@ -26,6 +27,7 @@ class ExtractConfig:
         cache: directory or `gs://…`, None for the default name.
         precision: dtype of weights and forward pass; `auto` for that of a version that is there already, else bf16
             where the device multiplies it and float32 elsewhere.
+        pooling: vectors to store of each tile: names of `POOLINGS`, joined by `+`.
         batch_size: tiles per forward pass.
         workers: feed processes per rank, None for one per core that computing leaves.
         device: `auto`, `cpu` or `cuda`.
@@ -43,6 +45,7 @@ class ExtractConfig:
     image_size: int | None = None
     cache: str | None = None
     precision: PrecisionChoice = "auto"
+    pooling: str = "+".join(DEFAULT_POOLING)
     batch_size: int = 32
     workers: int | None = field(default=None, metadata=PER_NODE)
     device: str = field(default="auto", metadata=PER_NODE)
@@ -57,6 +60,9 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         if not self.tiles:
             raise ConfigError("TILES is not set: give gs://bucket/prefix or a directory, holding images/ and labels/")
+        names = self.pooled_arrays
+        if not set(names) <= set(POOLINGS) or len(set(names)) < len(names):
+            raise ConfigError(f"--pooling {self.pooling}: choose of {', '.join(POOLINGS)}, each once, joined by +")
         if not 1 <= self.batch_size <= 256:
             raise ConfigError(f"--batch-size {self.batch_size}: choose 1 to 256, a block's rows")
         if self.workers is not None and self.workers < 0:
@@ -67,6 +73,11 @@ class ExtractConfig:
             raise ConfigError(f"--max-quarantined {self.max_quarantined}: a share between 0 and 1")
         if self.profile and not Path(self.profile).absolute().parent.is_dir():
             raise ConfigError(f"--profile {self.profile}: no directory {Path(self.profile).absolute().parent}: make it")
+
+    @property
+    def pooled_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that a cache of these settings holds."""
+        return tuple(self.pooling.split("+"))
 
     def cache_url(self, image_size: int) -> str:
         """Where the cache goes: as asked, or `cache/<last two parts of TILES>-<backbone>-<size>[-limitN]`."""

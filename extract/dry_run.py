@@ -9,7 +9,6 @@ import numpy as np
 
 from cache_schema import CacheNotFoundError, CacheRoot, Layout, Status, Version
 from cache_schema.layout import choose_block_rows, count_blocks
-from extract.backbone.dinov3 import POOLING
 from extract.ranks.group import join_ranks
 from extract.ranks.same_job import Asked
 
@@ -44,7 +43,7 @@ def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[st
     if survey.earlier and version and version.recorded.batch_size != survey.earlier.recorded.batch_size:
         changes = None  # as in `make_plan`: a version may not mix sizes of batches
     rows = len(table)
-    layout = version.layout if version else Layout(rows, provenance.width, POOLING, choose_block_rows(rows))
+    layout = version.layout if version else Layout(rows, provenance.width, provenance.pooling, choose_block_rows(rows))
     pending = _find_pending(version, layout, retry=config.retry_quarantined)
     unknown = ~changes.same_tile if changes else np.ones(rows, bool)
     to_do = count_rows(layout, pending, unknown)
@@ -63,7 +62,7 @@ def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[st
         "kept": rows - to_do,
         "changes": survey.changes.count() if survey.changes else None,
         "bytes_to_read": int(table.size[waiting & unknown].sum()),
-        "cache_bytes": estimate_cache_bytes(rows, layout.width),
+        "cache_bytes": estimate_cache_bytes(rows, layout.width * len(layout.pooling)),
         "precision": provenance.precision,
         "image_size": provenance.image_size,
         "backbone": survey.recorded.backbone,

@@ -88,7 +88,7 @@ def make_survey(config: ExtractConfig, device: torch.device) -> Survey:
         notes.append(f"LIMIT={config.limit}: {len(table):,} of {len(listing.table):,} tiles, whole scenes")
     cache = config.cache_url(checkpoint.image_size)
     root = CacheRoot(cache, read_only=True)
-    provenance = choose_provenance(config.precision, checkpoint, root, table, device)
+    provenance = choose_provenance(config.precision, config.pooled_arrays, checkpoint, root, table, device)
     recorded = record_environment(
         follow_links(config.backbone), source, config.batch_size, device, provenance.precision
     )
@@ -135,15 +135,23 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
 
 
 def choose_provenance(
-    asked: PrecisionChoice, checkpoint: Checkpoint, root: CacheRoot, table: TileTable, device: torch.device
+    precision: PrecisionChoice,
+    pooling: tuple[str, ...],
+    checkpoint: Checkpoint,
+    root: CacheRoot,
+    table: TileTable,
+    device: torch.device,
 ) -> Provenance:
-    """`auto` keeps the precision of a version that is there, finished or begun, on whatever device it goes on; for a
-    new one that of the version in use, whose rows can then be kept."""
-    if asked != "auto":
-        return make_provenance(checkpoint, asked)
-    fastest = make_provenance(checkpoint, choose_precision(device))
+    """Return the provenance of the version to fill.
+
+    Precision `auto` keeps that of a version of this table, finished or begun, whatever the device; a new version takes
+    that of the version in use, so that its rows can be kept.
+    """
+    if precision != "auto":
+        return make_provenance(checkpoint, precision, pooling)
+    fastest = make_provenance(checkpoint, choose_precision(device), pooling)
     there, digest = root.versions(), table.identity_digest()
-    candidates = [fastest, *(replace(fastest, precision=precision) for precision in DTYPES)]
+    candidates = [fastest, *(replace(fastest, precision=other) for other in DTYPES)]
     in_use = open_in_use(root)
     kept = in_use.provenance if in_use and in_use.provenance in candidates else fastest
     return next((known for known in candidates if known.version_id(digest) in there), kept)

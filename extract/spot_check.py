@@ -120,7 +120,7 @@ def _embed_sample(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision: Any = version.provenance.precision
     backbone = Backbone.load(checkpoint, precision=precision, device=device)
-    embedder = TileEmbedder(backbone, checkpoint, version.recorded.batch_size)
+    embedder = TileEmbedder.for_version(version, backbone, checkpoint)
     width = version.layout.width
     again = {name: np.full((len(sample.rows), width), np.nan) for name in version.layout.pooling}
     with ThreadPoolExecutor(CONCURRENT_READS) as pool:

@@ -1,8 +1,10 @@
-"""What a run tells its user: where the time went, what was left out, what the whole bucket would take."""
+"""Measure where the time of a run goes, and describe it with what was left out and what the whole bucket would take."""
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +12,9 @@ import numpy.typing as npt
 from cache_schema import LABEL_ID_COLUMNS, Status, Version
 from cache_schema.cli.text import format_duration, show_first, show_name
 from cache_schema.layout import LABEL_IDS_DTYPE, POOLED_DTYPE
-from extract.backbone.dinov3 import POOLING
 from extract.tiles.batch import LabelBatch, TileBatch
+
+from .writer import BlockWriter
 
 _MALFORMED = ": malformed line"
 
@@ -71,6 +74,49 @@ class Timing:
         named = [problem.removesuffix(_MALFORMED) for problem in batch.problems if problem.endswith(_MALFORMED)]
         self.malformed += len(named)
         self.examples += named[: _MAX_EXAMPLES - len(self.examples)]
+
+
+class Stopwatch:
+    """Divides the time of an embedding rank into waiting for batches, computing, and waiting for writes.
+
+    Enter it before the writer: it then counts the wait for the last block, too.
+
+    Args:
+        timing: filled in.
+        writer: whose waits are not counted as computing.
+    """
+
+    def __init__(self, timing: Timing, writer: BlockWriter) -> None:
+        self._timing = timing
+        self._writer = writer
+        self._started = self._waited = 0.0
+
+    def __enter__(self) -> Self:
+        self._started = time.perf_counter()
+        return self
+
+    def waits(self, batches: Iterable[TileBatch]) -> Iterator[TileBatch]:
+        """Yield the batches; count the wait for each, and what the caller then does with it."""
+        timing, asked, copied = self._timing, self._started, 0.0
+        for batch in batches:
+            got, waited = time.perf_counter(), self._writer.wait_s
+            timing.note_batch(batch)
+            timing.feed_s += got - asked - (timing.copy_s - copied)
+            copied = timing.copy_s
+            self._count_wall(got)
+            yield batch
+            asked, wrote = time.perf_counter(), self._writer.wait_s - waited
+            timing.write_s += wrote
+            timing.device_s += asked - got - wrote
+            self._count_wall(asked)
+        self._waited = self._writer.wait_s
+
+    def __exit__(self, *_: object) -> None:
+        self._timing.write_s += self._writer.wait_s - self._waited
+        self._count_wall(time.perf_counter())
+
+    def _count_wall(self, now: float) -> None:
+        self._timing.wall_s = now - self._started - self._timing.copy_s
 
 
 def share_waits(timings: Sequence[Timing]) -> dict[str, float]:
@@ -156,13 +202,14 @@ def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str
 def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) -> str:
     """What the whole bucket would take, from this trial."""
     seconds = all_tiles * max(t.wall_s for t in timings) / sum(t.tiles for t in timings)
-    size = estimate_cache_bytes(all_tiles, version.layout.width)
+    layout = version.layout
+    size = estimate_cache_bytes(all_tiles, layout.width * len(layout.pooling))
     return (
         f"all {all_tiles:,} tiles: about {format_duration(seconds)} on this hardware and {size / 2**20:,.0f} MiB "
         "of cache (the same command without LIMIT)"
     )
 
 
-def estimate_cache_bytes(tiles: int, width: int) -> int:
-    """Bytes of a cache of so many tiles and `width` numbers a vector; the tile table adds a few per cent."""
-    return tiles * (width * POOLED_DTYPE.itemsize * len(POOLING) + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize)
+def estimate_cache_bytes(tiles: int, numbers: int) -> int:
+    """Bytes of a cache of so many tiles, each of so many pooled numbers; the tile table adds a few per cent."""
+    return tiles * (numbers * POOLED_DTYPE.itemsize + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize)

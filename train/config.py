@@ -10,7 +10,6 @@ import click
 from cache_schema import LabelIds
 from cache_schema.cli.command import heading
 from cache_schema.cli.text import parse_bytes
-from extract.backbone.dinov3 import POOLING
 from extract.ranks.same_job import PER_NODE
 from extract.tiles.scenes import DEFAULT_SCENE_REGEX
 from train.model.augment import MIN_CROP_SCALE, NO_AUGMENTATION, VIEWS, Augmentation, Views
@@ -160,9 +159,9 @@ class TrainConfig:
     crop_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        unknown = set(self.features.split("+")) - set(POOLING)
-        if unknown or len(set(self.features.split("+"))) != len(self.features.split("+")):
-            raise TrainError(f"--features {self.features}: choose of {', '.join(POOLING)}, joined by +")
+        names = self.features.split("+")
+        if "" in names or len(set(names)) < len(names):
+            raise TrainError(f"--features {self.features}: name pooled arrays of the cache, each once, joined by +")
         if self.epochs < 1 or self.batch_size < 1 or self.save_every < 1:
             raise TrainError("--epochs, --batch-size and --save-every must be at least 1")
         for name, (value, fits, range_) in self._ranges().items():
@@ -338,7 +337,7 @@ TRAINING: Options = [
         "left out, 224 px: to compare with the original script's figures only.",
     ),
     heading("Model"),
-    click.option("--features", default="cls", help="cls, patch_mean or cls+patch_mean."),
+    click.option("--features", default="cls", help="Pooled arrays of the cache, joined by +: cls+patch_mean."),
     click.option("--head", type=click.Choice(HEADS), default="mlp", help="With a hidden layer, or without."),
     heading("Training"),
     click.option("--weight-decay", type=float, default=0.01, help="Of AdamW."),

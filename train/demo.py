@@ -199,7 +199,7 @@ def _measure_difference(ranks: Ranks) -> float:
     values, table = version.read_rows(), version.read_table()
     checkpoint = find_cached_checkpoint(version)
     stream = TileStream(version, checkpoint, ranks, workers=None)
-    embedder = TileEmbedder(stream.backbone, checkpoint, version.recorded.batch_size)
+    embedder = TileEmbedder.for_version(version, stream.backbone, checkpoint)
     feed = TileFeed(open_source(version.recorded.tiles), workers=ranks.choose_workers(None))
     largest = 0.0
     for batch in feed.read(request_batches(table, range(len(table)), version.recorded.batch_size)):

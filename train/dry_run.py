@@ -10,6 +10,7 @@ from cache_schema import Status, Version
 from cache_schema.cli.text import format_bytes
 from extract.backbone.checkpoint import Checkpoint
 from extract.backbone.dinov3 import Backbone
+from extract.backbone.pooling import count_tokens_read
 from extract.backbone.precision import DTYPES
 from extract.backbone.provenance import find_cached_checkpoint
 from extract.ranks.group import Ranks, join_ranks
@@ -17,9 +18,9 @@ from extract.ranks.same_job import Asked
 from train.data.batches import count_epoch
 from train.data.memory import choose_budget
 from train.data.sets import Sets, read_sets
-from train.loop.step import use_amp, use_shards
+from train.loop.schedule import choose_batch_size
+from train.loop.step import use_amp
 from train.loop.step_zero import choose_block
-from train.loop.trainer import choose_batch_size
 from train.model.classifier import Head
 from train.model.shards import describe_shards
 
@@ -143,17 +144,17 @@ def _estimate_memory(
         frozen, in_layers, in_head: parameters, the latter two trained.
     """
     precision: Any = version.provenance.precision
-    amp = use_amp(config, ranks)
+    amp = use_amp(config.amp, ranks.device)
     tiles = math.ceil(math.ceil(config.batch_size / ranks.world_size) / config.accumulate)
     unit = checkpoint.tokens * checkpoint.width * tiles
     arithmetic = "autocast" if amp else "float32"
     layer = unit * _KEPT[arithmetic]
-    last = unit * _KEPT_FOR_CLS[arithmetic] if config.features == "cls" else layer
+    last = unit * _KEPT_FOR_CLS[arithmetic] if count_tokens_read(config.features.split("+")) == 1 else layer
     kept = (config.unfreeze - 1) * layer + last
     if config.grad_checkpoint:  # and one layer at a time whole again
         kept = config.unfreeze * unit * _KEPT["checkpointed"] + (layer if config.unfreeze > 1 else last)
     held = trained = in_layers + in_head
-    if use_shards(config, ranks):
+    if config.shard and ranks.world_size > 1:
         held = -(-trained // ranks.world_size) + in_layers // config.unfreeze
     copies = trained if amp and not config.grad_checkpoint else 0  # autocast's, kept whole for the backward pass
     memory = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from extract.ranks.group import Ranks, join_ranks, say
+from extract.ranks.group import Ranks, join_ranks
 from extract.ranks.same_job import Asked
 from extract.ranks.signals import Stopped, stop_on_signals
 from train.data.memory import agree_on_budget
@@ -17,8 +17,8 @@ from train.data.rare import find_rarest
 from train.data.sets import Sets, read_sets
 from train.loop.assemble import MakeTiles, prepare_training
 from train.loop.determinism import deterministic_algorithms
+from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
-from train.loop.trainer import choose_batch_size
 from train.loop.validation import predict_logits
 from train.metrics.baselines import compare
 from train.metrics.evaluation import describe_evaluation, evaluate_rows
@@ -56,7 +56,7 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
             config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
             start = ranks.run_on_main(lambda: open_run(config, head, sets), tell=Start.outline)
             for line in (*sets.notes, *notes, *start.notes):
-                say(ranks, line)
+                ranks.say(line)
             with deterministic_algorithms(config.deterministic):
                 return _train(config, start, head, sets, ranks)
         except Stopped as stop:
@@ -72,12 +72,12 @@ def _train(
     trainer, make_tiles = prepare_training(config, start.run, sets, ranks, head=None if start.resume else head)
     if start.resume is not None:
         trainer.restore(start.resume)
-    trainer.fit(lambda line: say(ranks, line))
+    trainer.fit(ranks.say)
     folds = None
     if sets.whole is not None:
         from train.folds.cross_validation import cross_validate  # which trains its heads by what is in this room
 
-        folds = cross_validate(config, sets.whole, start.run, ranks, lambda line: say(ranks, line))
+        folds = cross_validate(config, sets.whole, start.run, ranks, ranks.say)
     lines = folds.describe() if folds else ()
     return finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks, lines)
 
@@ -110,7 +110,7 @@ def finish_run(
     """
     best = ranks.run_on_main(lambda: load_best(run.path), tell=LoadedCheckpoint.outline)
     load_tensors(classifier, best.tensors, ranks)
-    amp = use_amp(config, ranks)
+    amp = use_amp(config.amp, ranks.device)
     val_logits = predict_logits(classifier, make_tiles(sets.val), ranks, amp=amp)
     test_logits = None
     if sets.test is not None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from extract.errors import BackboneError
 
+from .family import FAMILIES, find_family
 from .hub import CONFIGURATION, download, measure_download, no_checkpoint
 
 _HUB_IDS = {
@@ -95,15 +96,14 @@ def find_configuration(name: str, image_size: int | None = None) -> tuple[Checkp
 
 def _read_configuration(name: str, path: Path, image_size: int | None) -> Checkpoint:
     config = _read_json(path / "config.json")
-    if config.get("model_type") != "dinov3_vit":
-        raise BackboneError(f"{name} is a {config.get('model_type')!r} checkpoint: BACKBONE must be a DINOv3 ViT")
+    family = find_family(name, config.get("model_type"))
     processor = _read_json(path / "preprocessor_config.json")
     try:
         mean, std = tuple(processor["image_mean"]), tuple(processor["image_std"])
         size = _TRAINED_SIZE.get(name) or int(processor["size"]["height"])
         size = size if image_size is None else image_size
-        patch, depth, width = config["patch_size"], config["num_hidden_layers"], config["hidden_size"]
-        tokens = 1 + config["num_register_tokens"] + (size // patch) ** 2
+        patch, depth, width = config[family.patch_size], config[family.depth], config[family.width]
+        tokens = family.find_first_patch(config) + (size // patch) ** 2
         flop = count_flop(config, size)
         if len(mean) != 3 or len(std) != 3:
             raise ValueError(f"{len(mean)} means and {len(std)} deviations for 3 channels")
@@ -124,13 +124,14 @@ def count_flop(config: Mapping[str, Any], image_size: int) -> float:
 
     Counted are patch embedding, projections, attention and MLP; norms, activations and biases are well below 1 %.
     """
-    patches = (image_size // config["patch_size"]) ** 2
-    tokens = 1 + config["num_register_tokens"] + patches
-    width, hidden = config["hidden_size"], config["intermediate_size"]
-    projections = 4 * width * width + (3 if config.get("use_gated_mlp") else 2) * width * hidden
+    family = FAMILIES[config["model_type"]]
+    patches = (image_size // config[family.patch_size]) ** 2
+    tokens = family.find_first_patch(config) + patches
+    width, hidden = config[family.width], config[family.mlp_width]
+    projections = 4 * width * width + (3 if config.get(family.gated_mlp) else 2) * width * hidden
     attention = 2 * tokens * width  # scores and weighted sum, of one token with all
-    embedding = patches * 3 * config["patch_size"] ** 2 * width
-    return float(2 * (config["num_hidden_layers"] * tokens * (projections + attention) + embedding))
+    embedding = patches * 3 * config[family.patch_size] ** 2 * width
+    return float(2 * (config[family.depth] * tokens * (projections + attention) + embedding))
 
 
 def follow_links(name: str) -> str:

@@ -6,6 +6,7 @@ Source: Siméoni et al. 2025, "DINOv3"; the model code is transformers' `DINOv3V
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,10 +17,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from extract.errors import BackboneError
 
 from .checkpoint import Checkpoint
+from .family import find_family
 from .onednn import SDPA, can_pack, keep_freed_memory, pack, unpack
+from .pooling import DEFAULT_POOLING, count_tokens_read, pool_tokens
 from .precision import DTYPES, Precision
-
-POOLING = ("cls", "patch_mean")
 
 
 class Backbone(nn.Module):
@@ -32,6 +33,10 @@ class Backbone(nn.Module):
     def __init__(self, vit: Any) -> None:
         super().__init__()
         self.vit = vit
+        config = vit.config.to_dict()
+        self._family = find_family("the model", config["model_type"])
+        self.first_patch = self._family.find_first_patch(config)
+        self._patch_size = int(config[self._family.patch_size])
         self.trained_layers = 0
         self.checkpointing = False
         vit.requires_grad_(False)
@@ -89,17 +94,14 @@ class Backbone(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The transformer layers, wherever this release of transformers keeps them."""
-        for owner in (getattr(self.vit, "model", None), self.vit):
-            layers = getattr(owner, "layer", None)
-            if isinstance(layers, nn.ModuleList):
-                return layers
-        raise BackboneError("cannot find the transformer layers in this release of transformers: see constraints.txt")
+        """The transformer layers."""
+        return self._family.find_layers(self.vit)
 
     @property
-    def first_patch(self) -> int:
-        """Where the patch tokens begin: after CLS and the registers."""
-        return 1 + int(self.vit.config.num_register_tokens)
+    def norm(self) -> nn.Module:
+        """The final norm."""
+        norm: nn.Module = self.vit.norm
+        return norm
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,7 +114,7 @@ class Backbone(nn.Module):
         device: torch.device = self.vit.embeddings.patch_embeddings.weight.device
         return device
 
-    def forward(self, pixel_values: Tensor, pooling: Sequence[str] = POOLING) -> dict[str, Tensor]:
+    def forward(self, pixel_values: Tensor, pooling: Sequence[str] = DEFAULT_POOLING) -> dict[str, Tensor]:
         """Pooled embeddings of (B, 3, S, S) pixel values: per name in `pooling` (B, D) float32."""
         with torch.no_grad():
             hidden = self.run_prefix(pixel_values)
@@ -135,14 +137,14 @@ class Backbone(nn.Module):
         rope = self.vit.rope_embeddings(pixel_values)
         return self.layers[0](hidden, position_embeddings=rope)  # type: ignore[no-any-return]
 
-    def run_suffix(self, hidden: Tensor, pooling: Sequence[str] = POOLING) -> dict[str, Tensor]:
+    def run_suffix(self, hidden: Tensor, pooling: Sequence[str] = DEFAULT_POOLING) -> dict[str, Tensor]:
         """From the prefix's tokens (B, T, D) to pooled embeddings, as `forward`; carries gradients where layers are
         trained."""
-        keep = 1 if set(pooling) == {"cls"} else None
+        keep = count_tokens_read(pooling)
         if self.trained_layers:
             hidden = hidden.float()
             # Position embeddings depend on the size of the tiles alone; they are square, so the tokens tell it.
-            side = math.isqrt(hidden.shape[1] - self.first_patch) * self.vit.config.patch_size
+            side = math.isqrt(hidden.shape[1] - self.first_patch) * self._patch_size
             rope = self.vit.rope_embeddings(hidden.new_empty(1, 3, side, side))
             *layers, last = self.trained
             runs: list[Callable[..., Tensor]] = [*layers, partial(last, keep=keep)]
@@ -158,16 +160,20 @@ class Backbone(nn.Module):
         """The unfrozen layers, in their order."""
         return self.layers[len(self.layers) - self.trained_layers :]
 
+    def list_trained(self) -> list[nn.Module]:
+        """Return the modules that train: the unfrozen layers and the final norm; none while all is frozen."""
+        return [*self.trained, self.norm] if self.trained_layers else []
+
+    def save(self, directory: Path) -> None:
+        """Write config.json and the weights, as transformers reads them. The layers must be unpacked."""
+        self.vit.save_pretrained(directory)
+
     def _pool(self, hidden: Tensor, pooling: Sequence[str]) -> dict[str, Tensor]:
         """Final norm and means in float32, whatever came before. Tokens are CLS, the registers, then the patches."""
         norm = self.vit.norm
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = layer_norm(hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-            pools: dict[str, Callable[[], Tensor]] = {
-                "cls": lambda: tokens[:, 0],
-                "patch_mean": lambda: tokens[:, self.first_patch :].mean(dim=1),
-            }
-            return {name: pools[name]() for name in pooling}
+            return pool_tokens(tokens, pooling, self.first_patch)
 
     def unpack(self) -> None:
         """Make every layer a plain one again, with weights that have names: what is saved or traced must be."""
@@ -196,7 +202,7 @@ class Backbone(nn.Module):
         for layer in self.trained:
             unpack(layer)
         let_keep_first(self.trained[-1])
-        for module in (*self.trained, self.vit.norm):
+        for module in self.list_trained():
             module.float().requires_grad_(True)
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         if not names:

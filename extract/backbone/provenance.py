@@ -10,16 +10,25 @@ from cache_schema import Provenance, ProvenanceError, Recorded, Version
 from extract.tiles.source import Source
 
 from .checkpoint import Checkpoint, find_checkpoint
-from .dinov3 import POOLING
 from .onednn import choose_attention
+from .pooling import count_tokens_read
 from .precision import DTYPES, Precision
 from .transform import RESAMPLING
 
 _LIBRARIES = ("torch", "transformers", "pillow", "kornia-rs", "zarr", "numpy")
 
 
-def make_provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
-    """What embeddings of this checkpoint in this precision depend on; reads and hashes the weight files."""
+def make_provenance(checkpoint: Checkpoint, precision: Precision, pooling: tuple[str, ...]) -> Provenance:
+    """Return what embeddings of this checkpoint depend on; reads and hashes the weight files.
+
+    Args:
+        checkpoint, precision: of the backbone.
+        pooling: names of the pooled arrays, of `POOLINGS`.
+
+    Raises:
+        BackboneError: there is no pooling of one of the names.
+    """
+    count_tokens_read(pooling)
     return Provenance(
         weights_sha256=checkpoint.hash_weights(),
         depth=checkpoint.depth,
@@ -28,7 +37,7 @@ def make_provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
         mean=checkpoint.mean,
         std=checkpoint.std,
         resampling=RESAMPLING,
-        pooling=POOLING,
+        pooling=pooling,
         precision=precision,
     )
 
@@ -36,7 +45,7 @@ def make_provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
 def find_cached_checkpoint(
     version: Version, backbone: str | None = None, *, remedy: str = "run `make extract` again"
 ) -> Checkpoint:
-    """The checkpoint that made a version.
+    """Find the checkpoint that made a version.
 
     Args:
         version: of a cache.
@@ -47,13 +56,21 @@ def find_cached_checkpoint(
         ProvenanceError: what lies there has other weights or settings.
     """
     checkpoint = find_checkpoint(backbone or version.recorded.backbone, version.provenance.image_size)
-    precision: Any = version.provenance.precision
-    differences = version.provenance.differences(make_provenance(checkpoint, precision))
+    differences = find_other_ingredients(version.provenance, checkpoint)
     if differences:
         raise ProvenanceError(
             f"{checkpoint.path} is not what made {version.root.url} ({'; '.join(differences)}): {remedy}"
         )
     return checkpoint
+
+
+def find_other_ingredients(provenance: Provenance, checkpoint: Checkpoint) -> list[str]:
+    """Return one line for each ingredient in which a checkpoint differs from what made these embeddings.
+
+    Precision and pooling are settings of the extraction, not of the checkpoint: both are taken from the provenance.
+    """
+    precision: Any = provenance.precision
+    return provenance.differences(make_provenance(checkpoint, precision, provenance.pooling))
 
 
 def record_environment(

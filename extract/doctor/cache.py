@@ -90,7 +90,9 @@ def check_version(
     )
     if unknown:
         return Verdict(everything, f"{_count(there)} there; whether one is to be gone on with is not known: {unknown}")
-    provenance = choose_provenance(config.precision, weights.checkpoint, root, found.table, device.ranks.device)
+    provenance = choose_provenance(
+        config.precision, config.pooled_arrays, weights.checkpoint, root, found.table, device.ranks.device
+    )
     wanted = provenance.version_id(found.table.identity_digest())
     if wanted in there:
         return _describe_version(root, wanted, everything)
@@ -128,9 +130,9 @@ def _count(versions: list[str]) -> str:
     return f"{len(versions) or 'no'} version{'' if len(versions) == 1 else 's'}"
 
 
-def check_space(url: str, pending: Pending, width: int, *, at_least: str = "") -> Verdict[int]:
-    """Whether the disk has room for the rows to write, of `width` numbers a vector."""
-    needed = estimate_cache_bytes(pending.to_write, width)
+def check_space(url: str, pending: Pending, numbers: int, *, at_least: str = "") -> Verdict[int]:
+    """Whether the disk has room for the rows to write, each of so many pooled numbers."""
+    needed = estimate_cache_bytes(pending.to_write, numbers)
     wanted = f"{at_least}{needed / 2**20:,.1f} MiB to write"
     if is_bucket(url):
         return Verdict(needed, f"{wanted}; a bucket has room")

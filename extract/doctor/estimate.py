@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cache_schema import Layout, Status
+from cache_schema import Status
 from cache_schema.cli.text import format_duration
 from cache_schema.layout import choose_block_rows
-from extract.backbone.dinov3 import POOLING, Backbone
+from extract.backbone.dinov3 import Backbone
 from extract.backbone.embed import TileEmbedder
+from extract.backbone.pooling import DEFAULT_POOLING
 from extract.errors import BackboneError
 from extract.tiles.batch import TileBatch
 
@@ -37,8 +38,8 @@ CLASS_A_USD, CLASS_B_USD = 0.005 / 1000, 0.0004 / 1000
 
 Source: https://cloud.google.com/storage/pricing-examples.
 """
-_OBJECTS_A_BLOCK = len(POOLING) + 3
-"""Chunks of the pooled arrays, `label_ids`, `status` and `commit`."""
+_OTHER_OBJECTS_A_BLOCK = 3
+"""Chunks of `label_ids`, `status` and `commit`; each pooled array adds one."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def choose_batch(tile_s: float, asked: int) -> int:
 def _time_backbone(weights: Weights, device: Device, sample: TileBatch, size: int) -> float:
     """Seconds a tile of transform and forward pass, with tiles of the sample as far as they go."""
     backbone = Backbone.load(weights.checkpoint, precision=device.precision, device=device.ranks.device)
-    embedder = TileEmbedder(backbone, weights.checkpoint, size)
+    embedder = TileEmbedder(backbone, weights.checkpoint, size, DEFAULT_POOLING)
     if not embedder.fits():
         raise BackboneError(f"a batch of {size} tiles does not fit in memory: set a smaller --batch-size or IMAGE_SIZE")
     rows = np.flatnonzero(sample.status == Status.EMBEDDED)[:size].tolist()
@@ -155,7 +156,9 @@ class Estimate:
         return self.class_a * CLASS_A_USD + self.class_b * CLASS_B_USD
 
 
-def estimate(found: Found, pending: Pending, speed: Speed, *, tiles_in_bucket: bool, cache_in_bucket: bool) -> Estimate:
+def estimate(
+    found: Found, pending: Pending, speed: Speed, *, tiles_in_bucket: bool, cache_in_bucket: bool, arrays: int
+) -> Estimate:
     """What embedding `pending.to_do` of the tiles found takes, each being as the average of them.
 
     A tile and a label that is not empty are read with a request each; a block is written with one for each of its
@@ -165,18 +168,17 @@ def estimate(found: Found, pending: Pending, speed: Speed, *, tiles_in_bucket: b
     share = pending.to_do / len(table)
     read = int(table.size.sum() + table.label_size.clip(0).sum())
     requests = len(table) + int((table.label_size > 0).sum())
-    rows = choose_block_rows(len(table))
-    blocks = Layout(pending.to_write, 1, POOLING, rows).blocks
+    blocks = -(-pending.to_write // choose_block_rows(len(table)))
     return Estimate(
         seconds=pending.to_do * speed.tile_s,
         read_bytes=round(share * read),
-        class_a=found.pages * tiles_in_bucket + blocks * _OBJECTS_A_BLOCK * cache_in_bucket,
+        class_a=found.pages * tiles_in_bucket + blocks * (arrays + _OTHER_OBJECTS_A_BLOCK) * cache_in_bucket,
         class_b=round(share * requests) * tiles_in_bucket,
     )
 
 
 def check_estimate(
-    found: Found, pending: Pending, speed: Speed, urls: Sequence[str], price: float | None
+    found: Found, pending: Pending, speed: Speed, urls: Sequence[str], price: float | None, *, arrays: int
 ) -> Verdict[Estimate]:
     """Tiles, bytes, time and cost, of what is to do.
 
@@ -184,9 +186,10 @@ def check_estimate(
         found, pending, speed: what was found out.
         urls: of tiles and cache.
         price: of all that computes, an hour, in whatever currency.
+        arrays: number of pooled arrays in the cache.
     """
     tiles, cache = (is_bucket(url) for url in urls)
-    taken = estimate(found, pending, speed, tiles_in_bucket=tiles, cache_in_bucket=cache)
+    taken = estimate(found, pending, speed, tiles_in_bucket=tiles, cache_in_bucket=cache, arrays=arrays)
     hours = taken.seconds / 3600
     cost = (
         f"{hours * price:,.2f} at {price:g} an hour"

@@ -85,7 +85,12 @@ def examine(config: DoctorConfig, say: Callable[[Finding], None]) -> list[Findin
     )
     exam.check(
         "cache space",
-        lambda: check_space(place.get(), pending.get(), backbone.get().checkpoint.width, at_least=found.get().at_least),
+        lambda: check_space(
+            place.get(),
+            pending.get(),
+            backbone.get().checkpoint.width * len(run.pooled_arrays),
+            at_least=found.get().at_least,
+        ),
     )
     _examine_work(exam, config, device, backbone, found, sample, pending, url)
     return exam.findings
@@ -137,5 +142,12 @@ def _examine_work(
     )
     exam.check(
         "estimate",
-        lambda: check_estimate(found.get(), pending.get(), speed.get(), (run.tiles, url.get()), config.price_per_hour),
+        lambda: check_estimate(
+            found.get(),
+            pending.get(),
+            speed.get(),
+            (run.tiles, url.get()),
+            config.price_per_hour,
+            arrays=len(run.pooled_arrays),
+        ),
     )

@@ -170,6 +170,11 @@ class Ranks:
             dist.all_gather_object(answers, holds)
         return all(answers)
 
+    def say(self, line: str) -> None:
+        """Print a line for the user, on rank 0 only."""
+        if self.is_main:
+            print(line, flush=True)
+
     def wait(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
@@ -280,8 +285,3 @@ def choose_device(device: str, local_rank: int, local_world: int) -> torch.devic
         raise ConfigError(f"NPROC={local_world}, but {gpus} GPUs are visible: use NPROC={gpus}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def say(ranks: Ranks, line: str) -> None:
-    if ranks.is_main:
-        print(line, flush=True)

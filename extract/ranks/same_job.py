@@ -119,12 +119,17 @@ class Member:
 def _list_versions() -> dict[str, str]:
     # The patch level of Python changes nothing that ranks exchange; two checkouts may have one version.
     python = ".".join(platform.python_version_tuple()[:2])
-    own = f"{installed_version('tileprobe')} (source {_digest_source()})"
+    own = f"{installed_version('tileprobe')} (source {digest_source()})"
     return {"tileprobe": own, "Python": python, **{name: installed_version(name) for name in _LIBRARIES}}
 
 
-def _digest_source() -> str:
-    digest, root = hashlib.sha256(), Path(__file__).parents[2]
+def digest_source(root: Path = Path(__file__).parents[2]) -> str:
+    """Return 12 hex digits of the sha256 over names and bytes of all source files of the packages below `root`.
+
+    Raises:
+        RuntimeError: a package has no source files there.
+    """
+    digest = hashlib.sha256()
     for package in _PACKAGES:
         files = sorted((root / package).rglob("*.py"))
         if not files:  # a digest of nothing would make all checkouts look the same

@@ -51,7 +51,7 @@ class TileFeed:
             pin_memory=pin_memory,
             worker_init_fn=_end_with_rank if workers else None,
             # Forked workers can deadlock on the locks of Zarr's event loop and of the HTTP client.
-            multiprocessing_context=_make_forkserver() if workers else None,
+            multiprocessing_context=make_forkserver() if workers else None,
         )
 
     def start(self) -> None:
@@ -184,9 +184,10 @@ def _let_go_of_rank(kind: type[BaseException], error: BaseException, traceback: 
         sys.__excepthook__(kind, error, traceback)
 
 
-def _make_forkserver() -> multiprocessing.context.BaseContext:
+def make_forkserver() -> multiprocessing.context.BaseContext:
+    """Start the server that workers are forked from, with this module and all it imports already loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["extract.tiles.feed"])
+    context.set_forkserver_preload([__name__])
     # Ctrl-C goes to every process of a terminal. The rank answers it; its workers end with it, and keep quiet.
     resource_tracker.ensure_running()  # whose start, later, would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -12,8 +12,9 @@ from train.data.batches import Tiles
 from train.data.cached import open_cached_tiles
 from train.data.sets import Sets, read_sets
 from train.loop.assemble import make_head, make_meta
+from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
-from train.loop.trainer import Trainer, choose_batch_size
+from train.loop.trainer import Trainer
 from train.loop.validation import ValidationSet
 from train.model.classifier import Classifier, Head
 from train.runs.directory import RunDirectory
@@ -78,7 +79,7 @@ def _time_sweep(configs: list[TrainConfig], train: Tiles, val: ValidationSet, se
     folds = Folds.make(val, configs[0].seed, ranks.device)
     with tqdm(disable=True) as bar:
         for stacks in plan_passes(configs, [configs[0].seed], fresh, ranks.device):
-            sweep = SweepPass(stacks, train, val, folds, ("cls",), fresh, amp=use_amp(configs[0], ranks))
+            sweep = SweepPass(stacks, train, val, folds, ("cls",), fresh, amp=use_amp(configs[0].amp, ranks.device))
             sweep.train(bar)
             sweep.collect(keep=True)
     return time.perf_counter() - started

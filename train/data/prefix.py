@@ -26,6 +26,7 @@ from cache_schema import Version
 from cache_schema.cli.text import format_bytes
 from extract.backbone.checkpoint import Checkpoint
 from extract.backbone.dinov3 import Backbone
+from extract.backbone.embed import pad_batch
 from extract.backbone.precision import DTYPES
 from extract.ranks.group import Ranks
 from train.errors import TrainError
@@ -234,11 +235,8 @@ def compute_slots(
         shown = pixels[torch.from_numpy(where).to(pixels.device)]
         if views > 1:
             shown = apply_symmetry(shown, torch.from_numpy(part % views))
-        missing = batch - len(part)
-        if missing:
-            shown = torch.cat([shown, shown.new_zeros(missing, *shown.shape[1:])])
         with torch.inference_mode():
-            tokens = backbone.run_prefix(shown)
+            tokens = backbone.run_prefix(pad_batch(shown, batch))
         yield tokens[: len(part)]
 
 

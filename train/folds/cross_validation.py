@@ -26,8 +26,8 @@ from train.data.sets import Sets, mark_counted, mark_left_out, repeat_rare_tiles
 from train.data.split import fold_rows
 from train.errors import SplitError
 from train.loop.assemble import prepare_training
+from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
-from train.loop.trainer import choose_batch_size
 from train.loop.validation import predict_logits
 from train.metrics.evaluation import Evaluation, describe_calibration, evaluate_rows, score_epoch
 from train.runs.directory import RunDirectory
@@ -112,7 +112,7 @@ def _train_fold(config: TrainConfig, sets: Sets, ranks: Ranks) -> npt.NDArray[np
     with tempfile.TemporaryDirectory(prefix="tileprobe-fold-") as folder:
         trainer, make_tiles = prepare_training(config, RunDirectory(Path(folder)), sets, ranks)
         trainer.fit(lambda line: None)
-        logits = predict_logits(trainer.classifier, make_tiles(sets.val), ranks, amp=use_amp(config, ranks))
+        logits = predict_logits(trainer.classifier, make_tiles(sets.val), ranks, amp=use_amp(config.amp, ranks.device))
     return None if logits is None else logits.numpy()
 
 

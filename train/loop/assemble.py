@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from extract.backbone.provenance import find_cached_checkpoint
-from extract.ranks.group import Ranks, say
+from extract.ranks.group import Ranks
 from train.config import TrainConfig
 from train.data.batches import Tiles
 from train.data.cached import open_cached_tiles
@@ -38,24 +38,13 @@ def prepare_training(
         checkpoint = ranks.run_on_main(lambda: find_cached_checkpoint(version))
         augmentation = config.make_augmentation()
         for line in augmentation.describe():
-            say(ranks, line)
+            ranks.say(line)
         stream = TileStream(version, checkpoint, ranks, workers=config.workers, augmentation=augmentation)
-        stream.unfreeze(
-            config.unfreeze,
-            checkpointing=config.grad_checkpoint,
-            amp=use_amp(config, ranks),
-            say=lambda line: say(ranks, line),
-        )
+        stream.unfreeze(config.unfreeze, checkpointing=config.grad_checkpoint, amp=use_amp(config.amp, ranks.device))
         if config.cache_prefix:
             # In the shape that a step computes: another would round differently.
             share = -(-config.batch_size // ranks.world_size)
-            stream.keep_prefix(
-                sets.train,
-                sets.val,
-                config.scratch,
-                batch=-(-share // config.accumulate),
-                say=lambda line: say(ranks, line),
-            )
+            stream.keep_prefix(sets.train, sets.val, config.scratch, batch=-(-share // config.accumulate))
         backbone, make_tiles = stream.backbone, stream.build
     meta = make_meta(config, sets.train)
     classifier = Classifier(make_head(meta, version.layout.width, config.seed), backbone, features).to(ranks.device)
@@ -63,7 +52,7 @@ def prepare_training(
         load_tensors(classifier, head.tensors)
         _compare_cached_and_streamed(config, classifier, make_tiles, sets, ranks)
     if config.shard:
-        say(ranks, describe_shards(ranks))
+        ranks.say(describe_shards(ranks))
     val = ValidationSet(make_tiles(sets.val), sets.val.rows, sets.counted)
     return Trainer(classifier, make_tiles(sets.train), val, config, meta, run, ranks), make_tiles
 
@@ -104,9 +93,9 @@ def _compare_cached_and_streamed(
         (on_cache, open_cached_tiles(sets.val, ranks)),
         (classifier, make_tiles(sets.val)),
     ):
-        logits = predict_logits(model, tiles, ranks, amp=use_amp(config, ranks))
+        logits = predict_logits(model, tiles, ranks, amp=use_amp(config.amp, ranks.device))
         if logits is not None:
             scored = score_epoch(logits, sets.val.rows, sets.counted, loss=config.make_loss())
             figures.append(f"{scored['map_macro']:.4f}")
     if figures:
-        say(ranks, f"step 0: mAP of the starting head: cached {figures[0]}, streamed {figures[1]}")
+        ranks.say(f"step 0: mAP of the starting head: cached {figures[0]}, streamed {figures[1]}")

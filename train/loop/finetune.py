@@ -1,7 +1,7 @@
 """What fine-tuning needs beyond the cached path: the cache's own backbone, its tiles, and a head to start from."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -107,24 +107,23 @@ class TileStream:
         self._feeds: dict[str, TileFeed] = {}
         self._prefixes: dict[str, PrefixCache] = {}
 
-    def unfreeze(self, layers: int, *, checkpointing: bool, amp: bool, say: Callable[[str], None]) -> None:
+    def unfreeze(self, layers: int, *, checkpointing: bool, amp: bool) -> None:
         """Check step 0, then make the last `layers` trainable.
 
         Raises:
             StepZeroError: streamed embeddings are not the cache's.
             BackboneError: there are fewer layers.
         """
-        tiles = self._version.recorded.tiles
+        ranks, tiles = self._ranks, self._version.recorded.tiles
         step_zero = StepZero(self._version, open_source(tiles), self._open_feed(tiles), self._checkpoint)
-        say(self._ranks.run_on_main(lambda: step_zero.check_reproduction(self.backbone)))
+        ranks.say(ranks.run_on_main(lambda: step_zero.check_reproduction(self.backbone)))
         trained = self.backbone.unfreeze_last(layers, checkpointing=checkpointing)
-        say(self._ranks.run_on_main(lambda: step_zero.check_training_precision(self.backbone, amp=amp)))
+        ranks.say(ranks.run_on_main(lambda: step_zero.check_training_precision(self.backbone, amp=amp)))
         count = sum(parameter.numel() for parameter in self.backbone.parameters() if parameter.requires_grad)
-        say(f"training {len(trained)} tensors ({count:,} parameters): the last {layers} layers and the final norm")
+        size = f"{len(trained)} tensors ({count:,} parameters)"
+        ranks.say(f"training {size}: the last {layers} layers and the final norm")
 
-    def keep_prefix(
-        self, train: LabelledCache, val: LabelledCache, scratch: str, *, batch: int, say: Callable[[str], None]
-    ) -> None:
+    def keep_prefix(self, train: LabelledCache, val: LabelledCache, scratch: str, *, batch: int) -> None:
         """Run the frozen layers over these sets once, and have `build` read the result from now on.
 
         Raises:
@@ -137,7 +136,7 @@ class TileStream:
             started = time.perf_counter()
             count = prefix.fill(slots, compute, batch=batch, ranks=self._ranks)
             seconds = time.perf_counter() - started
-            say(
+            self._ranks.say(
                 f"prefix cache {prefix.folder}: {len(np.unique(slots // views)):,} tiles"
                 + (f", {count:,} of their views computed by this rank in {seconds:,.0f} s" if count else ", all there")
             )

@@ -51,10 +51,10 @@ class TrainStep:
         self._config = config
         self._class_weights = class_weights
         self._ranks = ranks
-        self._amp = use_amp(config, ranks)
+        self._amp = use_amp(config.amp, ranks.device)
         self._loss: LossConfig = config.make_loss()
         self._part: nn.Module = classifier
-        if use_shards(config, ranks):
+        if config.shard and ranks.world_size > 1:
             shard_trained(classifier, ranks)
         elif ranks.world_size > 1:
             # With a size given, the first bucket is as large as the others: a head goes out in one message, not two.
@@ -176,11 +176,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
-def use_shards(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether to share out trained layers: as asked, where there is a rank to share with."""
-    return config.shard and ranks.world_size > 1
-
-
-def use_amp(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether to autocast: as asked, else where the device multiplies bf16."""
-    return multiplies_bf16(ranks.device) if config.amp is None else config.amp
+def use_amp(asked: bool | None, device: torch.device) -> bool:
+    """Return whether to autocast to bf16: as asked; with None, where the device multiplies bf16."""
+    return multiplies_bf16(device) if asked is None else asked

@@ -93,7 +93,7 @@ class StepZero:
         """(n, pooled widths) float64 stored and streamed vectors of the embedded rows, pooled arrays side by side."""
         version, table = self._version, self._version.read_table()
         batch = version.recorded.batch_size
-        embedder = TileEmbedder(backbone, self._checkpoint, batch)
+        embedder = TileEmbedder.for_version(version, backbone, self._checkpoint)
         streamed = []
         keep: list[bool] = []
         values = version.read_block(self._rows.start // version.layout.block_rows)

@@ -1,11 +1,9 @@
 """The training loop, the same for cached vectors and streamed tiles."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from tqdm import tqdm
 
 from extract.ranks.group import Ranks
 from train.config import TrainConfig
-from train.data.batches import Batch, Tiles, count_epoch
+from train.data.batches import Batch, Tiles
 from train.data.memory import report_device_peak
 from train.data.rare import compute_class_weights, find_rarest
 from train.errors import CheckpointError, TrainError
@@ -27,13 +25,10 @@ from train.model.shards import gather_state, gather_tensors, load_tensors, send_
 from train.runs.checkpoint import Begun, CheckpointMeta, LoadedCheckpoint, save_checkpoint, sync
 from train.runs.directory import RunDirectory
 
+from .finite import FiniteLosses
+from .schedule import Schedule
 from .step import TrainStep, use_amp
 from .validation import ValidationSet, predict_logits
-
-MIN_EPOCH_STEPS = 20
-
-CHECK_STEPS = 20
-"""Steps after which the losses are looked at: each look waits for the device and for the other ranks."""
 
 
 @dataclass
@@ -43,14 +38,6 @@ class EpochTiming:
     train_s: float = 0.0
     wait_s: float = 0.0
     val_s: float = 0.0
-
-
-def choose_batch_size(rows: int, asked: int) -> int:
-    """The asked global batch, halved until an epoch has 20 steps."""
-    size = asked
-    while size > 1 and rows / size < MIN_EPOCH_STEPS:
-        size //= 2
-    return size
 
 
 class Trainer:
@@ -73,17 +60,13 @@ class Trainer:
         self._meta = meta
         self._run = run
         self._ranks = ranks
-        self._amp = use_amp(config, ranks)
+        self._amp = use_amp(config.amp, ranks.device)
         self._loss = config.make_loss()
         self._epoch = 0
         self._begun = Begun()
         self._best: float | None = None
         self._best_epoch: int | None = None
-        # Repeated tiles make epochs longer, and not all of them alike.
-        self._epoch_tiles = [count_epoch(train.rows, config.seed, epoch) for epoch in range(config.epochs)]
-        *self._first_steps, self._steps = accumulate(
-            (math.ceil(tiles / config.batch_size) for tiles in self._epoch_tiles), initial=0
-        )
+        self._schedule = Schedule.plan(train.rows, seed=config.seed, epochs=config.epochs, batch_size=config.batch_size)
         self._rarest = find_rarest(train.rows.labels, val.rows.labels[val.counted])
         weights = None
         if config.class_weights != "none":
@@ -116,8 +99,8 @@ class Trainer:
     def _fit(self, note: Callable[[str], None]) -> None:
         over = self._is_over()
         with tqdm(
-            total=sum(self._epoch_tiles),
-            initial=sum(self._epoch_tiles[: self._epoch]) + self._begun.steps * self.config.batch_size,
+            total=sum(self._schedule.tiles),
+            initial=self._schedule.count_tiles(self._epoch, self._begun.steps),
             unit="tile",
             desc="train",
             disable=not self._ranks.draws_bars,
@@ -153,42 +136,38 @@ class Trainer:
         history."""
         config, started = self.config, time.perf_counter()
         self.classifier.train()
-        first, last = self._first_steps[self._epoch], ([*self._first_steps, self._steps])[self._epoch + 1]
-        done = first + self._begun.steps
+        steps, done = self._schedule.number_steps(self._epoch), self._begun.steps
         batches = self._train.iterate_epoch(
-            batch_size=config.batch_size, seed=config.seed, epoch=self._epoch, first_step=self._begun.steps
+            batch_size=config.batch_size, seed=config.seed, epoch=self._epoch, first_step=done
         )
         total = torch.tensor(self._begun.summed_loss, dtype=torch.float64, device=self._ranks.device)
         if not self._ranks.is_main:
             total.zero_()  # what was summed before counts once
         clipped = torch.tensor(self._begun.clipped, device=self._ranks.device)
-        unchecked: list[_StepRows] = []
-        for step, batch in enumerate(_time_waits(batches, timing), start=done + 1):
-            taken = step - 1 - first
-            # Once the batch is there: a DataLoader draws a number when it starts.
-            if step == done + 1 or (config.save_steps and taken % config.save_steps == 0):
+        losses = FiniteLosses(self._ranks, self._describe_not_finite)
+        for taken, batch in enumerate(_time_waits(batches, timing), start=done):
+            # Seed once the batch is there: a DataLoader draws a number when it starts.
+            if taken == done or (config.save_steps and taken % config.save_steps == 0):
                 seed_dropout(config.seed, self._epoch, self._ranks.rank, taken)
-            result = self._step.run(batch, scale_learning_rate(step - 1, self._steps, config.warmup))
+            step = steps[taken]
+            result = self._step.run(batch, scale_learning_rate(step, self._schedule.steps, config.warmup))
             total += result.summed
             clipped += result.clipped
             bar.update(batch.global_size)
-            unchecked.append(_StepRows(step, batch.rows, result.finite))
-            save = config.save_steps and (step - first) % config.save_steps == 0 and step < last
-            if save or len(unchecked) == CHECK_STEPS:
-                self._refuse_not_finite(unchecked)
-                unchecked.clear()
-            if save:
-                self._save_begun(step - first, total, clipped)
-        self._refuse_not_finite(unchecked)
+            losses.note(step + 1, batch.rows, result.finite)
+            if config.save_steps and (taken + 1) % config.save_steps == 0 and taken + 1 < len(steps):
+                losses.check()
+                self._save_begun(taken + 1, total, clipped)
+        losses.check()
         dist.all_reduce(total)
         self._begun = Begun()
         timing.train_s = time.perf_counter() - started
-        tiles = self._epoch_tiles[self._epoch]
+        tiles = self._schedule.tiles[self._epoch]
         figures = {"train_loss": float(total) / (tiles * len(self._meta.class_ids))}
         if config.repeat_factor:
             figures["train_tiles"] = tiles
         if config.clip_norm is not None:
-            figures["clipped_share"] = int(clipped) / (last - first)
+            figures["clipped_share"] = int(clipped) / len(steps)
         return figures
 
     def _save_begun(self, steps: int, total: torch.Tensor, clipped: torch.Tensor) -> None:
@@ -209,30 +188,12 @@ class Trainer:
 
         self._ranks.run_on_main(save)
 
-    def _refuse_not_finite(self, steps: list["_StepRows"]) -> None:
-        """End training on every rank if one of them met a loss that is not finite, and name the rows it came from.
-
-        From the step after it on everything is NaN, so the earliest step of all ranks is the one to name.
-        """
-        finite = torch.cat([step.finite for step in steps]).all() if steps else torch.ones((), dtype=torch.bool)
-        agreed = finite.to(self._ranks.device, torch.int32)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        if agreed:
-            return
-        mine = next(((step.number, step.bad_rows()) for step in steps if not step.finite.all()), None)
-        found: list[tuple[int, list[int]] | None] = [None] * self._ranks.world_size
-        dist.all_gather_object(found, mine)
-        first = min(number for number, _ in filter(None, found))
-        rows = sorted(row for number, part in filter(None, found) if number == first for row in part)
-
-        def refuse() -> None:
-            raise TrainError(
-                f"the loss is not finite in epoch {self._epoch + 1}, step {first:,} of {self._steps:,}, for "
-                f"{self._train.rows.describe(rows)} of a batch of {self.config.batch_size:,}: lower --lr, train "
-                "without --amp, or check these tiles; the checkpoints are as they were"
-            )
-
-        self._ranks.run_everywhere(refuse)
+    def _describe_not_finite(self, step: int, rows: list[int]) -> TrainError:
+        return TrainError(
+            f"the loss is not finite in epoch {self._epoch + 1}, step {step:,} of {self._schedule.steps:,}, for "
+            f"{self._train.rows.describe(rows)} of a batch of {self.config.batch_size:,}: lower --lr, train "
+            "without --amp, or check these tiles; the checkpoints are as they were"
+        )
 
     def _close_epoch(
         self,
@@ -258,8 +219,8 @@ class Trainer:
         self._run.append_history(
             {"epoch": self._epoch, "lr": self._step.optimizer.param_groups[0]["lr"], **trained, **figures}
         )
-        figures_of_cost = {**timing.__dict__, **report_device_peak(self._ranks.device)}
-        self._run.append_timing({"epoch": self._epoch, **figures_of_cost, "tiles": self._epoch_tiles[self._epoch - 1]})
+        cost = {**timing.__dict__, **report_device_peak(self._ranks.device)}
+        self._run.append_timing({"epoch": self._epoch, **cost, "tiles": self._schedule.tiles[self._epoch - 1]})
         value = metrics[self.config.best_by]
         if value is None:
             raise TrainError("no validation tile shows any class: no epoch can be the best; give a larger VAL_CACHE")
@@ -329,19 +290,6 @@ class _ClosedEpoch:
     best: bool
     due: bool
     over: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _StepRows:
-    """Of one step, counted from 1 over all epochs: this rank's rows and whether the loss of each is finite."""
-
-    number: int
-    rows: torch.Tensor
-    finite: torch.Tensor
-
-    def bad_rows(self) -> list[int]:
-        rows: list[int] = self.rows[~self.finite.cpu()].tolist()
-        return rows
 
 
 def _time_waits(batches: Iterator[Batch], timing: EpochTiming) -> Iterator[Batch]:

@@ -95,8 +95,7 @@ class Classifier(nn.Module):
 
     def list_trained(self) -> list[nn.Module]:
         """The modules that training changes."""
-        backbone = self.backbone
-        return [self.head, *((*backbone.trained, backbone.vit.norm) if backbone and backbone.trained_layers else ())]
+        return [self.head, *(self.backbone.list_trained() if self.backbone else ())]
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """What training changes: the head's tensors and those of unfrozen layers, by their name in this module."""

@@ -18,7 +18,7 @@ def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.A
     groups = [{"params": list(classifier.head.parameters()), "peak_lr": config.lr}]
     if classifier.backbone is not None and classifier.backbone.trained_layers:
         last, *below = reversed(classifier.backbone.trained)
-        top = [*classifier.backbone.vit.norm.parameters(), *last.parameters()]
+        top = [*classifier.backbone.norm.parameters(), *last.parameters()]
         rates = [config.backbone_lr * config.layer_decay**depth for depth in range(1 + len(below))]
         layers = [top, *(list(layer.parameters()) for layer in below)]
         groups += [{"params": layer, "peak_lr": rate} for layer, rate in zip(layers, rates, strict=True)]

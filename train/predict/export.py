@@ -26,7 +26,7 @@ from torch import Tensor
 
 from extract.backbone.checkpoint import Checkpoint, find_checkpoint
 from extract.backbone.dinov3 import Backbone
-from extract.backbone.provenance import make_provenance
+from extract.backbone.provenance import find_other_ingredients
 from extract.errors import BackboneError
 from extract.ranks.signals import stop_on_signals
 from train.errors import CheckpointError, TrainError
@@ -111,12 +111,11 @@ def _find_checkpoint(loaded: LoadedRun) -> Checkpoint:
     """
     run, name = loaded.directory, loaded.meta.backbone
     trained_on = run.read_provenance()
-    precision: Any = trained_on.precision
     try:
         checkpoint = find_checkpoint(name, trained_on.image_size)
     except BackboneError as error:
         raise CheckpointError(f"{run} was trained on {name}, which must be where it was then: {error}") from error
-    differences = trained_on.differences(make_provenance(checkpoint, precision))
+    differences = find_other_ingredients(trained_on, checkpoint)
     if differences:
         raise CheckpointError(
             f"{checkpoint.path} is not the backbone that {run} was trained on ({'; '.join(differences)}): "
@@ -170,7 +169,7 @@ def _write_backbone(loaded: LoadedRun, checkpoint: Checkpoint, classifier: Class
     run, meta = loaded.directory, loaded.meta
     if meta.unfreeze:
         assert classifier.backbone is not None
-        classifier.backbone.vit.save_pretrained(directory)
+        classifier.backbone.save(directory)
         merged = sum(name.startswith("backbone.") for name in loaded.tensors)
         return f"{run}, best epoch {meta.epoch}: {merged} trained tensors put into {checkpoint.name}, in float32"
     for file in (checkpoint.path / "config.json", *checkpoint.path.glob("*.index.json"), *checkpoint.weight_files):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, TileTable, Version, open_cache
 from cache_schema.layout import UInt8Array, UInt16Array
 from extract.backbone.dinov3 import Backbone
+from extract.backbone.embed import pad_batch
 from extract.backbone.transform import TileTransform
 from extract.ranks.group import Ranks
 from extract.tiles.batch import Request, TileBatch
@@ -25,6 +26,7 @@ from extract.tiles.listing import list_tiles
 from extract.tiles.source import open_source
 from extract.timing import Timing, describe_waits
 from train.errors import TrainError
+from train.loop.step import use_amp
 from train.model.augment import SYMMETRIES, Views, average_views
 from train.model.classifier import join_features
 
@@ -39,8 +41,6 @@ _ROUND = 16
 """Batches of each rank that rank 0 puts in order together: few enough to hold, enough for ranks not to wait often."""
 
 FloatArray = npt.NDArray[np.float32]
-
-Model = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,16 +225,21 @@ def _score_share(
     checkpoint = ranks.run_on_main(model.find_checkpoint)
     precision: Any = model.meta.precision
     backbone = Backbone.load(checkpoint, precision=precision, device=ranks.device)
-    classifier = _keep_shape(model.make_classifier(backbone, checkpoint.width, ranks.device), size)
+    classifier = model.make_classifier(backbone, checkpoint.width, ranks.device)
+
+    def compute(pixels: Tensor) -> Tensor:
+        logits: Tensor = classifier(pad_batch(pixels, size))
+        return logits[: len(pixels)]
+
     transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
-    amp, count = model.autocasts(ranks.device), ranks.make_counter("predicted")
+    amp, count = use_amp(model.amp, ranks.device), ranks.make_counter("predicted")
     asked = started = time.perf_counter()
     with tqdm(total=len(task.inputs), unit="tile", desc="predict", disable=not ranks.draws_bars) as bar:
         for batch in _read_share(task.inputs, feeds, ranks, size):
             got = time.perf_counter()
             with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
                 pixels = transform(batch.images, device=ranks.device, dtype=backbone.dtype)
-                logits = average_views(classifier, pixels) if tta == "d4" else classifier(pixels)
+                logits = average_views(compute, pixels) if tta == "d4" else compute(pixels)
             found = logits.float().cpu().numpy()
             found[batch.status != Status.EMBEDDED] = np.nan
             timing.note_batch(batch)
@@ -245,18 +250,6 @@ def _score_share(
             timing.wall_s = asked - started
             bar.set_postfix_str(describe_waits([timing]), refresh=False)
             bar.update(count(len(batch)) - bar.n)
-
-
-def _keep_shape(classifier: Model, size: int) -> Model:
-    """The classifier in forward passes of one shape: a short batch is filled up, as in extraction."""
-
-    def run(pixels: Tensor) -> Tensor:
-        missing = size - len(pixels)
-        if missing:
-            pixels = torch.cat([pixels, pixels.new_zeros(missing, *pixels.shape[1:])])
-        return classifier(pixels)[: size - missing]
-
-    return run
 
 
 def _open_feeds(inputs: Inputs, ranks: Ranks, workers: int | None) -> dict[str, TileFeed]:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 from extract.backbone.checkpoint import Checkpoint, find_checkpoint
 from extract.backbone.dinov3 import Backbone
-from extract.backbone.precision import multiplies_bf16
 from train.config import TrainConfig
 from train.errors import CheckpointError, TrainError
 from train.metrics.decisions import Decisions
@@ -64,10 +63,6 @@ class TrainedModel:
         classifier = Classifier(head, backbone, meta.features).to(device)
         load_tensors(classifier, self.tensors)
         return classifier.eval()
-
-    def autocasts(self, device: torch.device) -> bool:
-        """Whether it computes under autocast on that device."""
-        return multiplies_bf16(device) if self.amp is None else self.amp
 
 
 @dataclass(frozen=True, eq=False)

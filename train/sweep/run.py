@@ -18,8 +18,8 @@ from train.data.sets import Sets, read_sets
 from train.data.vectors import HeldVectors
 from train.errors import TrainError
 from train.loop.assemble import make_head, make_meta
+from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
-from train.loop.trainer import choose_batch_size
 from train.loop.validation import ValidationSet
 from train.model.classifier import Classifier, Head
 from train.run import finish_run
@@ -109,7 +109,7 @@ class Sweep:
     ) -> None:
         self._configs, self._seeds, self._sets, self._run, self._ranks = configs, seeds, sets, run, ranks
         self._joined = features
-        self._amp = use_amp(configs[0], ranks)
+        self._amp = use_amp(configs[0].amp, ranks.device)
         self._val = ValidationSet(open_cached_tiles(sets.val, ranks), sets.val.rows, sets.counted)
         self._folds = Folds.make(self._val, seeds[0], ranks.device)
         if not self._folds.support.any():

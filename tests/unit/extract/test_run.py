@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import cache_schema.root
 from cache_schema import NO_LABEL, BlockValues, CacheRoot, Status, Version
 from extract.backbone.checkpoint import find_checkpoint
+from extract.draw import BlockDraw
 from extract.plan import Plan
-from extract.run import _BlockDraw
 from extract.tiles.batch import LabelBatch, make_requests
 from extract.tiles.source import open_source
 from extract.timing import Timing
@@ -74,7 +74,7 @@ def test_every_pending_row_is_drawn_once(
     streams = {}
     for rank, writer in enumerate(writers):
         todo, source = replace(plan, pending=pending), open_source(plan.cache)
-        draw = _BlockDraw(version, todo, source, writer, Timing())  # type: ignore[arg-type]
+        draw = BlockDraw(version, todo, source, writer, Timing())  # type: ignore[arg-type]
         draw._earlier = KnownRows(known)  # type: ignore[assignment]
         streams[rank] = draw.draw_batches(lambda amount: store.add("block", amount), batch_size)
     drawn: list[list[list[int]]] = [[] for _ in writers]

@@ -58,8 +58,8 @@ def test_like_original_is_its_split_and_its_classes() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"features": "cls+cls"}, "--features cls.cls: choose of cls, patch_mean"),
-        ({"features": "mean"}, "--features mean"),
+        ({"features": "cls+cls"}, "--features cls.cls: name pooled arrays of the cache, each once"),
+        ({"features": "cls+"}, "--features cls.: name pooled arrays"),
         ({"features": ""}, "--features"),
         ({"epochs": 0}, "--epochs"),
         ({"batch_size": 0}, "--batch-size"),

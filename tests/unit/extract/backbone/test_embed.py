@@ -8,8 +8,9 @@ import torch
 
 from cache_schema import LABEL_ID_COLUMNS, Status
 from extract.backbone.checkpoint import find_checkpoint
-from extract.backbone.dinov3 import POOLING, Backbone
+from extract.backbone.dinov3 import Backbone
 from extract.backbone.embed import TileEmbedder
+from extract.backbone.pooling import POOLINGS
 from extract.backbone.precision import Precision
 from extract.tiles.batch import TileBatch
 from tests.checkpoints import make_checkpoint
@@ -23,7 +24,8 @@ BATCH = 8
 def embedder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TileEmbedder:
     checkpoint = find_checkpoint(str(make_checkpoint(tmp_path_factory.mktemp("c") / "checkpoint")))
     precision: Precision = request.param
-    return TileEmbedder(Backbone.load(checkpoint, precision=precision, device=torch.device("cpu")), checkpoint, BATCH)
+    backbone = Backbone.load(checkpoint, precision=precision, device=torch.device("cpu"))
+    return TileEmbedder(backbone, checkpoint, BATCH, tuple(POOLINGS))
 
 
 def make_batch(images: np.ndarray | list[np.ndarray], status: list[int] | None = None) -> TileBatch:
@@ -51,7 +53,7 @@ def images() -> np.ndarray:
 def test_padding_changes_no_bit_of_a_row(embedder: TileEmbedder, images: np.ndarray, n: int) -> None:
     """A short batch equals the first rows of a full one: every forward has one shape."""
     full, short = embedder.embed(make_batch(images)), embedder.embed(make_batch(images[:n]))
-    for name in POOLING:
+    for name in POOLINGS:
         assert short[name].shape == (n, 64)
         assert short[name].dtype == torch.float16
         np.testing.assert_array_equal(short[name], full[name][:n])
@@ -75,7 +77,7 @@ def test_rows_without_a_tile_are_nan_and_disturb_no_other(embedder: TileEmbedder
     embedded = np.array(status) == Status.EMBEDDED
     blanked = np.where(embedded[:, None, None, None], images, 0).astype(np.uint8)
     vectors, expected = embedder.embed(make_batch(blanked, list(status))), embedder.embed(make_batch(images))
-    for name in POOLING:
+    for name in POOLINGS:
         assert vectors[name][torch.from_numpy(~embedded)].isnan().all()
         np.testing.assert_array_equal(vectors[name][embedded], expected[name][embedded])
 
@@ -84,7 +86,7 @@ def test_tiles_of_mixed_sizes(embedder: TileEmbedder, images: np.ndarray) -> Non
     rng = np.random.default_rng(fresh_seed())
     odd = draw_pixels(rng, 33, 70)
     vectors = embedder.embed(make_batch([images[0], odd, images[1]]))
-    for name in POOLING:
+    for name in POOLINGS:
         np.testing.assert_array_equal(vectors[name][[0, 2]], embedder.embed(make_batch(images[:2]))[name])
         np.testing.assert_array_equal(vectors[name][1], embedder.embed(make_batch(odd[None]))[name][0])
 

@@ -70,7 +70,7 @@ def test_room_for_the_cache(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     row = 2 * 2 * 4096 + 2 * 128
     for rows, status in {free // row // 4: None, free // row * 24 // 25: "warning", free // row * 2: "fail"}.items():
-        verdict = check_space(str(tmp_path / "none/yet"), Pending(0, rows), 4096)
+        verdict = check_space(str(tmp_path / "none/yet"), Pending(0, rows), 2 * 4096)
         assert [concern.status for concern in verdict.concerns] == ([status] if status else [])
         assert verdict.value == rows * row
-    assert check_space("gs://some-bucket/x", Pending(0, 10**12), 4096).concerns == ()
+    assert check_space("gs://some-bucket/x", Pending(0, 10**12), 2 * 4096).concerns == ()

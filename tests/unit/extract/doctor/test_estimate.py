@@ -80,16 +80,16 @@ def test_estimate_by_hand() -> None:
     found = make_found(rng, 1000, pages=2)
     table = found.table
     speed = Speed(0.5, 0.01, 0.01, ranks=2, cores=4, workers=3, on_cpu=False)
-    whole = estimate(found, Pending(1000, 1000), speed, tiles_in_bucket=True, cache_in_bucket=True)
+    whole = estimate(found, Pending(1000, 1000), speed, tiles_in_bucket=True, cache_in_bucket=True, arrays=2)
     labels = [int(size) for size in table.label_size if size > 0]
     assert whole.seconds == pytest.approx(1000 * 0.5 / 2)
     assert whole.read_bytes == sum(int(size) for size in table.size) + sum(labels)
     assert whole.class_b == 1000 + len(labels)
     assert whole.class_a == 2 + 4 * 5  # four blocks of 256 rows; cls, patch_mean, label_ids, status and commit of each
     assert whole.request_usd == pytest.approx(22 * 5e-6 + whole.class_b * 4e-7)
-    none = estimate(found, Pending(0, 0), speed, tiles_in_bucket=True, cache_in_bucket=True)
+    none = estimate(found, Pending(0, 0), speed, tiles_in_bucket=True, cache_in_bucket=True, arrays=2)
     assert (none.seconds, none.read_bytes, none.class_a, none.class_b) == (0, 0, 2, 0)
-    local = estimate(found, Pending(1000, 1000), speed, tiles_in_bucket=False, cache_in_bucket=False)
+    local = estimate(found, Pending(1000, 1000), speed, tiles_in_bucket=False, cache_in_bucket=False, arrays=2)
     assert (local.class_a, local.class_b) == (0, 0)
 
 
@@ -97,8 +97,8 @@ def test_cost_and_a_long_extraction() -> None:
     found = make_found(np.random.default_rng(0), 1000, pages=2)
     speed = Speed(720.0, 0.01, 0.01, ranks=8, cores=4, workers=3, on_cpu=False)
     here = ("tiles", "cache")
-    verdict = check_estimate(found, Pending(1000, 1000), speed, here, price=12.5)
+    verdict = check_estimate(found, Pending(1000, 1000), speed, here, price=12.5, arrays=2)
     assert "about 25.0 h on this hardware, 312.50 at 12.5 an hour" in verdict.detail
     assert [concern.status for concern in verdict.concerns] == ["warning"]
-    assert "200.00 device-hours" in check_estimate(found, Pending(1000, 1000), speed, here, price=None).detail
-    assert check_estimate(found, Pending(900, 900), speed, here, price=None).concerns == []
+    assert "200.00 device-hours" in check_estimate(found, Pending(1000, 1000), speed, here, price=None, arrays=2).detail
+    assert check_estimate(found, Pending(900, 900), speed, here, price=None, arrays=2).concerns == []

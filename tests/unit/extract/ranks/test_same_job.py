@@ -7,13 +7,23 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from extract.config import ExtractConfig
-from extract.ranks.same_job import MAX_CLOCK_S, Asked, Member, decline, find_difference, find_wrong_clock, settle
+from extract.ranks.same_job import (
+    MAX_CLOCK_S,
+    Asked,
+    Member,
+    decline,
+    digest_source,
+    find_difference,
+    find_wrong_clock,
+    settle,
+)
 from train.config import SCRATCH, DataConfig, TrainConfig
 
 OWN = {"workers", "device"}
@@ -112,3 +122,40 @@ def test_a_node_keeps_its_own_of_what_rank_0_resolves() -> None:
     own = main.on_node_of(replace(TRAIN, device="cuda", workers=1, scratch="/own", epochs=9))
     assert own == replace(main, device="cuda", workers=1, scratch="/own")
     assert main.on_node_of(replace(TRAIN, scratch=SCRATCH)).scratch == "/rank0"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Three packages, one of them with a subfolder."""
+    for name in ("cache_schema/cache.py", "extract/ranks/group.py", "train/run.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text("value = 1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", ["edit", "rename", "add"])
+def test_a_change_anywhere_in_a_checkout_changes_its_digest(checkout: Path, change: str) -> None:
+    before, path = digest_source(checkout), checkout / "extract" / "ranks" / "group.py"
+    assert digest_source(checkout) == before
+    if change == "edit":
+        path.write_text("value = 2\n")
+    elif change == "rename":
+        path.rename(path.with_name("ranks.py"))
+    else:
+        (path.parent / "deeper").mkdir()
+        (path.parent / "deeper" / "empty.py").touch()
+    assert digest_source(checkout) != before
+
+
+@pytest.mark.parametrize("package", ["cache_schema", "extract", "train"])
+def test_a_package_without_files_has_no_digest(checkout: Path, package: str) -> None:
+    """A digest of nothing would be the same for all checkouts."""
+    (checkout / package).rename(checkout / "elsewhere")
+    with pytest.raises(RuntimeError, match=f"found no source files of {package} below"):
+        digest_source(checkout)
+
+
+def test_this_checkout_has_a_digest() -> None:
+    """The packages are found where this module lies, whatever its depth."""
+    assert digest_source() == digest_source(Path(__file__).parents[4])

@@ -395,6 +395,36 @@ def test_workers_end_with_a_rank_that_is_killed(tmp_path: Path, objects: Objects
     assert "Traceback" not in result.stderr
 
 
+REPORTS_PRELOAD = """
+import sys
+
+
+def report(connection):
+    connection.send("extract.tiles.feed" in sys.modules)
+
+
+if __name__ == "__main__":  # imported in the worker too, which must not load the module by itself
+    from extract.tiles.feed import make_forkserver
+
+    context = make_forkserver()
+    here, there = context.Pipe()
+    worker = context.Process(target=report, args=(there,))
+    worker.start()
+    print(here.recv())
+    worker.join()
+"""
+
+
+def test_the_fork_server_loads_the_feed_for_its_workers(tmp_path: Path, python_env: dict[str, str]) -> None:
+    """Python ignores a module that it cannot preload, and each worker would then spend seconds on it."""
+    script = tmp_path / "reports_preload.py"
+    script.write_text(REPORTS_PRELOAD)
+    result = subprocess.run(
+        [sys.executable, script], env=python_env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
+
+
 HANGS_UP = """
 import socket, sys
 from multiprocessing import resource_sharer

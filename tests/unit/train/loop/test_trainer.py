@@ -22,7 +22,8 @@ from train.config import TrainConfig
 from train.data.batches import Batch, epoch_order
 from train.data.labels import LabelledRows
 from train.errors import CheckpointError, TrainError
-from train.loop.trainer import MIN_EPOCH_STEPS, Trainer, choose_batch_size
+from train.loop.schedule import MIN_EPOCH_STEPS, choose_batch_size
+from train.loop.trainer import Trainer
 from train.loop.validation import ValidationSet
 from train.model.classifier import Classifier, Head
 from train.model.optimizer import make_optimizer, scale_learning_rate

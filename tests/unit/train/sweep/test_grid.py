@@ -54,7 +54,7 @@ def test_the_defaults_are_64_configurations() -> None:
         ({"losses": "focal:x"}, "--losses focal:x"),
         ({"losses": "focal:1.5"}, "--alpha 1.5: 0 to 1"),
         ({"losses": "asymmetric:0:4:1"}, "--margin 1.0"),
-        ({"features": "cls,max"}, "--features max: choose of cls, patch_mean"),
+        ({"features": "cls,max+"}, "--features max\\+: name pooled arrays of the cache, each once"),
         ({"heads": "conv"}, "conv is no head: choose of mlp, linear"),
         ({"heads": ""}, "--heads is empty"),
     ],
