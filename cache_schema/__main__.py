@@ -59,7 +59,7 @@ def info(cache: str, version_id: str | None) -> Outcome:
         "label_ids": format_histogram(rows.label_ids.sum(axis=0, dtype=np.int64)),
         "provenance": version.provenance.to_json(),
         "recorded": version.recorded.to_json(),
-        "other_versions": [other for other in version.root.versions() if other != version.id],
+        "other_versions": [other for other in CacheRoot(cache, read_only=True).versions() if other != version.id],
     }
     click.echo(_describe(summary))
     return Outcome(summary)
@@ -191,7 +191,7 @@ def _embed_sample(version: Version, rows: int, now: dict[str, Any]) -> int:
     returns its status."""
     command = [sys.executable, "-m", "extract", "sample", "--version", version.id, "--rows", str(rows)]
     command += [f"--{name}={value}" for name, value in now.items() if value is not None]
-    command += ["--", version.root.url]
+    command += ["--", version.url]
     sampling = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=isolate(os.environ))
     click.echo(sampling.stdout, nl=False)
     return sampling.returncode

@@ -48,9 +48,9 @@ class Cache(Version):
     """
 
     def __init__(
-        self, root: CacheRoot, version_id: str, group: zarr.Group, taxonomy: Taxonomy, label_ids: LabelIds | None
+        self, url: str, version_id: str, group: zarr.Group, taxonomy: Taxonomy, label_ids: LabelIds | None
     ) -> None:
-        super().__init__(root, version_id, group)
+        super().__init__(url, version_id, group)
         self.taxonomy = taxonomy
         self._label_ids = label_ids
         self._opened: dict[str, Any] = {}
@@ -153,8 +153,8 @@ class Cache(Version):
         if damaged:
             rows = self.layout.block_slice(damaged[0])
             raise IntegrityError(
-                f"{self.root.url}: {count_blocks(len(damaged))} damaged, rows {rows.start} to {rows.stop - 1} first: "
-                f"`python -m cache_schema verify {self.root.url} --repair` and `make extract` redo what is; "
+                f"{self.url}: {count_blocks(len(damaged))} damaged, rows {rows.start} to {rows.stop - 1} first: "
+                f"`python -m cache_schema verify {self.url} --repair` and `make extract` redo what is; "
                 "then open it again"
             )
 
@@ -175,10 +175,10 @@ class Cache(Version):
         return self._opened[name]
 
     def __repr__(self) -> str:
-        return f"<Cache {self.root.url}: {'; '.join(text for _, text in self._describe())}>"
+        return f"<Cache {self.url}: {'; '.join(text for _, text in self._describe())}>"
 
     def _repr_html_(self) -> str:
-        rows = [("Cache", self.root.url), *self._describe()]
+        rows = [("Cache", self.url), *self._describe()]
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
         return f"<table>{cells}</table>"
 
@@ -276,7 +276,7 @@ def open_cache(
     elif not isinstance(taxonomy, Taxonomy):
         taxonomy = Taxonomy.from_file(taxonomy)
     chosen = choose_version(str(url), version=version, allow_unsealed=allow_unsealed)
-    return Cache(chosen.root, chosen.id, chosen.group, taxonomy, None if label_ids == "auto" else label_ids)
+    return Cache(chosen.url, chosen.id, chosen.group, taxonomy, None if label_ids == "auto" else label_ids)
 
 
 def choose_version(url: str, *, version: str | None = None, allow_unsealed: bool = False) -> Version:

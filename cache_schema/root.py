@@ -146,7 +146,7 @@ class CacheRoot:
                 raise CacheFormatError(
                     f"{self.url}/{path} is damaged ({error}): remove it and run `make extract` again"
                 ) from error
-        version = Version(self, version_id, group)
+        version = Version(self.url, version_id, group)
         if not self._is_created(version_id):
             raise CacheNotFoundError(
                 f"version {version_id} of {self.url} was not created completely: run `make extract` again"

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,18 +35,25 @@ _SCAN_THREADS = 4
 _SCAN_BYTES = 2**20
 """Vectors that one thread of a scan reads at once: several small blocks in one request to Zarr, or one large one."""
 
-if TYPE_CHECKING:
-    from .root import CacheRoot
-
 
 class Version:
     """One version of a cache. Reading verifies digests; writing goes block by block."""
 
-    def __init__(self, root: "CacheRoot", version_id: str, group: zarr.Group) -> None:
-        self.root = root
+    def __init__(self, url: str, version_id: str, group: zarr.Group) -> None:
+        """Read the attributes of a version.
+
+        Args:
+            url: the cache that the version belongs to, for messages.
+            version_id: its id.
+            group: its Zarr group, open for reading or writing.
+
+        Raises:
+            CacheFormatError: the attributes are not those of this format.
+        """
+        self.url = url
         self.id = version_id
         self.group = group
-        attributes = _read_attributes(group, root.url)
+        attributes = _read_attributes(group, url)
         self.provenance = Provenance.from_json(attributes["provenance"])
         self.recorded = Recorded.from_json(attributes["recorded"])
         self.layout = Layout(
@@ -57,7 +64,7 @@ class Version:
         )
 
     def __repr__(self) -> str:
-        return f"Version({self.root.url!r}, {self.id!r})"
+        return f"Version({self.url!r}, {self.id!r})"
 
     # The tile table
 
@@ -71,10 +78,10 @@ class Version:
             columns: dict[str, Any] = {name: self._read(name) for name in ("tile", *COLUMN_DTYPES)}
             return TileTable(**columns)
         except (IntegrityError, CacheFormatError) as error:
-            raise IntegrityError(f"tile table of {self.root.url}: {error}: `make extract` mends it") from error
+            raise IntegrityError(f"tile table of {self.url}: {error}: `make extract` mends it") from error
 
     def write_generation(self, generation: npt.NDArray[np.int64]) -> None:
-        with storage_errors(self.root.url):
+        with storage_errors(self.url):
             self._array("generation")[:] = generation
 
     def follow_listing(self, table: TileTable) -> None:
@@ -92,7 +99,7 @@ class Version:
             damaged = True
         if damaged:
             self.reopen_blocks([])
-            with storage_errors(self.root.url):
+            with storage_errors(self.url):
                 for name in ("tile", *COLUMN_DTYPES):
                     self._array(name)[:] = getattr(table, name)
         elif not self.sealed and not np.array_equal(self._read("generation"), table.generation):
@@ -106,12 +113,12 @@ class Version:
         """
         if self.committed().any():
             raise IntegrityError(
-                f"{self.root.url} holds blocks made {self.recorded.batch_size} tiles at a time, and may not mix sizes: "
+                f"{self.url} holds blocks made {self.recorded.batch_size} tiles at a time, and may not mix sizes: "
                 "go on where that fits, or extract into another CACHE with a smaller --batch-size"
             )
         self.recorded = replace(self.recorded, batch_size=batch_size)
-        attributes = _read_attributes(self.group, self.root.url)
-        with storage_errors(self.root.url):
+        attributes = _read_attributes(self.group, self.url)
+        with storage_errors(self.url):
             self.group.attrs[ATTRIBUTE] = {**attributes, "recorded": self.recorded.to_json()}
 
     # Blocks
@@ -134,7 +141,7 @@ class Version:
         values.refuse_unstorable(self.layout, rows)
         chunks: dict[str, npt.NDArray[Any]] = {name: values.pooled[name] for name in self.layout.pooling}
         chunks |= {"label_ids": values.label_ids, "status": values.status}
-        with storage_errors(self.root.url):
+        with storage_errors(self.url):
             arrays = self._block_arrays
             # Leaving waits for all of them: none may arrive after the commit, or after another's error was raised.
             with ThreadPoolExecutor(len(chunks)) as threads:
@@ -298,12 +305,12 @@ class Version:
         pending = int((~self.committed()).sum())
         if pending:
             raise IntegrityError(f"{pending} of {self.layout.blocks} blocks are not committed: nothing to seal")
-        with storage_errors(self.root.url):
+        with storage_errors(self.url):
             self._array("seal")[:] = np.frombuffer(self._seal_digest(), np.uint8)
 
     def reopen_blocks(self, blocks: Sequence[int]) -> None:
         """Take back the seal, then the commits of `blocks`, so that the next extraction redoes them."""
-        with storage_errors(self.root.url):
+        with storage_errors(self.url):
             self._array("seal")[:] = 0
             for block in blocks:
                 self._array("commit")[block] = 0
@@ -361,7 +368,7 @@ class Version:
 
     @contextmanager
     def _read_errors(self, name: str) -> Iterator[None]:
-        with storage_errors(self.root.url):
+        with storage_errors(self.url):
             try:
                 yield
             # Zarr raises ValueError for a wrong checksum or length of a chunk, KeyError where there is no array, and

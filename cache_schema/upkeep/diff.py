@@ -144,7 +144,7 @@ def _list_differences(where: str, a: dict[str, Any], b: dict[str, Any]) -> list[
 
 def _describe(version: Version) -> str:
     unfinished = "" if version.sealed else ", not finished"
-    return f"{version.root.url}, version {version.id}, {version.layout.rows:,} rows{unfinished}"
+    return f"{version.url}, version {version.id}, {version.layout.rows:,} rows{unfinished}"
 
 
 def _compare_vectors(a: Version, rows_a: _Rows, b: Version, rows_b: _Rows) -> tuple[int, int, int, dict[str, Movement]]:

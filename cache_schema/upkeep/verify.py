@@ -51,7 +51,7 @@ def verify_version(version: Version) -> Findings:
     """
     lost = tuple(name for name in _list_arrays(version) if not _opens(version, name))
     if lost:
-        where = f"{version.root.url}/{version.group.path}"
+        where = f"{version.url}/{version.group.path}"
         remedy = f"its zarr.json is missing or damaged: remove {where} and run `make extract` again"
         return Findings(tuple(f"array {name}: {remedy}" for name in lost), lost_arrays=lost)
     sealed, committed = version.sealed, version.committed()
@@ -103,7 +103,7 @@ def repair_version(version: Version, findings: Findings) -> list[str]:
     if findings.table_damaged:
         lines.append("the tile table is mended by `make extract`, from the listing")
     tiles, backbone = version.recorded.tiles, version.recorded.backbone
-    variables = {"TILES": tiles, "BACKBONE": backbone, "CACHE": version.root.url}
+    variables = {"TILES": tiles, "BACKBONE": backbone, "CACHE": version.url}
     given = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     size = version.provenance.image_size
     lines.append(f"to redo what is missing, run the `make extract` that made it: {given} IMAGE_SIZE={size}")
@@ -169,11 +169,11 @@ def _check_seal(version: Version, sealed: bool) -> tuple[list[str], bool]:
 
 def _describe_chunk(version: Version, name: str, chunk: int) -> str | None:
     """What is wrong with a chunk by itself; None if it is there and passes its checksum, whatever its values are."""
-    with storage_errors(version.root.url):
+    with storage_errors(version.url):
         array: Any = version.group[name]
         coordinates = (chunk, *[0] * (array.ndim - 1))
         key = f"{array.path}/{array.metadata.encode_chunk_key(coordinates)}"
-        stored = sync(version.root.store.get(key, default_buffer_prototype()))
+        stored = sync(version.group.store.get(key, default_buffer_prototype()))
         if stored is None:
             return _MISSING
         if len(stored) == 0:
@@ -193,7 +193,7 @@ def _list_arrays(version: Version) -> tuple[str, ...]:
 
 
 def _opens(version: Version, name: str) -> bool:
-    with storage_errors(version.root.url):
+    with storage_errors(version.url):
         try:
             return isinstance(version.group[name], zarr.Array)
         except (ValueError, KeyError):

@@ -50,9 +50,7 @@ def find_cached_checkpoint(
     precision: Any = version.provenance.precision
     differences = version.provenance.differences(make_provenance(checkpoint, precision))
     if differences:
-        raise ProvenanceError(
-            f"{checkpoint.path} is not what made {version.root.url} ({'; '.join(differences)}): {remedy}"
-        )
+        raise ProvenanceError(f"{checkpoint.path} is not what made {version.url} ({'; '.join(differences)}): {remedy}")
     return checkpoint
 
 
