@@ -20,8 +20,8 @@ import pytest
 from google.cloud import storage
 from PIL import Image
 
+from cache_schema.storage.objects import DirectoryObjects
 from extract.__main__ import run as extract_command_line
-from extract.cutting.output import DirectoryPlace
 from extract.tiles.labels import parse_labels
 from extract.tiles.listing import list_tiles
 from extract.tiles.source import open_source
@@ -309,19 +309,19 @@ def test_a_scene_that_is_cut_again_never_has_labels_without_their_images_nor_a_m
     tile(tmp_path, *arguments)
     write_geotiff(raw.images / "5.tif", raw.pixels["5"][:70, :100], None, None)
     seen: list[str] = []
-    delete, write = DirectoryPlace.delete, DirectoryPlace.write
+    delete, write = DirectoryObjects.delete, DirectoryObjects.write
 
-    def delete_(place: DirectoryPlace, name: str) -> None:
+    def delete_(place: DirectoryObjects, name: str) -> None:
         delete(place, name)
         seen.append(f"- {name.split('/')[0]}")
 
-    def write_(place: DirectoryPlace, name: str, data: bytes) -> None:
+    def write_(place: DirectoryObjects, name: str, data: bytes) -> None:
         time.sleep(0.03 * name.startswith("images/"))  # what comes next must wait for it
         write(place, name, data)
         seen.append(f"+ {name.split('/')[0]}")
 
-    monkeypatch.setattr(DirectoryPlace, "delete", delete_)
-    monkeypatch.setattr(DirectoryPlace, "write", write_)
+    monkeypatch.setattr(DirectoryObjects, "delete", delete_)
+    monkeypatch.setattr(DirectoryObjects, "write", write_)
     assert "cut 1 scenes" in tile(tmp_path, *arguments).out
     steps = [step for step, _ in groupby(seen)]
     assert steps == ["- tiling", "- labels", "- images", "+ images", "+ labels", "+ tiling"]
@@ -456,7 +456,7 @@ def test_a_stopped_tiling_leaves_no_half_scene_and_goes_on(
 
 def test_a_process_that_cuts_loads_no_torch(python_env: dict[str, str]) -> None:
     """It would cost each of them more seconds than a small scene."""
-    code = "import sys, extract.cutters; sys.exit('torch' in sys.modules)"
+    code = "import sys, extract.cutting.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=python_env, check=False).returncode == 0
 
 
