@@ -1,4 +1,4 @@
-"""What a cache of embeddings is: layout, provenance, label ids, and the Zarr versions that hold them.
+"""Read and write caches of embeddings: layout, provenance, label ids, and the Zarr versions that hold them.
 
 from cache_schema import open_cache
 

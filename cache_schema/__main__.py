@@ -1,8 +1,6 @@
 """python -m cache_schema info|verify|diff|gc"""
 
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from contextlib import nullcontext
@@ -13,7 +11,7 @@ import click
 import numpy as np
 
 from cache_schema.cli.command import DONE, FOUND, Group, Outcome, heading, run_group
-from cache_schema.cli.settings import isolate
+from cache_schema.storage.place import is_bucket
 from cache_schema.upkeep.diff import compare_versions
 from cache_schema.upkeep.gc import MIB, find_references, list_versions, remove_versions
 from cache_schema.upkeep.lock import own_version
@@ -21,7 +19,7 @@ from cache_schema.upkeep.verify import repair_version, verify_version
 
 from .cache import open_cache
 from .errors import TileprobeError
-from .layout import Status, UInt8Array, count_blocks
+from .layout import POOLED_DTYPE, Status, UInt8Array, count_blocks
 from .root import CacheRoot
 from .taxonomy import format_histogram
 from .version import Version
@@ -43,23 +41,27 @@ def main() -> None:
 @heading("Data")
 @click.option("--version", "version_id", help="Another version than the one in use.  [default: the one in use]")
 def info(cache: str, version_id: str | None) -> Outcome:
-    """Say what CACHE holds and what it was made from."""
+    """Say what CACHE holds and what it was made from.
+
+    Digests are not checked: verify does that.
+    """
     version = open_cache(cache, version=version_id, allow_unsealed=True)
-    rows = version.read_rows()
+    status, label_ids = version.read_unchecked()
+    numbers = version.layout.rows * version.layout.width * len(version.layout.pooling)
     summary: dict[str, Any] = {
         "cache": cache,
         "version": version.id,
         "sealed": version.sealed,
         "rows": version.layout.rows,
-        "status": _count_status(rows.status),
+        "status": _count_status(status),
         "blocks": version.layout.blocks,
         "block_rows": version.layout.block_rows,
-        "bytes": int(sum(array.nbytes for array in rows.pooled.values())),
+        "bytes": numbers * POOLED_DTYPE.itemsize,
         "unlabelled": int((~version.read_table().labelled).sum()),
-        "label_ids": format_histogram(rows.label_ids.sum(axis=0, dtype=np.int64)),
+        "label_ids": format_histogram(label_ids.sum(axis=0, dtype=np.int64)),
         "provenance": version.provenance.to_json(),
         "recorded": version.recorded.to_json(),
-        "other_versions": [other for other in version.root.versions() if other != version.id],
+        "other_versions": [other for other in CacheRoot(cache, read_only=True).versions() if other != version.id],
     }
     click.echo(_describe(summary))
     return Outcome(summary)
@@ -69,25 +71,19 @@ def info(cache: str, version_id: str | None) -> Outcome:
     gives_json=True,
     examples=[
         "python -m cache_schema verify cache/train-vitl16-512",
-        "python -m cache_schema verify cache/train-vitl16-512 --sample 64",
+        "python -m cache_schema verify cache/train-vitl16-512 --repair",
     ],
 )
 @click.argument("cache")
 @heading("Data")
 @click.option("--version", "version_id", help="Another version than the one in use.  [default: the one in use]")
 @heading("Output")
-@click.option("--repair", is_flag=True, help="Take back the commits of damaged blocks, for `make extract` to redo.")
-@heading("Data")
-@click.option("--sample", type=click.IntRange(min=1), metavar="K", help="Embed K random rows again and compare them.")
-@click.option("--seed", type=int, help="Draw the rows of an earlier --sample.  [default: other rows each time]")
-@click.option("--tiles", help="Where the tiles are now, for --sample.  [default: where they were]")
-@heading("Model")
-@click.option("--backbone", help="Where the checkpoint is now, for --sample.  [default: as it was named]")
-def verify(cache: str, version_id: str | None, repair: bool, sample: int | None, **now: Any) -> Outcome:
-    """Recompute every digest of CACHE, and name what is damaged by array, block and rows.
+@click.option("--repair", is_flag=True, help="Clear the commits of damaged blocks, so that `make extract` redoes them.")
+def verify(cache: str, version_id: str | None, repair: bool) -> Outcome:
+    """Recompute every digest of CACHE, and name damage by array, block and rows.
 
-    Ends with status 3 if anything is wrong or unfinished, repaired or not: `make extract` has to run then. So it does
-    if vectors of --sample are not what the backbone gives today.
+    Ends with status 3 if anything is wrong or unfinished, repaired or not: run `make extract` then. To check that the
+    vectors are the right ones, run `python -m extract verify-sample`.
     """
     version = open_cache(cache, version=version_id, allow_unsealed=True)
     with own_version(cache, version.id) if repair else nullcontext():
@@ -107,8 +103,7 @@ def verify(cache: str, version_id: str | None, repair: bool, sample: int | None,
             f"{cache}: damaged: {count_blocks(len(findings.damaged))}: `verify --repair` lets `make extract` redo them"
         )
     elif not repair:
-        click.echo(f"{cache}: no block is damaged: `make extract` mends or finishes the rest")
-    sampled = DONE if sample is None else _embed_sample(version, sample, now)
+        click.echo(f"{cache}: no block is damaged: `make extract` repairs or finishes the rest")
     values = {
         "cache": cache,
         "version": version.id,
@@ -116,9 +111,8 @@ def verify(cache: str, version_id: str | None, repair: bool, sample: int | None,
         "findings": findings.lines,
         "damaged_blocks": findings.damaged,
         "repaired": repair and bool(findings.lines),
-        "sample_agrees": None if sample is None else sampled == DONE,
     }
-    return Outcome(values, FOUND if findings.lines and sampled in (DONE, FOUND) else sampled)
+    return Outcome(values, FOUND if findings.lines else DONE)
 
 
 @main.command(
@@ -131,10 +125,10 @@ def verify(cache: str, version_id: str | None, repair: bool, sample: int | None,
 @click.argument("a")
 @click.argument("b")
 def diff(a: str, b: str) -> Outcome:
-    """Say how cache A differs from cache B: provenance, tiles, and how far the vectors moved.
+    """Compare cache A with cache B: provenance, tiles, and how far the vectors moved.
 
-    Either is a cache, compared by its version in use, or CACHE@VERSION. Vectors are compared for tiles that both hold
-    with the same bytes. Ends with status 0 if nothing differs, 3 if something does.
+    A and B are CACHE, for its version in use, or CACHE@VERSION. Vectors are compared for tiles that have the same bytes
+    in both. Ends with status 0 if nothing differs, 3 if something does.
     """
     comparison = compare_versions(*map(_open_named_version, (a, b)))
     click.echo("\n".join(comparison.lines))
@@ -143,9 +137,9 @@ def diff(a: str, b: str) -> Outcome:
 
 
 def _check_places(ctx: click.Context, option: click.Parameter, places: tuple[str, ...]) -> tuple[str, ...]:
-    """A misspelt directory would look like one without runs, and its versions would go."""
+    """Check that the directories exist: a misspelt one would hold no runs, and their versions would be removed."""
     folder = click.Path(exists=True, file_okay=False)
-    return tuple(place if place.startswith("gs://") else str(folder.convert(place, option, ctx)) for place in places)
+    return tuple(place if is_bucket(place) else str(folder.convert(place, option, ctx)) for place in places)
 
 
 @main.command(
@@ -156,7 +150,7 @@ def _check_places(ctx: click.Context, option: click.Parameter, places: tuple[str
 )
 @click.argument("cache")
 @heading("Data")
-@click.option("--keep", type=click.IntRange(min=0), default=0, metavar="N", help="Keep the N newest of these, too.")
+@click.option("--keep", type=click.IntRange(min=0), default=0, metavar="N", help="Keep the N newest of these too.")
 @click.option(
     "--runs",
     multiple=True,
@@ -164,14 +158,14 @@ def _check_places(ctx: click.Context, option: click.Parameter, places: tuple[str
     metavar="PLACE",
     help="Directory or gs://bucket/prefix with runs whose versions stay; may be given again.  [default: runs]",
 )
-@click.option("--unsealed", is_flag=True, help="Remove unfinished versions, too, unless an extraction runs.")
+@click.option("--unsealed", is_flag=True, help="Remove unfinished versions too, unless a process writes to them.")
 @heading("Output")
-@click.option("--yes", is_flag=True, help="Remove them; otherwise they are only listed.")
+@click.option("--yes", is_flag=True, help="Remove the versions; without it they are only listed.")
 def gc(cache: str, keep: int, runs: tuple[str, ...], unsealed: bool, yes: bool) -> None:
     """Remove versions of CACHE that are not in use and that no run was trained on.
 
-    A version that is not finished stays, since an extraction goes on with it, and so does one that a process writes to.
-    Runs that are in a bucket alone are seen only when --runs names their place.
+    Unfinished versions stay, so that an extraction can finish them, and so do versions that a process writes to. Runs
+    in a bucket are found only if --runs names their place.
     """
     root = CacheRoot(cache, read_only=not yes)
     references = find_references(runs or ("runs",))
@@ -186,19 +180,8 @@ def gc(cache: str, keep: int, runs: tuple[str, ...], unsealed: bool, yes: bool) 
         click.echo(f"{what} to remove: --yes removes them" if doomed else "nothing to remove")
 
 
-def _embed_sample(version: Version, rows: int, now: dict[str, Any]) -> int:
-    """Have `extract`, which alone can embed and which this package does not import, compare rows in its own process;
-    returns its status."""
-    command = [sys.executable, "-m", "extract", "sample", "--version", version.id, "--rows", str(rows)]
-    command += [f"--{name}={value}" for name, value in now.items() if value is not None]
-    command += ["--", version.root.url]
-    sampling = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=isolate(os.environ))
-    click.echo(sampling.stdout, nl=False)
-    return sampling.returncode
-
-
 def _open_named_version(name: str) -> Version:
-    """The version in use of a cache, or the one that `CACHE@VERSION` names."""
+    """Open the version in use of a cache, or the one that `CACHE@VERSION` names."""
     named = re.fullmatch(r"(.+)@([0-9a-f]{20})", name)
     cache, version_id = named.groups() if named else (name, None)
     return open_cache(cache, version=version_id, allow_unsealed=True)
@@ -239,7 +222,7 @@ def _describe(summary: dict[str, Any]) -> str:
 
 
 def run() -> None:
-    """Run the command line; an error a user can act on is one line and its status."""
+    """Run the command line; an error that a user can act on ends it with one line and a status."""
     try:
         run_group(main)
     except TileprobeError as error:

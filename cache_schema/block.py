@@ -1,4 +1,4 @@
-"""The values of one block of rows, the unit of writing, committing and trusting; and of all blocks together."""
+"""The values of one block of rows, the unit of writing, committing and checking; and of all blocks together."""
 
 import hashlib
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _ROWS_NAMED = 3
 
 @dataclass(frozen=True, eq=False)
 class BlockValues:
-    """The values of one block of n rows, as they are digested and stored.
+    """The values of one block of n rows, as they are hashed and stored.
 
     Attributes:
         pooled: per pooling (n, D) float16, NaN in rows that are not embedded.
@@ -42,7 +42,7 @@ class BlockValues:
 
     @classmethod
     def make_blank(cls, layout: Layout, rows: int) -> Self:
-        """Values of `rows` rows that are all pending: what a missing chunk reads as."""
+        """Make values of `rows` pending rows, as missing chunks read."""
         return cls(
             pooled={name: np.full((rows, layout.width), np.nan, POOLED_DTYPE) for name in layout.pooling},
             label_ids=np.zeros((rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE),
@@ -50,11 +50,11 @@ class BlockValues:
         )
 
     def select(self, rows: slice) -> Self:
-        """Some of the rows, not copied."""
+        """Return a view of some of the rows."""
         return type(self)({name: v[rows] for name, v in self.pooled.items()}, self.label_ids[rows], self.status[rows])
 
     def digest(self, pooling: tuple[str, ...]) -> bytes:
-        """sha256 over the little-endian values: pooled arrays in order, label ids, status."""
+        """Return the sha256 of the little-endian values: pooled arrays in order, label ids, status."""
         digest = hashlib.sha256()
         for name in pooling:
             digest.update(np.ascontiguousarray(self.pooled[name], POOLED_DTYPE).tobytes())
@@ -63,10 +63,10 @@ class BlockValues:
         return digest.digest()
 
     def find_contradictions(self, layout: Layout, rows: slice) -> list[str]:
-        """One readable line per reason why these cannot be the values of `rows`; none if they can.
+        """List the reasons why these cannot be the values of `rows`, a line each.
 
-        Shapes and dtypes that are not the layout's, status codes that no committed row has, an embedding that does not
-        fit float16 (inf or NaN), vectors in rows that were not embedded.
+        Reasons are shapes or dtypes that differ from the layout, status codes that no committed row has, embeddings
+        that do not fit float16 (inf or NaN), and vectors in rows that were not embedded.
         """
         if lines := self._find_other_shapes(layout, rows.stop - rows.start):
             return lines
@@ -114,12 +114,12 @@ class BlockValues:
 
 @dataclass(frozen=True, eq=False)
 class CacheRows:
-    """A whole version in memory, digests checked.
+    """A whole version in memory, its digests checked.
 
     Attributes:
         pooled: per pooling (N, D) float16, NaN in rows that are not embedded.
         label_ids: (N, 128) uint16, 0 in pending rows.
-        status: (N,) uint8; 0 in rows whose block is missing or contradicts its digest.
+        status: (N,) uint8; 0 in rows whose block is missing or does not match its digest.
     """
 
     pooled: dict[str, Float16Array]
@@ -136,7 +136,9 @@ class CacheRows:
 
 
 def _find_finite(vectors: Float16Array) -> BoolArray:
-    """(n,) bool: rows without infinity or NaN, whose exponents have all bits set. NumPy's isfinite takes 7 times as
-    long on float16, which no processor here computes with."""
+    """Return (n,) bool: rows without infinity or NaN, whose exponents have all bits set.
+
+    NumPy's isfinite takes 7 times as long on float16, for which processors have no instructions.
+    """
     exponents = vectors.view("<u2") & np.uint16(0x7C00)
     return np.asarray((exponents != 0x7C00).all(axis=1))

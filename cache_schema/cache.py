@@ -1,4 +1,4 @@
-"""A cache as a notebook wants it: names, vectors, labels and the masks that say which of them can be used.
+"""A cache for notebooks: names, vectors, labels, and masks of the rows that can be used.
 
 cache = open_cache("cache/train-vitl16-512")
 x = cache["cls"][cache.usable]              # (n, D) float16, digests checked
@@ -36,11 +36,11 @@ from .version import Version
 
 
 class Cache(Version):
-    """One version, opened for reading, with its labels under a class list.
+    """One version, opened for reading, with its labels decoded by a class list.
 
-    Everything is read when it is asked for, its digests checked. Table, status and labels are kept (some 500 bytes a
-    tile), vectors are not. The first look at status or labels reads the whole version once, a few blocks in memory at a
-    time, since a block's digest covers its vectors too.
+    Everything is read on first use, and its digests are checked. Table, status and labels are kept in memory (about 500
+    bytes a tile), vectors are not. The first use of status or labels reads the whole version once, a few blocks at a
+    time, since the digest of a block also covers its vectors.
 
     Attributes:
         taxonomy: the class list.
@@ -48,9 +48,9 @@ class Cache(Version):
     """
 
     def __init__(
-        self, root: CacheRoot, version_id: str, group: zarr.Group, taxonomy: Taxonomy, label_ids: LabelIds | None
+        self, url: str, version_id: str, group: zarr.Group, taxonomy: Taxonomy, label_ids: LabelIds | None
     ) -> None:
-        super().__init__(root, version_id, group)
+        super().__init__(url, version_id, group)
         self.taxonomy = taxonomy
         self._label_ids = label_ids
         self._opened: dict[str, Any] = {}
@@ -59,7 +59,7 @@ class Cache(Version):
         return self.layout.rows
 
     def __getitem__(self, pooling: str) -> "Embeddings":
-        """The pooled array of that name, `cls` or `patch_mean`, unread.
+        """Return the pooled array of that name, `cls` or `patch_mean`, not read yet.
 
         Raises:
             KeyError: the version holds no such array.
@@ -75,42 +75,44 @@ class Cache(Version):
 
     @cached_property
     def tiles(self) -> npt.NDArray[np.object_]:
-        """(N,) names below TILES, ascending, such as `images/1052_3_7.png`: of Python's own strings, since pandas,
-        xarray and scikit-learn do not all take NumPy's StringDType."""
+        """(N,) names below TILES, ascending, such as `images/1052_3_7.png`.
+
+        They are Python strings, since pandas, xarray and scikit-learn do not all take NumPy's StringDType.
+        """
         return self.table.tile.astype(object)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """C names: what the columns of `labels` are."""
+        """C names of the columns of `labels`."""
         return self.taxonomy.names
 
     @property
     def labels(self) -> BoolArray:
-        """(N, C) bool: class present in the tile. What a row without a label file says is nothing: use `usable` rows.
+        """(N, C) bool: class present in the tile. Rows without a label file are not negatives: take `usable` rows.
 
         Raises:
-            TaxonomyError: it is not clear which ids the labels hold, or more than 1 % of all lines mean nothing.
-            IntegrityError: a block contradicts its digest.
+            TaxonomyError: the labels may hold type ids or class ids, or more than 1 % of all lines mean nothing.
+            IntegrityError: a block does not match its digest.
         """
         return self._decoded.labels
 
     @property
     def status(self) -> UInt8Array:
-        """(N,) uint8, see `Status`: 1 embedded, 0 not yet, 2 and up quarantined, and for what.
+        """(N,) uint8, see `Status`: 1 embedded, 0 not yet, 2 and up the reasons for quarantine.
 
         Raises:
-            IntegrityError: a block contradicts its digest.
+            IntegrityError: a block does not match its digest.
         """
         return self._settled[0]
 
     @cached_property
     def embedded(self) -> BoolArray:
-        """(N,) bool: rows that have a vector. In any other it is NaN."""
+        """(N,) bool: rows that have a vector. In other rows it is NaN."""
         return np.asarray(self.status == Status.EMBEDDED)
 
     @cached_property
     def usable(self) -> BoolArray:
-        """(N,) bool: rows with a vector, and a label file that is empty or names a known class: what a trainer uses."""
+        """(N,) bool: rows that trainers use, with a vector and a label file that is empty or names a known class."""
         return np.asarray(self.embedded & self.table.labelled & ~self._decoded.unusable)
 
     @cached_property
@@ -135,10 +137,10 @@ class Cache(Version):
         return status, label_ids
 
     def scan_whole(self, take: Callable[[int, BlockValues], None], blocks: npt.ArrayLike | None = None) -> None:
-        """`scan`, which passes over what it cannot trust, but for someone who would not notice.
+        """Scan like `scan`, but raise an error where that skips a committed block.
 
         Raises:
-            IntegrityError: a committed block cannot be read or contradicts its commit.
+            IntegrityError: a committed block cannot be read or does not match its commit.
         """
         wanted = np.flatnonzero(self._commits().any(axis=1))
         wanted = wanted if blocks is None else np.intersect1d(wanted, blocks)
@@ -153,17 +155,17 @@ class Cache(Version):
         if damaged:
             rows = self.layout.block_slice(damaged[0])
             raise IntegrityError(
-                f"{self.root.url}: {count_blocks(len(damaged))} damaged, rows {rows.start} to {rows.stop - 1} first: "
-                f"`python -m cache_schema verify {self.root.url} --repair` and `make extract` redo what is; "
+                f"{self.url}: {count_blocks(len(damaged))} damaged, rows {rows.start} to {rows.stop - 1} first: "
+                f"run `python -m cache_schema verify {self.url} --repair` and `make extract`, "
                 "then open it again"
             )
 
-    # In a bucket each of these is a request, and a sealed version does not change.
+    # Kept, since each is a request to a bucket, and a sealed version does not change.
 
     def _commits(self, blocks: slice = slice(None)) -> UInt8Array:
         if blocks == slice(None) or "_known_commits" in vars(self):
             return self._known_commits[blocks]
-        return super()._commits(blocks)  # of a share of the blocks, which asks nothing of the others
+        return super()._commits(blocks)  # a share of the blocks, without reading the others
 
     @cached_property
     def _known_commits(self) -> UInt8Array:
@@ -175,15 +177,15 @@ class Cache(Version):
         return self._opened[name]
 
     def __repr__(self) -> str:
-        return f"<Cache {self.root.url}: {'; '.join(text for _, text in self._describe())}>"
+        return f"<Cache {self.url}: {'; '.join(text for _, text in self._describe())}>"
 
     def _repr_html_(self) -> str:
-        rows = [("Cache", self.root.url), *self._describe()]
+        rows = [("Cache", self.url), *self._describe()]
         cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
         return f"<table>{cells}</table>"
 
     def _describe(self) -> list[tuple[str, str]]:
-        """What the attributes alone say."""
+        """List headings and texts from the attributes alone."""
         made, recorded = self.provenance, self.recorded
         finished = "sealed" if self.sealed else f"unfinished, {int((~self.committed()).sum())} blocks to do"
         return [
@@ -195,10 +197,10 @@ class Cache(Version):
 
 
 class Embeddings:
-    """A pooled array of a cache, read as NumPy's indexing asks: by a number, a slice, a mask or an array of rows.
+    """A pooled array of a cache, read by NumPy's indexing: a number, a slice, a mask or an array of rows.
 
-    What is read are the blocks that hold these rows, and what is kept are the rows. `np.asarray` reads all. A row whose
-    tile has no vector is NaN: `Cache.usable` and `Cache.embedded` say which have one.
+    It reads the blocks that hold these rows, and keeps only the rows. `np.asarray` reads all. A row without a vector is
+    NaN: `Cache.usable` and `Cache.embedded` say which rows have one.
     """
 
     def __init__(self, cache: Cache, pooling: str) -> None:
@@ -217,11 +219,11 @@ class Embeddings:
         return f"<Embeddings {self._pooling} {self.shape} {self.dtype}, unread>"
 
     def __getitem__(self, rows: Any) -> Float16Array:
-        """(…, D) float16 of these rows of the first axis.
+        """Read (…, D) float16, these rows of the first axis.
 
         Raises:
-            IndexError: as NumPy has it.
-            IntegrityError: a block that holds one of them contradicts its digest.
+            IndexError: as in NumPy.
+            IntegrityError: a block that holds one of them does not match its digest.
         """
         chosen = np.arange(len(self))[rows]
         numbers = chosen.ravel()
@@ -239,7 +241,7 @@ class Embeddings:
         return vectors.reshape(*chosen.shape, self.shape[1])
 
     def __iter__(self) -> Iterator[Float16Array]:
-        """Row after row, each block read once."""
+        """Read row after row, each block once."""
         for rows in self._cache.layout.block_slices():
             yield from self[rows]
 
@@ -255,32 +257,32 @@ def open_cache(
     taxonomy: Taxonomy | str | Path | None = None,
     label_ids: LabelIds | Literal["auto"] = "auto",
 ) -> Cache:
-    """The version in use of the cache at `url`, for reading.
+    """Open the version in use of the cache at `url`, for reading.
 
     Args:
         url: directory or `gs://bucket/prefix`.
-        version: another version's id instead of the one in use.
-        allow_unsealed: accept a version whose extraction has not finished; its missing rows read as pending.
-        taxonomy: a class list or its CSV, see `Taxonomy.from_file`; None is xView's.
-        label_ids: whether labels hold type ids or class ids; `auto` decides from all of them, once labels are read.
+        version: id of another version than the one in use.
+        allow_unsealed: accept a version whose extraction has not finished; its missing rows are pending.
+        taxonomy: a class list or its CSV, see `Taxonomy.from_file`; None for xView's.
+        label_ids: whether labels hold type ids or class ids; `auto` decides from all of them when labels are read.
 
     Raises:
-        CacheNotFoundError: nothing finished there; says how far an unfinished extraction came.
-        CacheFormatError: not a cache, or of a format this program does not read.
-        TaxonomyError: the class list cannot be used, or `label_ids` means nothing.
+        CacheNotFoundError: there is no finished version; the message says how much is missing.
+        CacheFormatError: not a cache, or in a format that this program does not read.
+        TaxonomyError: the class list cannot be used, or `label_ids` has another value.
     """
     if label_ids not in ("auto", *get_args(LabelIds)):
-        raise TaxonomyError(f"label_ids {label_ids!r}: choose of auto, type, class")
+        raise TaxonomyError(f"label_ids {label_ids!r}: choose auto, type or class")
     if taxonomy is None:
         taxonomy = Taxonomy.xview()
     elif not isinstance(taxonomy, Taxonomy):
         taxonomy = Taxonomy.from_file(taxonomy)
     chosen = choose_version(str(url), version=version, allow_unsealed=allow_unsealed)
-    return Cache(chosen.root, chosen.id, chosen.group, taxonomy, None if label_ids == "auto" else label_ids)
+    return Cache(chosen.url, chosen.id, chosen.group, taxonomy, None if label_ids == "auto" else label_ids)
 
 
 def choose_version(url: str, *, version: str | None = None, allow_unsealed: bool = False) -> Version:
-    """What `open_cache` opens, and refuses."""
+    """Choose and open the version that `open_cache` returns, with the same errors."""
     root = CacheRoot(url, read_only=True)
     chosen = version or root.current()
     if chosen is None:
@@ -304,10 +306,6 @@ def _describe_unfinished(root: CacheRoot, versions: list[str]) -> str:
         except CacheNotFoundError:  # its creation was interrupted
             parts.append(f"all rows are missing in {version_id}")
             continue
-        missing = sum(
-            rows.stop - rows.start
-            for rows, done in zip(version.layout.block_slices(), version.committed(), strict=True)
-            if not done
-        )
+        missing = version.layout.count_rows(np.flatnonzero(~version.committed()).tolist())
         parts.append(f"{missing:,} of {version.layout.rows:,} rows are missing in {version_id}")
     return "; ".join(parts) + ": run `make extract` again to finish it"

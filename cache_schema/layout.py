@@ -1,6 +1,6 @@
-"""What lies where in a version: arrays, dtypes, blocks of rows. README.md beside this file is the normative text."""
+"""Arrays, dtypes and blocks of rows of a version. README.md in this folder is the normative text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "tileprobe"
-"""The group attribute that holds everything about a version."""
+"""The group attribute that describes the version."""
 LABEL_ID_COLUMNS = 128
-"""Width of `label_ids`; the last column counts every larger id and every malformed line."""
+"""Width of `label_ids`; the last column counts all larger ids and all malformed lines."""
 
 POOLED_DTYPE = np.dtype("<f2")
 LABEL_IDS_DTYPE = np.dtype("<u2")
@@ -26,7 +26,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 class Status(IntEnum):
-    """State of a row. 2 and up are quarantined: the tile's own bytes could not become an embedding."""
+    """State of a row. 2 and up are quarantined: the bytes of the tile cannot be embedded."""
 
     PENDING = 0
     EMBEDDED = 1
@@ -55,12 +55,12 @@ _REASONS = {
 
 
 def count_blocks(number: int) -> str:
-    """`1 block`, `2 blocks`."""
+    """Write a number of blocks: `1 block`, `2 blocks`."""
     return f"{number:,} block{'' if number == 1 else 's'}"
 
 
 def choose_block_rows(rows: int) -> int:
-    """Rows of a block: small ones keep a preempted run's loss small, large ones keep the object count small."""
+    """Choose the rows of a block. A small block loses little when a run is stopped; a large one makes fewer objects."""
     return 4096 if rows > 1_000_000 else 256
 
 
@@ -85,14 +85,18 @@ class Layout:
         return -(-self.rows // self.block_rows)
 
     def block_slice(self, block: int) -> slice:
-        """Rows of `block`; the last one may be short."""
+        """Return the rows of `block`; the last block may be short."""
         if not 0 <= block < self.blocks:
             raise IndexError(f"block {block} of {self.blocks}")
         return slice(block * self.block_rows, min((block + 1) * self.block_rows, self.rows))
 
     def span(self, blocks: slice) -> slice:
-        """Rows of blocks that lie side by side, `blocks` with start and stop; there may be none."""
+        """Return the rows of adjacent blocks; `blocks` has a start and a stop, and may be empty."""
         return slice(blocks.start * self.block_rows, min(blocks.stop * self.block_rows, self.rows))
+
+    def count_rows(self, blocks: Iterable[int]) -> int:
+        """Count the rows of these blocks together."""
+        return sum(rows.stop - rows.start for rows in map(self.block_slice, blocks))
 
     def block_slices(self) -> Iterator[slice]:
         return (self.block_slice(block) for block in range(self.blocks))

@@ -1,4 +1,4 @@
-"""What a cached embedding depends on, and the id of the version that follows from it."""
+"""What a cached embedding depends on, and the version id that results from it."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from .layout import FORMAT_VERSION
 
 @dataclass(frozen=True)
 class Provenance:
-    """Everything that changes an embedding's value; each field is an ingredient of the version id.
+    """Everything that changes the values of an embedding; each field is part of the version id.
 
     Attributes:
-        weights_sha256: over the bytes of the checkpoint's weight files (their keys change between library releases).
+        weights_sha256: of the bytes of the checkpoint's weight files (tensor names change between library releases).
         depth: transformer layers.
         width: D, the embedding's length.
         image_size: effective pixels a side after resizing.
@@ -35,15 +35,15 @@ class Provenance:
     precision: str
 
     def version_id(self, table_digest: bytes) -> str:
-        """The id of the version that holds this table's tiles under this provenance (20 hex digits)."""
+        """Return the id of the version that holds this table's tiles with this provenance (20 hex digits)."""
         ingredients = {"format": FORMAT_VERSION, **asdict(self)}
-        for name in ("mean", "std"):  # 0 and 0.0 are the same number, but not the same text
+        for name in ("mean", "std"):  # 0 and 0.0 are equal numbers with different JSON
             ingredients[name] = [float(x) for x in ingredients[name]]
         text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode() + table_digest).hexdigest()[:20]
 
     def differences(self, other: "Provenance") -> list[str]:
-        """One readable line per ingredient that differs, `name: self's, not other's`."""
+        """List the fields that differ, a line each: `name: value of self, not value of other`."""
         return [
             f"{field.name}: {getattr(self, field.name)}, not {getattr(other, field.name)}"
             for field in fields(self)
@@ -55,10 +55,10 @@ class Provenance:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Strict: exactly the known fields, each of its own type.
+        """Read exactly the known fields, and check their types.
 
         Raises:
-            CacheFormatError: naming the fields that are missing, unknown or of another type.
+            CacheFormatError: a field is missing, unknown or of another type.
         """
         raw = _exact_fields(cls, value, "provenance")
         for name in ("weights_sha256", "resampling", "precision"):
@@ -78,13 +78,13 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Written beside the provenance. A difference is worth a warning, it does not make another version.
+    """Circumstances of an extraction. A difference causes a warning, not another version.
 
     Attributes:
-        backbone: the name it was loaded by.
+        backbone: the name that it was loaded by.
         tiles: where the tiles were read, `gs://bucket/prefix` or a directory.
         identity: what stands for a tile's bytes in the table, `crc32c` (bucket) or `mtime` (local files).
-        batch_size: tiles per forward pass; resuming keeps it, since a batch's shape moves its vectors a little.
+        batch_size: tiles per forward pass; resuming keeps it, since the shape of a batch changes the last digits.
         attention: attention backend.
         hardware: device name.
         libraries: version by package.
@@ -103,7 +103,7 @@ class Recorded:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Strict, as `Provenance.from_json`."""
+        """Read exactly the known fields, like `Provenance.from_json`."""
         raw = _exact_fields(cls, value, "recorded")
         for name in ("backbone", "tiles", "identity", "attention", "hardware"):
             _require(isinstance(raw[name], str), f"recorded.{name} is not a string")
@@ -114,7 +114,7 @@ class Recorded:
         return cls(**raw)
 
     def differences(self, other: "Recorded") -> list[str]:
-        """One readable line per entry that can move an embedding by rounding."""
+        """List the differing entries that change how an embedding is rounded, a line each."""
         names = ("attention", "hardware", "libraries", "batch_size")
         return [
             f"{name}: {getattr(self, name)}, not {getattr(other, name)}"
@@ -124,7 +124,7 @@ class Recorded:
 
 
 def _exact_fields(cls: type[Provenance] | type[Recorded], value: Any, where: str) -> dict[str, Any]:
-    """The fields of `value`, refused unless they are those of `cls`."""
+    """Return the fields of `value`, after checking that they are exactly those of `cls`."""
     known = {field.name for field in fields(cls)}
     found = set(value) if isinstance(value, dict) else set()
     _require(found == known, f"{where}: missing {sorted(known - found)}, unknown {sorted(found - known)}")

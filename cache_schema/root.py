@@ -1,4 +1,4 @@
-"""A cache: immutable versions side by side and one pointer to the version in use."""
+"""A cache: immutable versions and a pointer to the version in use."""
 
 import json
 from typing import Any
@@ -10,7 +10,9 @@ from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from cache_schema.storage.store import measure_folder, open_store, storage_errors
+from cache_schema.storage.objects import open_objects
+from cache_schema.storage.place import VIEWER, Purpose
+from cache_schema.storage.store import open_store, storage_errors
 
 from .errors import CacheFormatError, CacheNotFoundError
 from .layout import (
@@ -31,13 +33,13 @@ from .table import COLUMN_DTYPES, TileTable
 from .version import Version
 
 Dims = tuple[str, ...]
-"""Names of an array's axes: what xarray wants, and nothing here reads."""
+"""Names of an array's axes, for xarray; this program does not read them."""
 
 
 def create_arrays(store: Store, path: str, table: TileTable, provenance: Provenance, recorded: Recorded) -> None:
-    """All arrays of a version, the table filled in; `commit` last, since its presence says that creation finished.
+    """Create all arrays of a version, and write the table.
 
-    What an interrupted creation left at `path` is removed.
+    `commit` comes last: its presence says that creation finished. Remains of an interrupted creation are removed.
     """
     rows = len(table)
     layout = Layout(rows, provenance.width, provenance.pooling, choose_block_rows(rows))
@@ -82,15 +84,15 @@ _CURRENT = "current"
 
 
 class CacheRoot:
-    """The versions of a cache and `current`, the pointer to the one in use."""
+    """The versions of a cache, and `current`, the pointer to the version in use."""
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
-        """`url` is a directory or `gs://bucket/prefix`; nothing is created or read yet."""
+        """Take a directory or `gs://bucket/prefix`; nothing is created or read yet."""
         self.url = url
         self.store = open_store(url, read_only=read_only)
 
     def current(self) -> str | None:
-        """Id of the version in use, None before the first one is sealed."""
+        """Return the id of the version in use, None before the first one is sealed."""
         raw = self._get(_CURRENT)
         if raw is None:
             return None
@@ -104,11 +106,11 @@ class CacheRoot:
         return str(version)
 
     def set_current(self, version_id: str) -> None:
-        """Point the cache at a sealed version, in one put."""
+        """Make a sealed version the one in use, with a single write."""
         self._set(_CURRENT, json.dumps({"version": version_id}).encode() + b"\n")
 
     def versions(self) -> list[str]:
-        """Ids of all versions, finished or not."""
+        """Return the ids of all versions, finished or not."""
 
         async def names() -> list[str]:
             return [name async for name in self.store.list_dir("")]
@@ -118,11 +120,11 @@ class CacheRoot:
         return sorted(name.rstrip("/").removesuffix(_SUFFIX) for name in found if name.rstrip("/").endswith(_SUFFIX))
 
     def measure_version(self, version_id: str) -> tuple[int, float]:
-        """Bytes of a version, and when it was last written to (seconds since 1970)."""
-        return measure_folder(self.url, version_id + _SUFFIX)
+        """Return the bytes of a version, and when it was last written to (Unix time)."""
+        return open_objects(self.url, Purpose(role=VIEWER)).measure_dir(version_id + _SUFFIX)
 
     def remove_version(self, version_id: str) -> None:
-        """Remove a version; what an interrupted removal leaves counts as an interrupted creation."""
+        """Remove a version. The remains of an interrupted removal look like those of an interrupted creation."""
         path = version_id + _SUFFIX
         with storage_errors(self.url):
             sync(self.store.delete(f"{path}/commit/zarr.json"))
@@ -133,7 +135,7 @@ class CacheRoot:
 
         Raises:
             CacheNotFoundError: there is no such version, or its creation was interrupted.
-            CacheFormatError: it is not one this program reads.
+            CacheFormatError: it is damaged, or in a format that this program does not read.
         """
         path = version_id + _SUFFIX
         with storage_errors(self.url):
@@ -142,11 +144,11 @@ class CacheRoot:
             except FileNotFoundError as error:
                 there = ", ".join(self.versions()) or "none"
                 raise CacheNotFoundError(f"no version {version_id} in {self.url}; versions there: {there}") from error
-            except (ValueError, TypeError) as error:  # what Zarr raises on metadata that is cut or not a group's
+            except (ValueError, TypeError) as error:  # Zarr: metadata that is truncated or not of a group
                 raise CacheFormatError(
                     f"{self.url}/{path} is damaged ({error}): remove it and run `make extract` again"
                 ) from error
-        version = Version(self, version_id, group)
+        version = Version(self.url, version_id, group)
         if not self._is_created(version_id):
             raise CacheNotFoundError(
                 f"version {version_id} of {self.url} was not created completely: run `make extract` again"
@@ -154,17 +156,17 @@ class CacheRoot:
         return version
 
     def is_sealed(self, version_id: str) -> bool:
-        """Whether a version is finished; one that was created in part is not, nor is one that cannot be opened."""
+        """Return whether a version is finished; False if it cannot be opened or its creation was interrupted."""
         try:
             return self.open_version(version_id).sealed
         except (CacheNotFoundError, CacheFormatError):
             return False
 
     def create_version(self, table: TileTable, provenance: Provenance, recorded: Recorded) -> Version:
-        """Open the version of this table and provenance for writing; create it where it does not exist.
+        """Open the version of this table and provenance for writing; create it if it does not exist.
 
-        An existing version keeps what it recorded (its batch size above all) and its committed blocks; see
-        `Version.follow_listing` for what may change in it. Two processes must not create one version at a time.
+        An existing version keeps its committed blocks and its `recorded`, above all the batch size;
+        `Version.follow_listing` says what may change. Two processes must not create the same version at the same time.
         """
         version_id = provenance.version_id(table.identity_digest())
         if not self._is_created(version_id):
@@ -175,7 +177,7 @@ class CacheRoot:
         return version
 
     def _is_created(self, version_id: str) -> bool:
-        """Whether `commit` is there, the array that creation makes last."""
+        """Return whether `commit` exists, the array that creation makes last."""
         return self._get(f"{version_id}{_SUFFIX}/commit/zarr.json") is not None
 
     def _get(self, key: str) -> bytes | None:

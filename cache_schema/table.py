@@ -1,4 +1,4 @@
-"""The tile table: which tiles a version holds and which bytes each row was made from, known from the listing alone."""
+"""The tile table: the tiles of a version and the identity of their bytes, as the listing gives them."""
 
 import hashlib
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from .errors import CacheFormatError
 from .layout import BoolArray
 
 NO_LABEL = -1
-"""`label_size` of a tile that has no label object."""
+"""`label_size` of a tile without a label object."""
 
 COLUMN_DTYPES: dict[str, np.dtype[np.generic]] = {
     "size": np.dtype("<i8"),
@@ -59,19 +59,19 @@ class TileTable:
         return np.asarray(self.label_size != NO_LABEL)
 
     def select(self, rows: npt.NDArray[np.integer | np.bool_]) -> Self:
-        """The same columns at `rows` (a mask, or ascending indices)."""
+        """Return the same columns at `rows` (a mask, or ascending indices)."""
         return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def identity_digest(self) -> bytes:
-        """sha256 of everything that decides what a version holds: all columns but `generation`."""
+        """Return the sha256 of all columns but `generation`, which does not change what a version holds."""
         return self._digest(_IDENTITY_COLUMNS)
 
     def full_digest(self) -> bytes:
-        """sha256 of all columns, part of the seal."""
+        """Return the sha256 of all columns, a part of the seal."""
         return self._digest(tuple(COLUMN_DTYPES))
 
     def _digest(self, columns: tuple[str, ...]) -> bytes:
-        """Names length-prefixed, so that no two tables share a byte stream; then each column little-endian."""
+        """Hash the names, each after its length so that no two tables give the same bytes; then the columns."""
         digest = hashlib.sha256(len(self).to_bytes(8, "little"))
         for name in self.tile:
             encoded = str(name).encode()

@@ -1,8 +1,8 @@
-"""Which raw label id is which class.
+"""Map raw label ids to classes.
 
-A cache stores raw ids, so these rules apply on reading: another reading never touches a cache. xView's annotations
+A cache stores raw ids, and these rules apply on reading, so another class list needs no new cache. xView's annotations
 use *type ids* (11-94, with gaps); tools that prepare tiles often renumber them to *class ids* (0-59). 39 numbers are
-both, so a wrong guess would mislabel silently; `detect_label_ids` decides only on evidence.
+both, so a wrong guess would mislabel silently; `detect_label_ids` decides only if the ids prove one of them.
 """
 
 import csv
@@ -21,15 +21,15 @@ from .layout import LABEL_ID_COLUMNS, BoolArray, UInt8Array, UInt16Array
 
 LabelIds = Literal["type", "class"]
 MAX_MEANINGLESS = 0.01
-"""Largest share of label lines that are malformed or name an unknown id, for a set to be trained on."""
+"""Largest accepted share of label lines that are malformed or name an unknown id."""
 
 
 @dataclass(frozen=True, eq=False)
 class RawLabels:
-    """What the label files of N tiles say in raw ids, in a sixteenth of the room that their counts take.
+    """The raw ids in the label files of N tiles, in a sixteenth of the memory that counts take.
 
     Attributes:
-        marks: (N, 16) uint8, a bit for each of the 128 ids, set where the id occurs, as `np.packbits` packs them.
+        marks: (N, 16) uint8, packed by `np.packbits`: a bit for each of the 128 ids, set if the id occurs.
         totals: (128,) int64, instances of each id in all tiles.
     """
 
@@ -38,11 +38,11 @@ class RawLabels:
 
     @classmethod
     def pack(cls, label_ids: UInt16Array) -> Self:
-        """Of (N, 128) uint16 instances per raw id."""
+        """Pack (N, 128) uint16 instances per raw id."""
         return cls(np.packbits(label_ids > 0, axis=1), label_ids.sum(axis=0, dtype=np.int64))
 
     def find(self, ids: Sequence[int]) -> BoolArray:
-        """(N, len(ids)) bool, the ids that occur in each tile."""
+        """Return (N, len(ids)) bool, the ids that occur in each tile."""
         columns = np.asarray(ids, np.intp)
         bits = (0x80 >> columns % 8).astype(np.uint8)
         return np.asarray((self.marks[:, columns // 8] & bits) != 0)
@@ -50,12 +50,12 @@ class RawLabels:
 
 @dataclass(frozen=True)
 class DecodedLabels:
-    """Labels of N tiles under one reading of their raw ids.
+    """Labels of N tiles, decoded as type ids or as class ids.
 
     Attributes:
         labels: (N, C) bool, class present in the tile.
-        empty: (N,) bool, the label file names nothing at all.
-        unusable: (N,) bool, the label file names something, but no known class: neither positive nor empty.
+        empty: (N,) bool, the label file has no lines.
+        unusable: (N,) bool, the label file has lines, but names no known class: neither positive nor empty.
         artefacts: instances dropped as known annotation artefacts.
         unknown: instances by unknown id.
         malformed: lines with a malformed or too large id.
@@ -82,8 +82,8 @@ class Taxonomy:
 
     Attributes:
         names: C class names, in class-id order.
-        type_ids: C raw type ids, or None where labels can only hold class ids.
-        artefacts: raw type ids that are known not to be classes.
+        type_ids: C raw type ids, or None if labels can only hold class ids.
+        artefacts: raw type ids that occur in annotations but are no classes.
     """
 
     names: tuple[str, ...]
@@ -95,16 +95,16 @@ class Taxonomy:
 
     @classmethod
     def xview(cls) -> Self:
-        """The 60 classes of xView (Lam et al. 2018, "xView: Objects in Context in Overhead Imagery")."""
+        """Return the 60 classes of xView (Lam et al. 2018, "xView: Objects in Context in Overhead Imagery")."""
         text = resources.files(__package__).joinpath("xview_classes.csv").read_text()
         return cls._parse(text, "xview_classes.csv", frozenset({75, 82}))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """A user's class list: CSV with the header `class_id,name` or `class_id,type_id,name`.
+        """Read a class list: CSV with the header `class_id,name` or `class_id,type_id,name`.
 
         Raises:
-            TaxonomyError: unreadable, another header, ids that repeat, leave gaps or exceed 126.
+            TaxonomyError: it is unreadable, has another header, or its ids repeat, leave gaps or exceed 126.
         """
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
@@ -139,13 +139,13 @@ class Taxonomy:
         return cls(names, type_ids, artefacts)
 
     def detect_label_ids(self, histogram: npt.NDArray[np.integer]) -> LabelIds:
-        """Whether raw ids are type ids or class ids, from how often each occurs in the whole set.
+        """Decide from all labels of a set whether raw ids are type ids or class ids.
 
         Args:
             histogram: (128,) instances per raw id, such as `RawLabels.totals`.
 
         Raises:
-            TaxonomyError: ids that only one reading explains occur for both readings, or for neither.
+            TaxonomyError: the labels hold ids that are only type ids and ids that are only class ids, or neither.
         """
         if self.type_ids is None:
             return "class"
@@ -166,11 +166,11 @@ class Taxonomy:
         return "class" if only_class else "type"
 
     def decode(self, raw: RawLabels, reading: LabelIds) -> DecodedLabels:
-        """Labels of N tiles.
+        """Decode the labels of N tiles.
 
         Args:
-            raw: what their label files say.
-            reading: which ids the raw ids are.
+            raw: the raw ids of their label files.
+            reading: whether these are type ids or class ids.
         """
         columns = list(range(len(self)))
         if reading == "type":
@@ -194,7 +194,7 @@ class Taxonomy:
 
 
 def describe_meaningless(raw: RawLabels, tiles: npt.NDArray[np.str_], decoded: DecodedLabels, reading: LabelIds) -> str:
-    """Which label lines of N tiles mean nothing, where the first of them are, and what to do."""
+    """Say which label lines of N tiles mean nothing, where the first of them are, and what to do."""
     rows = np.flatnonzero(raw.find([*decoded.unknown, LABEL_ID_COLUMNS - 1]).any(axis=1))[:3].tolist()
     ids = ", ".join(f"{label_id} ({count:,}x)" for label_id, count in decoded.unknown.items())
     parts = [f"no {reading} ids of this class list: {ids}"] if ids else []
@@ -204,12 +204,12 @@ def describe_meaningless(raw: RawLabels, tiles: npt.NDArray[np.str_], decoded: D
     return (
         f"{decoded.meaningless / decoded.instances:.2%} of all label lines are ignored: {'; '.join(parts)} (first in "
         f"the labels of {', '.join(str(tiles[row]) for row in rows)}); above {MAX_MEANINGLESS:.0%} a run ends here: "
-        "mend the files, set --label-ids, or give a --taxonomy"
+        "fix the files, set --label-ids, or give a --taxonomy"
     )
 
 
 def refuse_meaningless(raw: RawLabels, tiles: npt.NDArray[np.str_], decoded: DecodedLabels, reading: LabelIds) -> None:
-    """Check that these are the right class list and reading for the labels of N tiles.
+    """Check that the labels of N tiles fit the class list and the kind of ids.
 
     Raises:
         TaxonomyError: more than 1 % of all lines mean nothing.
@@ -219,6 +219,6 @@ def refuse_meaningless(raw: RawLabels, tiles: npt.NDArray[np.str_], decoded: Dec
 
 
 def format_histogram(histogram: npt.NDArray[np.integer]) -> str:
-    """`11:40 18:2213 … other:3`, the ids that occur."""
+    """List the ids that occur and how often: `11:40 18:2213 … other:3`."""
     parts = [f"{i}:{n}" for i, n in enumerate(histogram[:-1].tolist()) if n]
     return " ".join([*parts, f"other:{int(histogram[-1])}"])

@@ -1,4 +1,4 @@
-"""One version of a cache: write a block, read what can be trusted, seal."""
+"""One version of a cache: write blocks, read blocks that match their digests, seal."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,33 +20,44 @@ from .layout import (
     ATTRIBUTE,
     DIGEST_BYTES,
     FORMAT_VERSION,
+    LABEL_ID_COLUMNS,
+    LABEL_IDS_DTYPE,
     POOLED_DTYPE,
     STATUS_DTYPE,
     BoolArray,
     Float16Array,
     Layout,
+    Status,
     UInt8Array,
+    UInt16Array,
 )
 from .provenance import Provenance, Recorded
 from .table import COLUMN_DTYPES, TileTable
 
-DIGEST_CONTRADICTED = "its values contradict its digest"
+DIGEST_CONTRADICTED = "its values do not match its digest"
 _SCAN_THREADS = 4
 _SCAN_BYTES = 2**20
-"""Vectors that one thread of a scan reads at once: several small blocks in one request to Zarr, or one large one."""
-
-if TYPE_CHECKING:
-    from .root import CacheRoot
+"""Vectors that one thread of a scan reads with one request to Zarr: several small blocks or one large one."""
 
 
 class Version:
-    """One version of a cache. Reading verifies digests; writing goes block by block."""
+    """One version of a cache, written and checked block by block."""
 
-    def __init__(self, root: "CacheRoot", version_id: str, group: zarr.Group) -> None:
-        self.root = root
+    def __init__(self, url: str, version_id: str, group: zarr.Group) -> None:
+        """Read the attributes of a version.
+
+        Args:
+            url: the cache that the version belongs to, for messages.
+            version_id: its id.
+            group: its Zarr group, open for reading or writing.
+
+        Raises:
+            CacheFormatError: the attributes are not those of this format.
+        """
+        self.url = url
         self.id = version_id
         self.group = group
-        attributes = _read_attributes(group, root.url)
+        attributes = _read_attributes(group, url)
         self.provenance = Provenance.from_json(attributes["provenance"])
         self.recorded = Recorded.from_json(attributes["recorded"])
         self.layout = Layout(
@@ -57,12 +68,12 @@ class Version:
         )
 
     def __repr__(self) -> str:
-        return f"Version({self.root.url!r}, {self.id!r})"
+        return f"Version({self.url!r}, {self.id!r})"
 
     # The tile table
 
     def read_table(self) -> TileTable:
-        """The tile table, all columns.
+        """Read the tile table, all columns.
 
         Raises:
             IntegrityError: it cannot be read.
@@ -71,19 +82,20 @@ class Version:
             columns: dict[str, Any] = {name: self._read(name) for name in ("tile", *COLUMN_DTYPES)}
             return TileTable(**columns)
         except (IntegrityError, CacheFormatError) as error:
-            raise IntegrityError(f"tile table of {self.root.url}: {error}: `make extract` mends it") from error
+            raise IntegrityError(f"tile table of {self.url}: {error}: `make extract` repairs it") from error
 
     def write_generation(self, generation: npt.NDArray[np.int64]) -> None:
-        with storage_errors(self.root.url):
+        """Replace the column `generation` (N,) of the tile table."""
+        with storage_errors(self.url):
             self._array("generation")[:] = generation
 
     def follow_listing(self, table: TileTable) -> None:
-        """Take over `generation` from the present listing, and mend the stored table where it is damaged.
+        """Update `generation` from the present listing, and repair a damaged tile table.
 
-        A sealed version stays as it is, unless its seal contradicts it: that one loses the seal, to be earned anew.
+        A sealed version stays as it is. If the seal does not match the version, the seal is removed.
 
         Args:
-            table: one that leads to this version's id, so what differs besides `generation` is damage.
+            table: the present listing, with this version's id: a difference in any other column is damage.
         """
         try:
             damaged = self.read_table().identity_digest() != table.identity_digest()
@@ -92,51 +104,51 @@ class Version:
             damaged = True
         if damaged:
             self.reopen_blocks([])
-            with storage_errors(self.root.url):
+            with storage_errors(self.url):
                 for name in ("tile", *COLUMN_DTYPES):
                     self._array(name)[:] = getattr(table, name)
         elif not self.sealed and not np.array_equal(self._read("generation"), table.generation):
             self.write_generation(table.generation)
 
     def record_batch_size(self, batch_size: int) -> None:
-        """Record another batch size than the one the version was created with.
+        """Record another batch size than the version was created with.
 
         Raises:
-            IntegrityError: there are blocks already, and a batch's size shows in its vectors' last digits.
+            IntegrityError: there are committed blocks, and the batch size changes the last digits of a vector.
         """
         if self.committed().any():
             raise IntegrityError(
-                f"{self.root.url} holds blocks made {self.recorded.batch_size} tiles at a time, and may not mix sizes: "
+                f"{self.url} holds blocks made {self.recorded.batch_size} tiles at a time, and may not mix sizes: "
                 "go on where that fits, or extract into another CACHE with a smaller --batch-size"
             )
         self.recorded = replace(self.recorded, batch_size=batch_size)
-        attributes = _read_attributes(self.group, self.root.url)
-        with storage_errors(self.root.url):
+        attributes = _read_attributes(self.group, self.url)
+        with storage_errors(self.url):
             self.group.attrs[ATTRIBUTE] = {**attributes, "recorded": self.recorded.to_json()}
 
     # Blocks
 
     def committed(self) -> BoolArray:
-        """(blocks,) bool: blocks with a commit record. Whether a block's values agree is `check_block`'s question."""
+        """Return (blocks,) bool: blocks with a commit record. `check_block` says whether their values match it."""
         return np.asarray(self._commits().any(axis=1))
 
     def write_block(self, block: int, values: BlockValues) -> None:
-        """Write one block, then its commit record; until that last put the block counts as pending.
+        """Write one block, then its commit record; without the record the block is pending.
 
-        The chunks are written side by side, since in a bucket each is a round trip or two; meanwhile all of them are in
-        memory a second time, encoded.
+        The chunks are written concurrently, since each takes a round trip or two to a bucket. Meanwhile memory holds a
+        second, encoded copy of all of them.
 
         Raises:
             IntegrityError: values that no block may hold, see `BlockValues.refuse_unstorable`.
-            StorageError: a chunk cannot be written; no other write is under way any more, and the block is pending.
+            StorageError: a chunk cannot be written; the other writes have ended, and the block is pending.
         """
         rows = self.layout.block_slice(block)
         values.refuse_unstorable(self.layout, rows)
         chunks: dict[str, npt.NDArray[Any]] = {name: values.pooled[name] for name in self.layout.pooling}
         chunks |= {"label_ids": values.label_ids, "status": values.status}
-        with storage_errors(self.root.url):
+        with storage_errors(self.url):
             arrays = self._block_arrays
-            # Leaving waits for all of them: none may arrive after the commit, or after another's error was raised.
+            # The end of `with` waits for all writes: none may arrive after the commit, or after an error was raised.
             with ThreadPoolExecutor(len(chunks)) as threads:
                 writes = [threads.submit(arrays[name].__setitem__, rows, chunk) for name, chunk in chunks.items()]
                 digest = values.digest(self.layout.pooling)
@@ -145,29 +157,21 @@ class Version:
             arrays["commit"][block] = np.frombuffer(digest, np.uint8)
 
     def read_block(self, block: int) -> BlockValues:
-        """One block as stored, not checked against its commit.
+        """Read one block without checking it against its commit.
 
         Raises:
-            IntegrityError: a chunk of it is cut or flipped.
+            IntegrityError: one of its chunks is damaged.
         """
         return self._read_values(self.layout.block_slice(block))
 
-    def read_commit(self, block: int) -> bytes:
-        """The digest that one block was committed with (32 bytes), zeros where there is none.
-
-        Raises:
-            IntegrityError: it is cut or flipped.
-        """
-        return self._read("commit", slice(block, block + 1)).tobytes()
-
     def read_trusted(self, block: int) -> BlockValues:
-        """One block, checked against its commit.
+        """Read one block and check it against its commit.
 
         Raises:
             IntegrityError: it is not committed, or damaged; the message says how.
         """
         values = self.read_block(block)
-        if values.digest(self.layout.pooling) != self.read_commit(block):
+        if values.digest(self.layout.pooling) != self._read("commit", slice(block, block + 1)).tobytes():
             raise IntegrityError(DIGEST_CONTRADICTED)
         contradictions = values.find_contradictions(self.layout, self.layout.block_slice(block))
         if contradictions:
@@ -175,7 +179,7 @@ class Version:
         return values
 
     def check_block(self, block: int) -> str | None:
-        """What is wrong with a committed block, None if nothing."""
+        """Say what is wrong with a committed block; None if nothing is."""
         try:
             self.read_trusted(block)
         except IntegrityError as error:
@@ -183,7 +187,7 @@ class Version:
         return None
 
     def read_rows(self) -> CacheRows:
-        """Everything into memory; a block that cannot be trusted reads as pending."""
+        """Read everything into memory; a block that does not match its digest is pending."""
         whole = BlockValues.make_blank(self.layout, self.layout.rows)
 
         def take(block: int, values: BlockValues) -> None:
@@ -196,10 +200,10 @@ class Version:
         return CacheRows(dict(whole.pooled), whole.label_ids, whole.status)
 
     def read_status(self, blocks: npt.ArrayLike | None = None) -> UInt8Array:
-        """(N,) uint8, the status of `read_rows`, every digest checked with a few blocks in memory at a time.
+        """Read (N,) uint8, the status of all rows, checking every digest with a few blocks in memory at a time.
 
         Args:
-            blocks: ascending numbers of those to look at, None for all; rows of the others are pending.
+            blocks: ascending numbers of the blocks to read, None for all; rows of other blocks are pending.
         """
         status = np.zeros(self.layout.rows, STATUS_DTYPE)
 
@@ -209,14 +213,25 @@ class Version:
         self.scan(take, blocks)
         return status
 
-    def scan(self, take: Callable[[int, BlockValues], None], blocks: npt.ArrayLike | None = None) -> None:
-        """Hand over every block that can be trusted, a few of them in memory at a time.
+    def read_unchecked(self) -> tuple[UInt8Array, UInt16Array]:
+        """Read status (N,) uint8 and label ids (N, 128) uint16 without the vectors, and so without checking digests.
 
-        A block that is not committed, cannot be read or contradicts its commit is passed over.
+        Rows of a block that is not committed, or whose chunk is damaged, are pending and count no labels.
+        """
+        rows = list(self.layout.block_slices())
+        status = self._read_intact("status", rows, STATUS_DTYPE)
+        label_ids = self._read_intact("label_ids", rows, LABEL_IDS_DTYPE, LABEL_ID_COLUMNS)
+        readable = np.repeat(self.committed(), self.layout.block_rows)[: self.layout.rows] & (status != Status.PENDING)
+        return np.where(readable, status, STATUS_DTYPE.type(Status.PENDING)), label_ids * readable[:, None]
+
+    def scan(self, take: Callable[[int, BlockValues], None], blocks: npt.ArrayLike | None = None) -> None:
+        """Pass every block that matches its commit to `take`, with a few blocks in memory at a time.
+
+        Blocks that are not committed, cannot be read or do not match their commit are skipped.
 
         Args:
-            take: gets a block's number and values, which it must not keep; called from several threads, in any order.
-            blocks: ascending numbers of those to read, None for all.
+            take: gets a block's number and values, which it must not keep; called from several threads in any order.
+            blocks: ascending numbers of the blocks to read, None for all.
         """
         wanted = np.arange(self.layout.blocks) if blocks is None else np.asarray(blocks, np.intp)
         if not len(wanted):
@@ -245,12 +260,12 @@ class Version:
         digests: Mapping[int, bytes],
         take: Callable[[int, BlockValues], None],
     ) -> None:
-        """Read blocks that lie side by side in one go, and give `take` those that agree with their commit."""
+        """Read adjacent blocks with one request, and pass those that match their commit to `take`."""
         start, stop = self.layout.block_slice(blocks[0]).start, self.layout.block_slice(blocks[-1]).stop
         try:
             values = self._read_values(slice(start, stop), arrays)
         except IntegrityError:
-            if len(blocks) > 1:  # a chunk that cannot be read costs its own block alone
+            if len(blocks) > 1:  # a damaged chunk must not make its neighbours unreadable
                 for block in blocks:
                     self._hand_over([block], arrays, digests, take)
             return
@@ -261,13 +276,13 @@ class Version:
                 take(block, part)
 
     def open_pooled(self, names: Sequence[str]) -> Callable[[int], list[Float16Array]]:
-        """What reads one block's vectors, an array per name, any number of times.
+        """Return a function that reads the vectors of a block, an array per name.
 
-        An array's metadata is read now, and not with every block. Nothing is checked against the commit, which covers
-        arrays that are not read: compare with what `scan` handed over.
+        The metadata of the arrays is read once, now. The function cannot check the commit, which also covers arrays
+        that it does not read: compare its result with the values that `scan` passed on.
 
         Raises:
-            IntegrityError: an array is missing; and from reading, a chunk is missing, cut or flipped.
+            IntegrityError: an array is missing; the function raises it if a chunk is damaged.
         """
         arrays = [self._open(name) for name in names]
 
@@ -277,20 +292,21 @@ class Version:
         return read
 
     def _read_values(self, rows: slice, arrays: Mapping[str, Any] | None = None) -> BlockValues:
-        """Values of any rows, from `arrays` by name where they are open already."""
+        """Read the values of any rows; `arrays` holds arrays by name that are open already."""
         names = (*self.layout.pooling, "label_ids", "status")
         arrays = arrays or {name: self._open(name) for name in names}
         found = {name: self._read_from(arrays[name], rows) for name in names}
         return BlockValues({name: found[name] for name in self.layout.pooling}, found["label_ids"], found["status"])
 
-    # Commit records and the seal: one that cannot be read is not there, so that the next extraction writes it anew
+    # Commit records and the seal: a damaged one counts as missing, so that the next extraction writes it again
 
     @property
     def sealed(self) -> bool:
+        """Whether the version is finished."""
         return bool(self._read_seal().any())
 
     def seal(self) -> None:
-        """Record that every block is committed; afterwards the version never changes.
+        """Record that every block is committed; from now on the version does not change.
 
         Raises:
             IntegrityError: blocks are still pending.
@@ -298,18 +314,18 @@ class Version:
         pending = int((~self.committed()).sum())
         if pending:
             raise IntegrityError(f"{pending} of {self.layout.blocks} blocks are not committed: nothing to seal")
-        with storage_errors(self.root.url):
+        with storage_errors(self.url):
             self._array("seal")[:] = np.frombuffer(self._seal_digest(), np.uint8)
 
     def reopen_blocks(self, blocks: Sequence[int]) -> None:
-        """Take back the seal, then the commits of `blocks`, so that the next extraction redoes them."""
-        with storage_errors(self.root.url):
+        """Clear the seal, then the commits of `blocks`, so that the next extraction redoes them."""
+        with storage_errors(self.url):
             self._array("seal")[:] = 0
             for block in blocks:
                 self._array("commit")[block] = 0
 
     def check_seal(self) -> bool:
-        """Whether the seal is that of the present table and commits."""
+        """Return whether the seal matches the present table and commits."""
         return self._read_seal().tobytes() == self._seal_digest()
 
     def _seal_digest(self) -> bytes:
@@ -322,24 +338,29 @@ class Version:
             return np.zeros(DIGEST_BYTES, np.uint8)
 
     def _commits(self, blocks: slice = slice(None)) -> UInt8Array:
-        """(n, 32) uint8 of n blocks side by side, by default all; zeros where there is no record."""
+        """Read the commits (n, 32) uint8 of n adjacent blocks, by default all; zeros for a block without one."""
+        numbers = range(self.layout.blocks)[blocks]
+        return self._read_intact("commit", [slice(i, i + 1) for i in numbers], np.dtype("u1"), DIGEST_BYTES)
+
+    def _read_intact(self, name: str, chunks: Sequence[slice], dtype: np.dtype[Any], *width: int) -> npt.NDArray[Any]:
+        """Read adjacent chunks of an array; a damaged one reads as zeros."""
+        start, stop = (chunks[0].start, chunks[-1].stop) if chunks else (0, 0)
         try:
-            return self._read("commit", blocks)
+            return self._read(name, slice(start, stop))
         except IntegrityError:
-            numbers = range(self.layout.blocks)[blocks]
-            commits = np.zeros((len(numbers), DIGEST_BYTES), np.uint8)
-        for i, block in enumerate(numbers):
+            values = np.zeros((stop - start, *width), dtype)
+        for rows in chunks:
             try:
-                commits[i] = self._read("commit", slice(block, block + 1))[0]
+                values[rows.start - start : rows.stop - start] = self._read(name, rows)
             except IntegrityError:
                 continue
-        return commits
+        return values
 
     # Arrays
 
     @cached_property
     def _block_arrays(self) -> dict[str, zarr.Array[Any]]:
-        """What blocks are written to, opened once: in a bucket each array's metadata is a request."""
+        """The arrays that blocks are written to, opened once: in a bucket the metadata of each is a request."""
         return {name: self._array(name) for name in (*self.layout.pooling, "label_ids", "status", "commit")}
 
     def _array(self, name: str) -> zarr.Array[Any]:
@@ -351,7 +372,7 @@ class Version:
         return self._read_from(self._open(name), rows)
 
     def _open(self, name: str) -> Any:
-        """An array, to read from any number of times."""
+        """Open an array for any number of reads."""
         with self._read_errors(name):
             return self.group[name]
 
@@ -361,17 +382,17 @@ class Version:
 
     @contextmanager
     def _read_errors(self, name: str) -> Iterator[None]:
-        with storage_errors(self.root.url):
+        with storage_errors(self.url):
             try:
                 yield
-            # Zarr raises ValueError for a wrong checksum or length of a chunk, KeyError where there is no array, and
-            # either of them on broken metadata.
+            # Zarr raises ValueError for a chunk with a wrong checksum or length, KeyError for a missing array, and
+            # either for damaged metadata.
             except (ValueError, KeyError) as error:
                 raise IntegrityError(f"array {name} cannot be read ({error})") from error
 
 
 def _read_attributes(group: zarr.Group, url: str) -> dict[str, Any]:
-    """What `create_arrays` wrote, refused unless it is of this program's format and whole."""
+    """Read the attributes that `create_arrays` wrote, and check their format."""
     attributes: Any = group.attrs.asdict().get(ATTRIBUTE)
     if not isinstance(attributes, dict) or "format" not in attributes:
         raise CacheFormatError(f"{url}/{group.path} is a Zarr group, but not a version of a cache: check CACHE")

@@ -1,4 +1,4 @@
-"""python -m extract run|tile|doctor|sample|demo"""
+"""python -m extract run|tile|doctor|verify-sample|demo"""
 
 import sys
 from typing import Any
@@ -163,20 +163,33 @@ def doctor_command(**options: Any) -> Outcome:
     return Outcome({"checks": [finding.to_json() for finding in findings]}, status=FOUND if failed else DONE)
 
 
-@main.command("sample", hidden=True)
+@main.command(
+    "verify-sample",
+    gives_json=True,
+    examples=[
+        "python -m extract verify-sample cache/train-vitl16-512 --rows 64",
+        "python -m extract verify-sample gs://bucket/cache --tiles gs://elsewhere/train --backbone checkpoints/vitl16",
+    ],
+)
 @click.argument("cache")
-@click.option("--version", "version_id", required=True)
-@click.option("--rows", type=click.IntRange(min=1), required=True)
-@click.option("--seed", type=int)
-@click.option("--tiles")
-@click.option("--backbone")
-def sample_command(cache: str, version_id: str, rows: int, **now: Any) -> Outcome:
-    """Embed random rows of CACHE again and compare: `python -m cache_schema verify --sample` runs this."""
+@heading("Data")
+@click.option("--rows", type=click.IntRange(min=1), default=64, metavar="N", help="Rows to embed again.")
+@click.option("--seed", type=int, help="Draw the rows of an earlier sample.  [default: other rows each time]")
+@click.option("--tiles", help="Where the tiles are now.  [default: where they were]")
+@click.option("--version", "version_id", help="Another version than the one in use.  [default: the one in use]")
+@heading("Model")
+@click.option("--backbone", help="Where the checkpoint is now.  [default: as it was named]")
+def verify_sample_command(cache: str, version_id: str | None, rows: int, **now: Any) -> Outcome:
+    """Embed random rows of CACHE again and compare them with the stored vectors.
+
+    Ends with status 3 if they are not what the backbone gives today. `python -m cache_schema verify` finds damage.
+    """
     from .spot_check import compare_sample
 
     comparison = compare_sample(cache, version_id, rows, **now)
     click.echo("\n".join(comparison.lines))
-    return Outcome(status=DONE if comparison.agrees else FOUND)
+    values = {"cache": cache, "agrees": comparison.agrees, "lines": comparison.lines}
+    return Outcome(values, DONE if comparison.agrees else FOUND)
 
 
 @main.command(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cache_schema.storage.place import split_url
 from extract.backbone.pooling import DEFAULT_POOLING, POOLINGS
 from extract.backbone.precision import PrecisionChoice
 from extract.ranks.same_job import PER_NODE
@@ -83,7 +84,7 @@ class ExtractConfig:
         """Where the cache goes: as asked, or `cache/<last two parts of TILES>-<backbone>-<size>[-limitN]`."""
         if self.cache:
             return self.cache.rstrip("/")
-        parts = [part for part in self.tiles.removeprefix("gs://").split("/") if part not in ("", ".", "..")]
+        parts = [part for part in split_url(self.tiles) if part not in ("", ".", "..")]
         name = "-".join([*parts[-2:], Path(self.backbone).name, str(image_size)])
         return str(CACHE_ROOT / (f"{name}-limit{self.limit}" if self.limit else name))
 

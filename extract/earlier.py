@@ -71,7 +71,7 @@ class Changes:
         rows = earlier.layout.rows
         if self.removed > _LARGEST_LOSS * rows:
             raise RunError(
-                f"{self.removed:,} of the {rows:,} tiles of version {earlier.id} in {earlier.root.url} are gone from "
+                f"{self.removed:,} of the {rows:,} tiles of version {earlier.id} in {earlier.url} are gone from "
                 f"{tiles}: check TILES, or go on without them with ARGS=--yes"
             )
 

@@ -128,10 +128,10 @@ def _reopen_damaged(version: Version, status: UInt8Array, tried: Mapping[int, in
     hopeless = [block for block in blocks if tried[block] >= _ATTEMPTS]
     if hopeless:
         raise RunError(
-            f"{version.root.url}: damaged again just after being written: {count_blocks(len(hopeless))}: check its "
+            f"{version.url}: damaged again just after being written: {count_blocks(len(hopeless))}: check its "
             "disk or bucket, and that no other extraction writes there; then run the same command again"
         )
-    print(f"{version.root.url}: damaged or missing, computed again: {count_blocks(len(blocks))}", flush=True)
+    print(f"{version.url}: damaged or missing, computed again: {count_blocks(len(blocks))}", flush=True)
     committed = version.committed()
     version.reopen_blocks([block for block in blocks if committed[block]])
     return tuple(blocks)

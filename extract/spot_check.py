@@ -40,12 +40,12 @@ class Comparison:
 
 
 def compare_sample(
-    cache: str, version_id: str, rows: int, *, seed: int | None, tiles: str | None, backbone: str | None
+    cache: str, version_id: str | None, rows: int, *, seed: int | None, tiles: str | None, backbone: str | None
 ) -> Comparison:
     """Embed random rows of a version again, in its own precision and each at its own place in a batch.
 
     Args:
-        cache, version_id: the version, finished or not.
+        cache, version_id: the version, finished or not; None for the one in use.
         rows: how many, of those that are embedded.
         seed: of the choice; None for another every time.
         tiles: where the tiles are now, None for where they were.
@@ -66,7 +66,7 @@ def compare_sample(
     if not sample.rows:
         return Comparison((*lines, "no row is left to compare: check TILES, or choose more rows"), False)
     again = _embed_sample(version, sample, source, checkpoint, lines)
-    stored = _read_rows(version, sample.rows)
+    stored = {name: version[name][sample.rows].astype(np.float64) for name in version.layout.pooling}
     verdicts = [_judge(name, stored[name], again[name], version.provenance.precision) for name in stored]
     lines += [line for line, _ in verdicts]
     if not all(agrees for _, agrees in verdicts):
@@ -160,18 +160,6 @@ def _spread(batch: TileBatch, places: Sequence[int], batch_size: int) -> TileBat
     for place, image, code in zip(places, batch.images, batch.status, strict=True):
         images[place], status[place] = image, code
     return replace(batch, rows=np.arange(batch_size), images=images, status=status)
-
-
-def _read_rows(version: Version, rows: Sequence[int]) -> Vectors:
-    """Per pooling (n, D) as stored, with one block in memory at a time."""
-    stored = {name: np.empty((len(rows), version.layout.width)) for name in version.layout.pooling}
-    blocks = np.asarray(rows) // version.layout.block_rows
-    for block in np.unique(blocks).tolist():
-        here = np.flatnonzero(blocks == block)
-        values = version.read_block(block)
-        for name, vectors in stored.items():
-            vectors[here] = values.pooled[name][np.asarray(rows)[here] - version.layout.block_slice(block).start]
-    return stored
 
 
 def _judge(

@@ -1,1 +1,1 @@
-"""Where bytes lie: a directory or a bucket, as a Zarr store and as single objects."""
+"""A directory or a bucket, as a Zarr store and as single objects."""

@@ -1,15 +1,16 @@
-"""Objects of a Google Cloud Storage bucket, whole and checked: what the Zarr store, owners and runs are written with.
+"""Objects of a Google Cloud Storage bucket, whole and checked against their crc32c.
 
-Every method blocks in the caller's thread, repeats requests for 408, 429, 5xx and broken connections until the
-deadline, and checks whole objects against their crc32c in both directions.
+Every method blocks the caller's thread, and repeats requests for 408, 429, 5xx and broken connections until the
+deadline.
 """
 
 import base64
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from threading import Lock
 from typing import Any
 
@@ -34,14 +35,14 @@ from requests.exceptions import ChunkedEncodingError, RequestException
 
 from cache_schema.errors import StorageError
 
-GCS_ERRORS = (GoogleAPIError, GoogleAuthError, RequestException, ConnectionError)
-"""What a request may raise for reasons outside this program."""
+from .place import CACHE, Purpose, Stored, is_bucket, split_url
 
-AGAIN = "what is committed stays, and the same command goes on from there"
+GCS_ERRORS = (GoogleAPIError, GoogleAuthError, RequestException, ConnectionError)
+"""Errors of a request for reasons outside this program."""
 
 
 class GcsConnection:
-    """A client and the threads that wait for its answers."""
+    """A client, and threads that wait for its answers."""
 
     def __init__(self, concurrency: int) -> None:
         self._concurrency = concurrency
@@ -50,23 +51,22 @@ class GcsConnection:
         self.threads = ThreadPoolExecutor(concurrency, thread_name_prefix="gcs")
 
     def client(self) -> Any:
-        """The client, made on first use: looking for credentials takes time and may fail."""
+        """Return the client, made on first use: the search for credentials takes time and may fail."""
         with self._lock:
             if self._client is None:
                 self._client = _make_client(self._concurrency)
             return self._client
 
 
-# Keyed by process: a forked child must use neither the sockets nor the locks nor the threads of its parent, so it finds
-# nothing under its own id and starts afresh. The parent's entry stays in the child, untouched: closing it there could
-# disturb the parent's connections.
+# Keyed by process: a forked child must not use the sockets, locks and threads of its parent, so it makes its own. It
+# leaves the parent's entry alone, since closing that could disturb the parent's connections.
 _connections: dict[tuple[int, str, int], GcsConnection] = {}
 
 
 def connect(concurrency: int) -> GcsConnection:
-    """This process's connection, with that many requests in flight at most; no request is made yet.
+    """Return this process's connection, with at most that many requests in flight; no request is made yet.
 
-    A lock here could be held forever in a forked child, `setdefault` needs none.
+    `setdefault` needs no lock, which could be held forever in a forked child.
     """
     key = (os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST", ""), concurrency)
     return _connections.get(key) or _connections.setdefault(key, GcsConnection(concurrency))
@@ -74,25 +74,23 @@ def connect(concurrency: int) -> GcsConnection:
 
 def _make_client(concurrency: int) -> Any:
     if os.environ.get("STORAGE_EMULATOR_HOST"):
-        # Otherwise the search for credentials asks the metadata server of a cloud machine.
+        # With other credentials the client would ask the metadata server of a cloud machine.
         client = Client(project=None, credentials=AnonymousCredentials())
     else:
         client = Client(project=None)
-    adapter = HTTPAdapter(pool_connections=concurrency, pool_maxsize=concurrency)  # its own default is 10
+    adapter = HTTPAdapter(pool_connections=concurrency, pool_maxsize=concurrency)  # the default is 10
     for scheme in ("https://", "http://"):
         client._http.mount(scheme, adapter)
     return client
 
 
-def explain_gcs_error(error: Exception, url: str, *, setting: str, role: str, again: str = AGAIN) -> str:
-    """What happened and what to do; never the text of a credentials error, which may quote a key.
+def explain_gcs_error(error: Exception, url: str, purpose: Purpose) -> str:
+    """Say what happened and what to do, without the text of a credentials error, which may quote a key.
 
     Args:
         error: one of `GCS_ERRORS`.
         url: what was being read or written.
-        setting: the variable that names it, `CACHE`, `TILES` or `RUN`.
-        role: the role on the bucket that would do.
-        again: what is not lost, and how to go on.
+        purpose: what it is used for.
     """
     if isinstance(error, DefaultCredentialsError):
         return (
@@ -100,25 +98,25 @@ def explain_gcs_error(error: Exception, url: str, *, setting: str, role: str, ag
             "or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
         )
     if isinstance(error, (Forbidden, Unauthorized)):
-        return f"access to {url} refused ({error.code}): give the account the role {role} on the bucket"
+        return f"access to {url} refused ({error.code}): give the account the role {purpose.role} on the bucket"
     if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
-        return f"Google credentials were not accepted for {url}: run `gcloud auth application-default login`; {again}"
+        login = "run `gcloud auth application-default login`"
+        return f"Google credentials were not accepted for {url}: {login}; {purpose.again}"
     if isinstance(error, NotFound):
-        bucket = url.removeprefix("gs://").partition("/")[0]
-        return f"no bucket {bucket} for {url}: check the name in {setting}"
+        return f"no bucket {split_url(url)[0]} for {url}: check the name in {purpose.setting}"
     code = f" {error.code}" if isinstance(error, GoogleAPICallError) else ""
-    return f"{url} kept failing ({type(error).__name__}{code}): check the network; {again}"
+    return f"{url} kept failing ({type(error).__name__}{code}): check the network; {purpose.again}"
 
 
 _REQUEST_TIMEOUT_S = (10.0, 60.0)  # to connect, and between two packets
 
-_TRANSFER_ATTEMPTS = 10  # of a body that arrives damaged; at 3 damaged bodies in 10, all of them fail 1 time in 170,000
+_TRANSFER_ATTEMPTS = 10  # if 3 bodies in 10 arrive damaged, all attempts fail 1 time in 170,000
 
 _TRANSFER_PAUSE_S = 0.2
 
 
 class GcsObjects:
-    """Objects below `gs://bucket/prefix`, in any number of threads and processes.
+    """The `Objects` below `gs://bucket/prefix`, and requests that only a bucket answers.
 
     Raises, from every method:
         StorageError: no credentials, no such bucket, access refused, no answer before the deadline, or an object that
@@ -128,65 +126,60 @@ class GcsObjects:
     def __init__(
         self,
         url: str,
+        purpose: Purpose = CACHE,
         *,
         concurrency: int = 32,
         deadline_s: float = 120.0,
         first_delay_s: float = 1.0,
-        setting: str = "CACHE",
-        role: str = "Storage Object User",
-        again: str = AGAIN,
     ) -> None:
         """Make no request yet.
 
         Args:
             url: `gs://bucket` or `gs://bucket/prefix`.
+            purpose: what it is used for, for error messages.
             concurrency: requests in flight at a time, over all objects of this process with the same number.
             deadline_s: seconds after which a request that keeps failing is given up.
             first_delay_s: longest pause before the first repetition, in seconds; it doubles up to a minute.
-            setting: the variable that names the place, for messages.
-            role: on the bucket that would do, for messages.
-            again: what is not lost, and how to go on, for messages.
 
         Raises:
             StorageError: not a `gs://` URL, or one without a bucket.
         """
-        scheme, _, path = url.partition("://")
-        self._bucket, _, prefix = path.partition("/")
-        self._prefix = prefix.strip("/")
-        if scheme != "gs" or len(self._bucket) < 3:
+        self.bucket, *folders = split_url(url)
+        self._prefix = "/".join(folders).strip("/")
+        if not is_bucket(url) or len(self.bucket) < 3:
             raise StorageError(f"{url} names no bucket: write gs://bucket/prefix")
+        self._purpose = purpose
         self._concurrency = concurrency
         self._deadline_s = deadline_s
         self._first_delay_s = first_delay_s
-        self._setting, self._role, self._again = setting, role, again
 
     @property
     def url(self) -> str:
         """`gs://bucket/prefix`, without a slash at the end."""
-        return f"gs://{self._bucket}/{self._prefix}".rstrip("/")
+        return f"gs://{self.bucket}/{self._prefix}".rstrip("/")
 
     @property
     def connection(self) -> GcsConnection:
-        """This process's client and threads."""
+        """The client and threads of this process."""
         return connect(self._concurrency)
 
     def name(self, key: str) -> str:
-        """The object's name in the bucket."""
+        """Return the name of an object in the bucket."""
         return f"{self._prefix}/{key}" if self._prefix else key
 
     # Reading
 
     def check_access(self) -> None:
-        """See that the bucket is there and may be listed: later, its absence looks like that of an object."""
-        # Listing needs no right beyond what reading needs anyway; asking for the bucket itself would.
+        """Check that the bucket exists and may be listed; later, a missing bucket looks like a missing object."""
+        # Listing needs the same role as reading; a request for the bucket itself would need more.
         with self._errors():
             next(iter(self._open_bucket().list_blobs(max_results=1, fields="items(name)", **self._options())), None)
 
-    def download(self, key: str) -> tuple[bytes, int] | None:
-        """The object's bytes and their generation; None when there is no such object."""
+    def read(self, key: str, generation: int | None = None) -> Stored | None:
+        """Return the object's bytes, of the newest generation or the given one; None if there is no such object."""
         with self._errors():
             for _ in range(_TRANSFER_ATTEMPTS):
-                blob = self._blob(key)
+                blob = self._blob(key, generation)
                 try:
                     data = bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c", **self._options()))
                     if blob.crc32c is None or blob.generation is None:  # without a hash the library checked nothing
@@ -194,15 +187,15 @@ class GcsObjects:
                 except NotFound:
                     return None
                 except (DataCorruption, ChunkedEncodingError):
-                    pass  # unlike other faults of the transport, these are not repeated by the library
+                    pass  # unlike other network errors, the library does not repeat these
                 else:
                     if blob.crc32c == _compute_crc32c(data):
-                        return data, int(blob.generation)
+                        return Stored(data, int(blob.generation))
                 time.sleep(_TRANSFER_PAUSE_S)
         raise StorageError(self._describe_damage(key))
 
-    def download_range(self, key: str, start: int, last: int | None) -> bytes | None:
-        """Bytes from `start` (negative: from the end) to `last`, inclusive; not checked. None without an object."""
+    def read_range(self, key: str, start: int, last: int | None) -> bytes | None:
+        """Read bytes `start` (negative: from the end) to `last`, inclusive, unchecked; None if there is no object."""
         with self._errors():
             try:
                 return bytes(
@@ -213,10 +206,10 @@ class GcsObjects:
             except NotFound:
                 return None
             except RequestRangeNotSatisfiable:
-                return b""  # begins behind the end; the stores that come with Zarr answer the same
+                return b""  # the range begins after the end; Zarr's own stores return the same
 
     def size(self, key: str) -> int | None:
-        """Bytes of the object; None when there is none."""
+        """Return the bytes of the object; None if there is none."""
         blob = self._blob(key)
         with self._errors():
             try:
@@ -226,75 +219,81 @@ class GcsObjects:
         return int(blob.size)
 
     def list_pages(self, prefix: str, *, folders: bool = False) -> Iterator[list[str]]:
-        """Names of the objects that begin with `prefix`, page by page.
+        """List the objects whose names begin with `prefix`, page by page.
 
         Args:
             prefix: of whole names, see `name`.
-            folders: stop at the next slash, and give each folder, its slash included, instead of what is below.
+            folders: list each folder, with a slash at the end, instead of the objects in it.
         """
         delimiter = "/" if folders else None
         fields = "items(name),prefixes,nextPageToken"
-        with self._errors():
-            blobs = self._open_bucket().list_blobs(prefix=prefix, delimiter=delimiter, fields=fields, **self._options())
-            for page in blobs.pages:
-                yield [blob.name for blob in page] + list(page.prefixes)
+        for page in self._list(prefix, fields, delimiter):
+            yield [blob.name for blob in page] + list(page.prefixes)
+
+    def list_items(self, folder: str, fields: str) -> Iterator[list[Mapping[str, str]]]:
+        """List all objects below a folder, or below the whole place for "", page by page.
+
+        Args:
+            folder: without a slash at the end.
+            fields: comma-separated fields of the JSON API's object resource; a `Blob` with all of them would take three
+                times as long.
+        """
+        prefix = self.name(f"{folder}/" if folder else "")
+        for page in self._list(prefix, f"items({fields}),nextPageToken"):
+            yield page.raw_page.get("items", [])
 
     def list_dir(self, folder: str = "") -> Iterator[str]:
-        """Names of objects and folders directly below a folder, without slashes."""
         prefix = self.name(f"{folder.rstrip('/')}/" if folder.rstrip("/") else "")
         for page in self.list_pages(prefix, folders=True):
-            # An empty one is the placeholder that consoles make for a folder.
+            # An empty name is the placeholder that consoles make for a folder.
             yield from filter(None, (name[len(prefix) :].rstrip("/") for name in page))
 
+    def find(self, name: str) -> Iterator[str]:
+        for page in self.list_items("", "name"):
+            for item in page:
+                if item["name"].rpartition("/")[2] == name:
+                    yield item["name"][len(self.name("")) :]
+
     def measure_dir(self, folder: str) -> tuple[int, float]:
-        """Bytes of all objects below a folder, and when the newest was written (seconds since 1970; 0 for none)."""
-        prefix, fields = self.name(f"{folder.rstrip('/')}/"), "items(name,size,updated),nextPageToken"
         size, newest = 0, 0.0
-        with self._errors():
-            for blob in self._open_bucket().list_blobs(prefix=prefix, fields=fields, **self._options()):
-                size, newest = size + blob.size, max(newest, blob.updated.timestamp())
+        for page in self.list_items(folder, "size,updated"):
+            size += sum(int(item["size"]) for item in page)
+            newest = max([newest, *(datetime.fromisoformat(item["updated"]).timestamp() for item in page)])
         return size, newest
+
+    def _list(self, prefix: str, fields: str, delimiter: str | None = None) -> Iterator[Any]:
+        with self._errors():
+            bucket = self._open_bucket()
+            yield from bucket.list_blobs(prefix=prefix, delimiter=delimiter, fields=fields, **self._options()).pages
 
     # Writing
 
-    def upload(self, key: str, data: bytes) -> None:
-        """Write an object, over an older one if there is one; readers see the one or the other, never a part."""
+    def write(self, key: str, data: bytes) -> None:
         with self._errors():
             self._upload(key, data, None)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one; among any number of writers of different bytes exactly one gets True.
-
-        Returns:
-            Whether the object holds these bytes. A write whose acknowledgement was lost is refused when repeated, so
-            what is stored decides: put something of the caller's own, such as a random id, into the value.
-        """
-        if self.replace(key, data, 0) is not None:
+        # A write whose acknowledgement was lost is refused when it is repeated, so the stored bytes decide.
+        if self.replace(key, data, None) is not None:
             return True
-        found = self.download(key)
-        return found is not None and found[0] == data
+        found = self.read(key)
+        return found is not None and found.data == data
 
-    def replace(self, key: str, data: bytes, generation: int) -> int | None:
-        """Write an object over one generation of it alone (0: where there is none).
-
-        Returns:
-            The new generation; None when another was there, or when this very write was refused on its repetition
-            after its acknowledgement was lost: what is there now tells.
-        """
+    def replace(self, key: str, data: bytes, over: Stored | None) -> Stored | None:
         with self._errors():
             try:
-                return self._upload(key, data, generation)
+                return Stored(data, self._upload(key, data, over.generation if over else 0))
             except PreconditionFailed:
                 return None
 
-    def delete(self, key: str, generation: int | None = None) -> None:
-        """Remove an object, or one generation if it is the one that is there; no error when there is none."""
-        # A repeated request whose first acknowledgement was lost is told that there is none, too.
+    def delete(self, key: str, over: Stored | None = None) -> None:
+        generation = over.generation if over else None
+        # A repeated request whose first acknowledgement was lost gets NotFound, too.
         with self._errors(), suppress(NotFound, PreconditionFailed):
             self._blob(key).delete(if_generation_match=generation, **self._options())
 
     def _upload(self, key: str, data: bytes, generation: int | None) -> int:
-        """Write, over the given generation only if there is one (0: no object); returns the new generation."""
+        """Write over the given generation only (0: no object; None: any); return the new generation."""
         crc32c = _compute_crc32c(data)
         for _ in range(_TRANSFER_ATTEMPTS):
             blob = self._blob(key)
@@ -315,16 +314,16 @@ class GcsObjects:
                 if blob.crc32c == crc32c:
                     return int(blob.generation)
                 if generation is not None:
-                    generation = blob.generation  # a server that does not check kept it: replace that, nothing else
+                    generation = blob.generation  # the server stored damaged bytes: replace only these
             time.sleep(_TRANSFER_PAUSE_S)
         raise StorageError(self._describe_damage(key))
 
     def _open_bucket(self) -> Any:
-        return self.connection.client().bucket(self._bucket)
+        return self.connection.client().bucket(self.bucket)
 
-    def _blob(self, key: str) -> Any:
+    def _blob(self, key: str, generation: int | None = None) -> Any:
         with self._errors():  # looking for credentials may fail
-            return self._open_bucket().blob(self.name(key))
+            return self._open_bucket().blob(self.name(key), generation=generation)
 
     def _options(self) -> dict[str, Any]:
         retry = DEFAULT_RETRY.with_timeout(self._deadline_s).with_delay(initial=self._first_delay_s)
@@ -332,20 +331,19 @@ class GcsObjects:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Explain what goes wrong with a request."""
+        """Turn errors of a request into a StorageError that says what to do."""
         try:
             yield
         except GCS_ERRORS as error:
-            explained = explain_gcs_error(error, self.url, setting=self._setting, role=self._role, again=self._again)
-            raise StorageError(explained) from error
+            raise StorageError(explain_gcs_error(error, self.url, self._purpose)) from error
 
     def _describe_damage(self, key: str) -> str:
         return (
             f"{self.url}/{key} arrived damaged {_TRANSFER_ATTEMPTS} times (its crc32c does not match): "
-            f"check proxies and the network between here and the bucket; {self._again}"
+            f"check proxies and the network between here and the bucket; {self._purpose.again}"
         )
 
 
 def _compute_crc32c(data: bytes) -> str:
-    """As GCS writes it: base64 of four big-endian bytes."""
+    """Return the crc32c as GCS writes it: base64 of four big-endian bytes."""
     return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()

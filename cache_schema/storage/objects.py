@@ -1,96 +1,206 @@
-"""One small object that several processes compare and swap: a file, or an object of a bucket."""
+"""Objects below a URL, a directory or a bucket: read, write, create, replace what was read, list and delete them."""
 
 import fcntl
+import glob
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
+from .place import CACHE, Purpose, Stored, check_url, is_bucket
 from .store import storage_errors
 
-_DEADLINE_S = 60.0
 
+class Objects(Protocol):
+    """Objects below a URL, by names such as `images/1052_0_3.png`.
 
-@dataclass(frozen=True)
-class Stored:
-    """What a slot holds; `generation` is a bucket's, 0 for a file, whose bytes alone tell one state from the next."""
+    Works in any number of threads and processes, and can be pickled.
 
-    data: bytes
-    generation: int = 0
+    Raises, from every method:
+        StorageError: the disk or the bucket refuses, or does not answer before the deadline.
+    """
 
+    @property
+    def url(self) -> str:
+        """The place, without a slash at the end."""
 
-class Slot(Protocol):
-    """No two states of a slot may have the same bytes. Every method may raise StorageError."""
+    def read(self, name: str) -> Stored | None:
+        """Return an object's bytes and state; None if there is no such object."""
 
-    def read(self) -> Stored | None:
-        """What is there, None if nothing."""
+    def write(self, name: str, data: bytes) -> None:
+        """Write an object, replacing an older one; readers see either the old or the new bytes, never a part."""
 
-    def put(self, data: bytes, over: Stored | None) -> Stored | None:
-        """Write `data` if `over` is what is there (None: nothing); else None.
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object unless there is one; of many writers with different bytes exactly one gets True.
 
-        None, too, when a bucket's acknowledgement was lost, and the repeated write refused: reading tells whose it is.
+        Include something unique to the caller in the bytes, such as a random id: in a bucket they decide who wrote it.
         """
 
-    def remove(self, stored: Stored) -> None:
-        """Remove it, if it is what is there."""
+    def replace(self, name: str, data: bytes, over: Stored | None) -> Stored | None:
+        """Write an object if its present state is `over` (None: it does not exist).
+
+        No two states of the object may have the same bytes.
+
+        Returns:
+            the new state. None if the present state is another one, or if a bucket's acknowledgement was lost and the
+            repeated write was refused: reading the object tells which.
+        """
+
+    def delete(self, name: str, over: Stored | None = None) -> None:
+        """Delete an object, if given only in the state `over`; no error if there is none."""
+
+    def list_dir(self, folder: str = "") -> Iterator[str]:
+        """List the names directly below a folder, without slashes; none if there is no such folder."""
+
+    def find(self, name: str) -> Iterator[str]:
+        """List all objects whose last name is `name`, in the place itself and in all folders below it."""
+
+    def measure_dir(self, folder: str) -> tuple[int, float]:
+        """Return the bytes of all objects below a folder, and when the newest was written (Unix time; 0 for none)."""
 
 
-def open_slot(url: str, name: str) -> Slot:
-    """The slot `name` beside the versions of the cache at `url`; nothing is read or made yet."""
-    return GcsSlot(url, name) if url.startswith("gs://") else FileSlot(url, name)
+def open_objects(
+    url: str,
+    purpose: Purpose = CACHE,
+    *,
+    deadline_s: float = 120.0,
+    first_delay_s: float = 1.0,
+    unfinished: str = "unfinished",
+) -> Objects:
+    """Open the objects below a directory or `gs://bucket/prefix`; nothing is made or requested yet.
+
+    Args:
+        url: the place.
+        purpose: what it is used for, for error messages.
+        deadline_s: seconds after which a request to a bucket that keeps failing is given up.
+        first_delay_s: longest pause before such a request is repeated for the first time, in seconds.
+        unfinished: folder of a directory for files that are being written.
+
+    Raises:
+        StorageError: another kind of URL.
+    """
+    check_url(url, purpose.setting)
+    if is_bucket(url):
+        from .gcs import GcsObjects
+
+        return GcsObjects(url, purpose, deadline_s=deadline_s, first_delay_s=first_delay_s)
+    return DirectoryObjects(url, purpose, unfinished=unfinished)
 
 
-class FileSlot:
-    """A file, swapped under its lock; where a file system has no locks, by comparison alone."""
+def read_object(url: str, purpose: Purpose) -> bytes:
+    """Read one file or object by its own URL.
 
-    def __init__(self, url: str, name: str) -> None:
-        self._url, self._path = url, Path(url, name)
+    Raises:
+        OSError: there is none, or the file cannot be read.
+        StorageError: the bucket cannot be read.
+    """
+    if not is_bucket(url):
+        return Path(url).read_bytes()
+    parent, _, name = url.rpartition("/")
+    stored = open_objects(parent, purpose).read(name)
+    if stored is None:
+        raise FileNotFoundError(f"no object {url}")
+    return stored.data
 
-    def read(self) -> Stored | None:
-        with storage_errors(self._url), self._open(os.O_RDONLY, fcntl.LOCK_SH) as file:
+
+class DirectoryObjects:
+    """Files below a directory, which is made by the first write.
+
+    `write` puts the bytes into a temporary file and renames it. `replace` changes a file in place under its lock; on a
+    file system without locks it only compares the bytes.
+    """
+
+    def __init__(self, path: str, purpose: Purpose = CACHE, *, unfinished: str = "unfinished") -> None:
+        """Touch nothing yet; for the arguments see `open_objects`."""
+        self.url = path.rstrip("/") or "/"
+        self._root, self._purpose, self._unfinished = Path(path), purpose, unfinished
+
+    def read(self, name: str) -> Stored | None:
+        with self._errors(), self._open(name, os.O_RDONLY, fcntl.LOCK_SH) as file:
             return None if file is None else Stored(_read(file))
 
-    def put(self, data: bytes, over: Stored | None) -> Stored | None:
-        with storage_errors(self._url):
-            return self._create(data) if over is None else self._replace(data, over)
+    def write(self, name: str, data: bytes) -> None:
+        path, temporary = self._root / name, self._root / self._unfinished / uuid4().hex
+        with self._errors():
+            for folder in (path.parent, temporary.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(data)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
-    def remove(self, stored: Stored) -> None:
-        with storage_errors(self._url), self._open(os.O_RDWR, fcntl.LOCK_EX) as file:
-            if file is not None and _read(file) == stored.data:
-                self._path.unlink()
+    def create(self, name: str, data: bytes) -> bool:
+        return self.replace(name, data, None) is not None
 
-    def _create(self, data: bytes) -> Stored | None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+    def replace(self, name: str, data: bytes, over: Stored | None) -> Stored | None:
+        with self._errors():
+            if over is None:
+                return self._create(self._root / name, data)
+            with self._open(name, os.O_RDWR, fcntl.LOCK_EX) as file:
+                if file is None or _read(file) != over.data:
+                    return None
+                os.pwrite(file, data, 0)
+                os.ftruncate(file, len(data))
+            return Stored(data)
+
+    def delete(self, name: str, over: Stored | None = None) -> None:
+        path = self._root / name
+        with self._errors():
+            if over is None:
+                path.unlink(missing_ok=True)
+                return
+            with self._open(name, os.O_RDWR, fcntl.LOCK_EX) as file:
+                if file is not None and _read(file) == over.data:
+                    path.unlink()
+
+    def list_dir(self, folder: str = "") -> Iterator[str]:
+        with self._errors():
+            try:
+                yield from sorted(os.listdir(self._root / folder))
+            except FileNotFoundError:
+                return
+
+    def find(self, name: str) -> Iterator[str]:
+        # Unlike Path.rglob, this follows links, also to folders that were moved to another disk.
+        yield from sorted(glob.glob(f"**/{glob.escape(name)}", root_dir=self._root, recursive=True))
+
+    def measure_dir(self, folder: str) -> tuple[int, float]:
+        size, newest = 0, 0.0
+        with self._errors():
+            for path in (self._root / folder).rglob("*"):
+                with suppress(FileNotFoundError):  # a temporary file that was renamed meanwhile
+                    found = path.stat()
+                    size += found.st_size if stat.S_ISREG(found.st_mode) else 0
+                    newest = max(newest, found.st_mtime)
+        return size, newest
+
+    def _create(self, path: Path, data: bytes) -> Stored | None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Who reads it before its content is there finds an unknown owner, and that it changes.
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            # A reader that opens the file before its bytes are there reads an empty one.
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return None
         try:
             _lock(file, fcntl.LOCK_EX)
             os.pwrite(file, data, 0)
         except OSError:
-            self._path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
         finally:
             os.close(file)
         return Stored(data)
 
-    def _replace(self, data: bytes, over: Stored) -> Stored | None:
-        with self._open(os.O_RDWR, fcntl.LOCK_EX) as file:
-            if file is None or _read(file) != over.data:
-                return None
-            os.pwrite(file, data, 0)
-            os.ftruncate(file, len(data))
-        return Stored(data)
-
     @contextmanager
-    def _open(self, flags: int, lock: int) -> Iterator[int | None]:
-        """The file's descriptor, locked; None where there is none, or while waiting for the lock it was removed."""
+    def _open(self, name: str, flags: int, lock: int) -> Iterator[int | None]:
+        """Open and lock a file; None if there is none, or if it was deleted while this waited for the lock."""
         try:
-            file = os.open(self._path, flags)
+            file = os.open(self._root / name, flags)
         except (FileNotFoundError, NotADirectoryError):
             yield None
             return
@@ -100,25 +210,8 @@ class FileSlot:
         finally:
             os.close(file)
 
-
-class GcsSlot:
-    """An object of a bucket, swapped by its generation."""
-
-    def __init__(self, url: str, name: str) -> None:
-        from .gcs import GcsObjects
-
-        self._objects, self._name = GcsObjects(url, deadline_s=_DEADLINE_S), name
-
-    def read(self) -> Stored | None:
-        found = self._objects.download(self._name)
-        return None if found is None else Stored(*found)
-
-    def put(self, data: bytes, over: Stored | None) -> Stored | None:
-        generation = self._objects.replace(self._name, data, over.generation if over else 0)
-        return None if generation is None else Stored(data, generation)
-
-    def remove(self, stored: Stored) -> None:
-        self._objects.delete(self._name, stored.generation)
+    def _errors(self) -> storage_errors:
+        return storage_errors(self.url, self._purpose)
 
 
 def _lock(file: int, kind: int) -> None:

@@ -1,10 +1,7 @@
-"""Where a cache's bytes lie: a directory or a bucket, as a Zarr store, and what their refusals mean for a user."""
+"""The Zarr store of a cache, in a directory or a bucket, and errors of the disk that say what to do."""
 
 import errno
 import os
-import stat
-from contextlib import suppress
-from pathlib import Path
 from typing import Self
 
 from zarr.abc.store import Store
@@ -12,50 +9,33 @@ from zarr.storage import LocalStore
 
 from cache_schema.errors import StorageError
 
+from .place import CACHE, Purpose, check_url, is_bucket
+
 
 def open_store(url: str, *, read_only: bool) -> Store:
-    """The store at a directory or `gs://bucket/prefix`; no request is made yet."""
-    if carries_credentials(url):
-        raise StorageError("CACHE is a URL with a user or password in it: leave them out")
-    if url.startswith("gs://"):
+    """Open the store at a directory or `gs://bucket/prefix`; no request is made yet.
+
+    Raises:
+        StorageError: another kind of URL.
+    """
+    check_url(url, "CACHE")
+    if is_bucket(url):
         from .gcs_store import GcsStore
 
         return GcsStore(url, read_only=read_only)
-    if "://" in url:
-        raise StorageError(f"cannot open {url}: a cache is a local directory or gs://bucket/prefix")
     return LocalStore(url, read_only=read_only)
 
 
-def carries_credentials(url: str) -> bool:
-    """Whether it is `scheme://user:password@place`: refused, since what is asked for is written to caches and runs."""
-    _, mark, rest = url.partition("://")
-    return bool(mark) and "@" in rest.partition("/")[0]
-
-
-def measure_folder(url: str, folder: str) -> tuple[int, float]:
-    """Bytes of everything below a folder of a store, and when the newest was written (seconds since 1970; 0 for none).
-
-    Zarr's stores know sizes, but no times.
-    """
-    if url.startswith("gs://"):
-        from .gcs import GcsObjects
-
-        return GcsObjects(url, role="Storage Object Viewer").measure_dir(folder)
-    size, newest = 0, 0.0
-    with storage_errors(url):
-        for path in Path(url, folder).rglob("*"):
-            with suppress(FileNotFoundError):  # the temporary name of a file that is being written
-                found = path.stat()
-                size += found.st_size if stat.S_ISREG(found.st_mode) else 0
-                newest = max(newest, found.st_mtime)
-    return size, newest
-
-
 class storage_errors:
-    """Turns the operating system's refusals into an error that says what to do."""
+    """Turn the operating system's errors into a StorageError that says what to do.
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    Args:
+        url: the place that was read or written.
+        purpose: what it is used for.
+    """
+
+    def __init__(self, url: str, purpose: Purpose = CACHE) -> None:
+        self._url, self._purpose = url, purpose
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +44,8 @@ class storage_errors:
         if isinstance(error, OSError):
             reason = os.strerror(error.errno) if error.errno else str(error)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            setting, again = self._purpose.setting, self._purpose.again
             raise StorageError(
-                f"{self._url}: {reason}: {'free space' if full else 'check CACHE and its permissions'}, or choose "
-                "another CACHE; what is committed stays, and the same command goes on from there"
+                f"{self._url}: {reason}: {'free space' if full else f'check {setting} and its permissions'}, or choose "
+                f"another {setting}; {again}"
             ) from error

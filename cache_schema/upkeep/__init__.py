@@ -1,1 +1,1 @@
-"""Looking after a cache: its lock, verification, comparison and removal of old versions."""
+"""Maintenance of a cache: its lock, verification, comparison, and removal of old versions."""

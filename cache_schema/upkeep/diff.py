@@ -1,4 +1,4 @@
-"""How two versions differ: what they depend on, which tiles they hold, how far their vectors lie apart."""
+"""Compare two versions: provenance, tiles, and the distance of their vectors."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cache_schema.block import BlockValues
 from cache_schema.errors import IntegrityError
-from cache_schema.layout import LABEL_ID_COLUMNS, LABEL_IDS_DTYPE, STATUS_DTYPE, Float16Array, Status
+from cache_schema.layout import Float16Array, Status
 from cache_schema.table import TileTable
 from cache_schema.version import Version
 
@@ -21,12 +21,12 @@ _Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Movement:
-    """How far one pooling's vectors moved over n tiles.
+    """How far the vectors of one pooling moved, over n tiles.
 
     Attributes:
         tiles: n.
-        median, largest: of the norm of the difference over the norm of A's vector.
-        cosine: median.
+        median, largest: norm of the difference over the norm of A's vector.
+        cosine: median cosine.
     """
 
     tiles: int
@@ -40,13 +40,13 @@ class Comparison:
     """How version A differs from version B.
 
     Attributes:
-        names: A and B, readable.
-        entries: a line per ingredient of the provenance and per recorded entry that differs.
-        only_a, only_b, both: tiles.
-        changed, relabelled: of those in both, by size and crc32c of the tile and of its label.
-        told_by: what stands for a tile's bytes.
-        embedded_a, embedded_b, embedded_both: of the tiles with the same bytes, embedded in A alone, B alone, both.
-        moved: per pooling that can be compared, empty when widths differ or no tile is embedded in both.
+        names: A and B, for people.
+        entries: a line for each differing field of the provenance and of `recorded`.
+        only_a, only_b, both: number of tiles.
+        changed, relabelled: tiles in both whose size or crc32c, or those of the label, differ.
+        told_by: what the comparison of tiles is based on.
+        embedded_a, embedded_b, embedded_both: tiles with the same bytes that are embedded in A only, B only, both.
+        moved: by pooling; empty if the widths differ or no tile is embedded in both.
     """
 
     names: tuple[str, str]
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def lines(self) -> list[str]:
-        """For a user."""
+        """The comparison as lines for people."""
         lines = [f"A: {self.names[0]}", f"B: {self.names[1]}", *self.entries]
         lines.append(
             f"tiles: {self.only_a:,} only in A, {self.only_b:,} only in B, {self.both:,} in both; of these "
@@ -92,14 +92,14 @@ class Comparison:
 
 
 def compare_versions(a: Version, b: Version) -> Comparison:
-    """Compare two versions, tiles by name, vectors of tiles with the same bytes; a few blocks in memory at a time.
+    """Compare tiles by name, and vectors of tiles with the same bytes, with a few blocks in memory at a time.
 
     Raises:
         IntegrityError: a tile table cannot be read. A damaged block counts as not embedded.
     """
     table_a, table_b = a.read_table(), b.read_table()
     _, rows_a, rows_b = np.intersect1d(table_a.tile, table_b.tile, assume_unique=True, return_indices=True)
-    # A modification time says nothing about a checksum: only sizes can be compared then.
+    # A modification time cannot be compared with a checksum; then only sizes are compared.
     comparable = a.recorded.identity == b.recorded.identity
     columns = {"tile": ("size", "crc32c"), "label": ("label_size", "label_crc32c")}
     same, same_label = (
@@ -126,12 +126,12 @@ def compare_versions(a: Version, b: Version) -> Comparison:
 
 
 def _agree(a: TileTable, rows_a: _Rows, b: TileTable, rows_b: _Rows, columns: tuple[str, ...]) -> npt.NDArray[np.bool_]:
-    """(pairs,) bool: whether all these columns are the same."""
+    """Return (pairs,) bool: whether all these columns are equal."""
     return np.asarray(np.all([getattr(a, name)[rows_a] == getattr(b, name)[rows_b] for name in columns], axis=0))
 
 
 def _list_differences(where: str, a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """A line per entry that differs; of an object in it, per entry of that."""
+    """Describe each differing entry in a line; nested objects entry by entry."""
     lines = []
     for name in dict.fromkeys([*a, *b]):
         left, right = a.get(name, "none"), b.get(name, "none")
@@ -144,11 +144,11 @@ def _list_differences(where: str, a: dict[str, Any], b: dict[str, Any]) -> list[
 
 def _describe(version: Version) -> str:
     unfinished = "" if version.sealed else ", not finished"
-    return f"{version.root.url}, version {version.id}, {version.layout.rows:,} rows{unfinished}"
+    return f"{version.url}, version {version.id}, {version.layout.rows:,} rows{unfinished}"
 
 
 def _compare_vectors(a: Version, rows_a: _Rows, b: Version, rows_b: _Rows) -> tuple[int, int, int, dict[str, Movement]]:
-    """Of pairs of rows: embedded in A alone, in B alone, in both; and per pooling how far these moved."""
+    """Count the pairs of rows that are embedded in A only, B only and both; measure by pooling how far these moved."""
     comparable = a.layout.width == b.layout.width
     pooling = [name for name in a.layout.pooling if name in b.layout.pooling and comparable]
     distances: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in pooling}
@@ -173,7 +173,7 @@ def _compare_vectors(a: Version, rows_a: _Rows, b: Version, rows_b: _Rows) -> tu
 
 
 def _measure_movement(a: Float16Array, b: Float16Array) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Per row of (n, D): norm of the difference over the norm of a; cosine. Computed in float64."""
+    """Return for each row of (n, D) the norm of the difference over the norm of a, and the cosine; in float64."""
     left, right = a.astype(np.float64), b.astype(np.float64)
     tiny = np.finfo(np.float16).tiny  # a vector of zeros has no norm to divide by
     norm_a, norm_b = (np.maximum(np.linalg.norm(vectors, axis=1), tiny) for vectors in (left, right))
@@ -185,9 +185,9 @@ def _measure_movement(a: Float16Array, b: Float16Array) -> tuple[npt.NDArray[np.
 def _walk_pairs(
     a: Version, rows_a: _Rows, b: Version, rows_b: _Rows
 ) -> Iterator[tuple[BlockValues, _Rows, BlockValues, _Rows]]:
-    """Pairs of rows, ascending in either version, by block: A's values and rows in them, B's likewise.
+    """Group ascending pairs of rows by block; yield A's block and the rows in it, then B's.
 
-    Every block is read once, since both tables are sorted by name.
+    Both tables are sorted by name, so every block is read once.
     """
     if not len(rows_a):
         return
@@ -206,7 +206,7 @@ def _walk_pairs(
 
 
 def _stream_blocks(version: Version, blocks: _Rows) -> Iterator[BlockValues]:
-    """Each of these blocks once, ascending; a few are read ahead, since in a bucket a block is long in coming."""
+    """Read each of these blocks once, ascending; a few are read ahead, since a bucket answers slowly."""
     waiting: deque[Future[BlockValues]] = deque()
     with ThreadPoolExecutor(_READ_AHEAD) as threads:
         for block in np.unique(blocks).tolist():
@@ -218,13 +218,8 @@ def _stream_blocks(version: Version, blocks: _Rows) -> Iterator[BlockValues]:
 
 
 def _read_trusted(version: Version, block: int) -> BlockValues:
-    """A block's values, all rows pending where they are not what was committed."""
+    """Read a block; if it is damaged or not committed, all its rows are pending."""
     try:
-        values = version.read_block(block)
-        if version.read_commit(block) == values.digest(version.layout.pooling):
-            return values
+        return version.read_trusted(block)
     except IntegrityError:
-        pass
-    rows = version.layout.block_slice(block)
-    n = rows.stop - rows.start
-    return BlockValues({}, np.zeros((n, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE), np.zeros(n, STATUS_DTYPE))
+        return BlockValues.make_blank(version.layout, version.layout.count_rows([block]))

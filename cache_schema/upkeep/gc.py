@@ -1,16 +1,15 @@
-"""Which versions of a cache nothing refers to any more, and their removal."""
+"""Garbage-collect versions of a cache that no run refers to."""
 
-import glob
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 
 from cache_schema.errors import CacheError
 from cache_schema.root import CacheRoot
+from cache_schema.storage.objects import open_objects
+from cache_schema.storage.place import VIEWER, Purpose
 
 from .lock import PACE, Pace, find_owner, own_version
 
@@ -19,13 +18,13 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class StoredVersion:
-    """One version of a cache, and whether it may go.
+    """One version of a cache, and whether it may be removed.
 
     Attributes:
-        id: of the version.
+        id: the version.
         bytes: of all its objects.
-        written: when it was last written to, in seconds since 1970.
-        kept: why it stays, None if nothing speaks for it.
+        written: when it was last written to (Unix time).
+        kept: why it stays, None if it may be removed.
     """
 
     id: str
@@ -34,78 +33,56 @@ class StoredVersion:
     kept: str | None
 
     def describe(self) -> str:
-        """One line: id, size, age, what becomes of it."""
+        """Return one line: id, size, age, and whether it stays."""
         age = describe_age(time.time() - self.written)
         fate = f"stays: {self.kept}" if self.kept else "to remove"
         return f"{self.id}  {self.bytes / MIB:>10,.1f} MiB  {age:>14}  {fate}"
 
 
 def find_references(places: Iterable[str]) -> dict[str, str]:
-    """Version id -> the first run below these places whose `config.json` names it.
+    """Map version ids to the first run below these places whose `config.json` names the version.
 
-    A run's cache is not asked for: it may be named by another path today, and the id alone says which embeddings a run
-    was trained on.
+    The cache that a run names does not matter: its path may have changed, and the id alone identifies the embeddings.
 
     Args:
-        places: directories, or `gs://bucket/prefix`; in a place that is not there, there are no runs.
+        places: directories or `gs://bucket/prefix`; one that does not exist holds no runs.
 
     Raises:
-        CacheError: a `config.json` cannot be read, so what it refers to is unknown.
-        StorageError: the bucket cannot be read.
+        CacheError: a `config.json` cannot be understood, so the version it refers to is unknown.
+        StorageError: a place cannot be read.
     """
     references: dict[str, str] = {}
     for place in places:
-        for name, read in _find_bucket_runs(place) if place.startswith("gs://") else _find_local_runs(place):
+        objects = open_objects(place, Purpose("--runs", VIEWER, "nothing was removed"))
+        for name in objects.find("config.json"):
+            url = f"{objects.url}/{name}"
+            found = objects.read(name)
             try:
-                stored = json.loads(read())
-            except (OSError, ValueError) as error:
+                stored = json.loads(found.data if found else b"")
+            except ValueError as error:
                 raise CacheError(
-                    f"{name} cannot be read, so the version it needs is unknown: mend it or remove that run"
+                    f"{url} cannot be read, so the version it needs is unknown: fix it or remove that run"
                 ) from error
             version = stored.get("version") if isinstance(stored, dict) else None
             if isinstance(version, str):
-                references.setdefault(version, os.path.dirname(name))
+                references.setdefault(version, os.path.dirname(url))
     return references
-
-
-def _find_local_runs(place: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Every `config.json` below a directory and how to read it."""
-    # Unlike Path.glob, this follows links, also to run directories that were moved to another disk.
-    for name in sorted(glob.glob(f"{glob.escape(place)}/**/config.json", recursive=True)):
-        yield name, Path(name).read_bytes
-
-
-def _find_bucket_runs(place: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """The same of a bucket."""
-    from cache_schema.storage.gcs import GcsObjects
-
-    objects = GcsObjects(place, setting="--runs", role="Storage Object Viewer", again="nothing was removed")
-    below = len(objects.name(""))
-
-    def read(key: str) -> bytes:
-        found = objects.download(key)
-        return found[0] if found else b""
-
-    for page in objects.list_pages(objects.name("")):
-        for name in page:
-            if name.endswith("/config.json"):
-                yield f"{objects.url}/{name[below:]}", partial(read, name[below:])
 
 
 def list_versions(
     root: CacheRoot, references: Mapping[str, str], *, keep: int = 0, unsealed: bool = False, pace: Pace = PACE
 ) -> list[StoredVersion]:
-    """All versions of a cache, the one last written to first.
+    """List all versions of a cache, the one last written to first.
 
     Args:
         root: the cache.
-        references: what runs refer to, see `find_references`.
-        keep: how many stay, the newest first, of those that nothing else keeps.
-        unsealed: let go of unfinished versions, except those that a process writes to.
-        pace: for tests; a process elsewhere is given time to show that it lives.
+        references: versions that runs refer to, see `find_references`.
+        keep: how many of the newest to keep, of those that nothing else keeps.
+        unsealed: remove unfinished versions too, unless a process writes to them.
+        pace: for tests; how long to wait for the heartbeat of another machine.
     """
     sealed = {version_id: root.is_sealed(version_id) for version_id in root.versions()}
-    current = root.current()  # after the seals: a version that was sealed before it became the one in use is seen here
+    current = root.current()  # read after the seals, so that a version sealed meanwhile is not missed
     versions = []
     for version_id in sealed:
         kept = None
@@ -119,18 +96,18 @@ def list_versions(
             kept = f"being written by {owner}"
         versions.append(StoredVersion(version_id, *root.measure_version(version_id), kept))
     versions.sort(key=lambda version: version.written, reverse=True)
-    spared = [version.id for version in versions if version.kept is None][:keep]
+    kept_newest = [version.id for version in versions if version.kept is None][:keep]
     reason = f"among the {keep} newest (--keep)"
-    return [replace(version, kept=reason) if version.id in spared else version for version in versions]
+    return [replace(version, kept=reason) if version.id in kept_newest else version for version in versions]
 
 
 def remove_versions(root: CacheRoot, versions: Sequence[StoredVersion]) -> None:
-    """Remove these versions, each owned meanwhile: an extraction that is about to begin is told.
+    """Remove these versions, holding the lock of each so that no extraction writes to it meanwhile.
 
     Raises:
         OwnedError: an extraction has begun to write to one since they were listed.
-        CacheError: an extraction has taken one into use since they were listed.
-        StorageError: the disk or the bucket refuses; what is removed already stays so.
+        CacheError: one has become the version in use since they were listed.
+        StorageError: the disk or the bucket cannot be written; versions already removed stay removed.
     """
     for version in versions:
         with own_version(root.url, version.id):
@@ -141,7 +118,7 @@ def remove_versions(root: CacheRoot, versions: Sequence[StoredVersion]) -> None:
 
 
 def describe_age(seconds: float) -> str:
-    """`3 days old`, in the largest unit that fits."""
+    """Write an age in its largest unit: `3 days old`."""
     for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if seconds >= length:
             number = int(seconds // length)

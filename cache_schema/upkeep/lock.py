@@ -1,7 +1,7 @@
-"""Who writes to a version: one small object beside it, so that a second extraction is told.
+"""The lock of a version: a small object next to it that names the process that writes, so that a second one stops.
 
-It is advice. What keeps two writers from harming each other are the digests, so an owner that is lost is no error.
-No clock is compared with another machine's: an owner lives while its heartbeat changes.
+The lock is advisory. Digests protect against two writers, so losing the lock is no error. Clocks of different machines
+are never compared: an owner is alive while its heartbeat changes.
 """
 
 import json
@@ -18,16 +18,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cache_schema.errors import OwnedError, StorageError
-from cache_schema.storage.objects import Slot, Stored, open_slot
+from cache_schema.storage.objects import Objects, open_objects
+from cache_schema.storage.place import Stored
 
 SUFFIX = ".owner"
+_DEADLINE_S = 60.0
+"""A bucket that does not answer for so long counts as unreachable."""
 _RELEASE_S = 5.0
-"""How long the end of a run may wait for its object to go; a process told to stop has ten seconds."""
+"""How long the end of a run waits for its object to be deleted; a process that is told to stop has ten seconds."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds between two heartbeats, between two looks at another's, and without one until it is taken over."""
+    """Seconds between heartbeats, between two checks of another process's, and until a silent one counts as gone."""
 
     beat_s: float = 15.0  # a bucket takes about one write a second to an object
     look_s: float = 3.0
@@ -42,14 +45,14 @@ class Owner:
     """A process that writes to a version.
 
     Attributes:
-        token: of this one take-over; no two are the same.
-        job: torchrun's id of the job, the same after its restarts; None without one.
-        host: its name, for people.
-        machine: the kernel and its namespace of process ids, empty where unknown; pids are comparable within.
-        pid: of the process.
-        born: when the process started, in the kernel's ticks; tells a pid from its next use.
-        since: for people, UTC.
-        beats: heartbeats so far.
+        token: unique to each acquisition of the lock.
+        job: torchrun's id of the job, the same after restarts; None without torchrun.
+        host: name, for people.
+        machine: kernel and its namespace of process ids, within which pids can be compared; empty if unknown.
+        pid: process id.
+        born: when the process started, in ticks of the kernel; distinguishes processes that reuse a pid.
+        since: when the lock was acquired (UTC), for people.
+        beats: number of heartbeats.
     """
 
     token: str
@@ -63,13 +66,13 @@ class Owner:
 
     @classmethod
     def make(cls, job: str | None = None) -> "Owner":
-        """This process."""
+        """Describe this process."""
         pid, now = os.getpid(), datetime.now(UTC).isoformat(" ", "seconds")
         return cls(uuid.uuid4().hex, job, socket.gethostname(), _name_machine(), pid, _find_birth(pid) or 0, now)
 
     @classmethod
     def parse(cls, data: bytes) -> "Owner | None":
-        """The owner an object names; None if this program cannot read it, and then only its changes say something."""
+        """Parse an owner object; None if this program cannot read it."""
         try:
             owner = cls(**json.loads(data))
         except (ValueError, TypeError):
@@ -86,9 +89,9 @@ class Owner:
         return f"process {self.pid} on {self.host} since {self.since.removesuffix('+00:00')} UTC"
 
     def is_alive(self, me: "Owner") -> bool | None:
-        """Whether it still writes as far as `me` can tell at once; None if only its heartbeat can.
+        """Return whether the owner is alive, None if only its heartbeat can tell.
 
-        What an earlier run of the same process left, or one that the same torchrun has restarted since, is not alive.
+        Not alive is the object of an earlier run in this process, or of a process that the same torchrun restarted.
         """
         if self.machine and self.machine == me.machine:
             return self.pid != me.pid and _is_running(self.pid, self.born)
@@ -104,21 +107,21 @@ def own_version(
     pace: Pace = PACE,
     say: Callable[[str], None] = print,
 ) -> Iterator[None]:
-    """Own a version of the cache at `url` within the context; takes over from an owner that is gone.
+    """Hold the lock of a version of the cache at `url`; an owner that is gone is replaced.
 
     Args:
         url: directory or `gs://bucket/prefix`.
-        version_id: of a version, which need not exist yet.
+        version_id: the version, which need not exist yet.
         job: torchrun's id of this job.
         pace: for tests.
-        say: takes a line for the user.
+        say: gets lines for the user.
 
     Raises:
-        OwnedError: another process writes to it; says which.
+        OwnedError: another process writes to it; the message names it.
         StorageError: the disk or the bucket refuses.
     """
-    slot = open_slot(url, version_id + SUFFIX)
-    heart = _Heart(slot, *_acquire(slot, version_id, Owner.make(job), pace, say), pace.beat_s)
+    lock = _Lock(open_objects(url, deadline_s=_DEADLINE_S), version_id, Owner.make(job), pace, say)
+    heart = _Heart(lock, lock.acquire())
     heart.start()
     try:
         yield
@@ -127,69 +130,89 @@ def own_version(
 
 
 def find_owner(url: str, version_id: str, *, pace: Pace = PACE, say: Callable[[str], None] = print) -> str | None:
-    """Name the process that writes to a version, None if there is none; may take `pace.stale_s` to be sure.
+    """Name the process that writes to a version, None if there is none; may take `pace.stale_s`.
 
     Raises:
         StorageError: the disk or the bucket refuses.
     """
-    slot = open_slot(url, version_id + SUFFIX)
-    found = slot.read()
-    return _find_life(slot, found, version_id, Owner.make(), pace, say) if found else None
+    lock = _Lock(open_objects(url, deadline_s=_DEADLINE_S), version_id, Owner.make(), pace, say)
+    found = lock.read()
+    return lock.find_life(found) if found else None
 
 
-def _acquire(slot: Slot, version_id: str, me: Owner, pace: Pace, say: Callable[[str], None]) -> tuple[Owner, Stored]:
-    """Put `me` where nobody is, or over one that is gone; of two that come late the second finds the first."""
-    while True:
-        found = slot.read()
-        if found and (alive := _find_life(slot, found, version_id, me, pace, say)):
-            raise OwnedError(
-                f"version {version_id} is being written by {alive}: let it finish, or end it; "
-                "then the same command goes on from there"
-            )
-        if mine := _put(slot, me, found):
-            if found:
-                say(f"{_describe(found)} is gone: version {version_id} is taken over from it")
-            return me, mine
+@dataclass
+class _Lock:
+    """The owner object of one version, read and written by this process."""
 
+    objects: Objects
+    version_id: str
+    me: Owner
+    pace: Pace
+    say: Callable[[str], None]
 
-def _find_life(
-    slot: Slot, found: Stored, version_id: str, me: Owner, pace: Pace, say: Callable[[str], None]
-) -> str | None:
-    """Name the process in `found` if it lives; None if it is gone, or has ended meanwhile."""
-    owner = Owner.parse(found.data)
-    alive = owner.is_alive(me) if owner else None
-    if alive is not None:
-        return _describe(found) if alive else None
-    say(f"version {version_id} was being written by {_describe(found)}: waiting {pace.stale_s:.0f} s for its heartbeat")
-    deadline = time.monotonic() + pace.stale_s
-    while time.monotonic() < deadline:
-        time.sleep(pace.look_s)
-        now = slot.read()
-        if now is None:
-            return None
-        if now.data != found.data:
-            return _describe(now)
-    return None
+    def read(self) -> Stored | None:
+        return self.objects.read(self.version_id + SUFFIX)
 
+    def delete(self, stored: Stored) -> None:
+        self.objects.delete(self.version_id + SUFFIX, stored)
 
-def _put(slot: Slot, me: Owner, over: Stored | None) -> Stored | None:
-    """Write `me` over what was found; None if something else is there by now."""
-    if mine := slot.put(me.to_bytes(), over):
-        return mine
-    # Of a write that was refused on its repetition, only the object tells that it was done.
-    found = slot.read()
-    owner = Owner.parse(found.data) if found else None
-    return found if owner and owner.token == me.token else None
+    def write(self, over: Stored | None) -> Stored | None:
+        """Write this process's owner object over `over`; None if another one is there by now."""
+        if mine := self.objects.replace(self.version_id + SUFFIX, self.me.to_bytes(), over):
+            return mine
+        # The write may have succeeded although its repetition was refused; the stored token tells.
+        found = self.read()
+        owner = Owner.parse(found.data) if found else None
+        return found if owner and owner.token == self.me.token else None
+
+    def acquire(self) -> Stored:
+        """Write this process's owner object, unless another owner is alive.
+
+        Raises:
+            OwnedError: another process writes to the version.
+        """
+        while True:
+            found = self.read()
+            if found and (alive := self.find_life(found)):
+                raise OwnedError(
+                    f"version {self.version_id} is being written by {alive}: let it finish, or end it; "
+                    "then the same command goes on from there"
+                )
+            if mine := self.write(found):
+                if found:
+                    self.say(f"{_describe(found)} is gone: version {self.version_id} is taken over from it")
+                return mine
+
+    def find_life(self, found: Stored) -> str | None:
+        """Name the process in `found` if it is alive; None if it is gone, or ended while this waited."""
+        owner = Owner.parse(found.data)
+        alive = owner.is_alive(self.me) if owner else None
+        if alive is not None:
+            return _describe(found) if alive else None
+        stale_s = self.pace.stale_s
+        self.say(
+            f"version {self.version_id} was being written by {_describe(found)}: waiting {stale_s:.0f} s for its "
+            "heartbeat"
+        )
+        deadline = time.monotonic() + stale_s
+        while time.monotonic() < deadline:
+            time.sleep(self.pace.look_s)
+            now = self.read()
+            if now is None:
+                return None
+            if now.data != found.data:
+                return _describe(now)
+        return None
 
 
 class _Heart:
-    """Writes the heartbeat, and removes the object at the end.
+    """Writes the heartbeat, and deletes the owner object at the end.
 
-    All of it in a thread that the process need not wait for: a bucket out of reach must not keep a run from ending.
+    Both happen in a daemon thread: an unreachable bucket must not keep a run from ending.
     """
 
-    def __init__(self, slot: Slot, me: Owner, stored: Stored, beat_s: float) -> None:
-        self._slot, self._me, self._stored, self._beat_s = slot, me, stored, beat_s
+    def __init__(self, lock: _Lock, stored: Stored) -> None:
+        self._lock, self._stored = lock, stored
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -201,24 +224,24 @@ class _Heart:
         self._thread.join(_RELEASE_S)
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._beat_s):
-            # While the bucket is out of reach, the run's own writes say so.
+        while not self._stopped.wait(self._lock.pace.beat_s):
+            # If the bucket is unreachable, the run's own writes report it.
             with suppress(StorageError):
                 if not self._beat():
                     return
-        with suppress(StorageError):  # the next run finds this process gone
-            self._slot.remove(self._stored)
+        with suppress(StorageError):  # the next run sees that this process has ended
+            self._lock.delete(self._stored)
 
     def _beat(self) -> bool:
-        """Whether this process is the owner still."""
-        self._me = replace(self._me, beats=self._me.beats + 1)
-        if stored := _put(self._slot, self._me, self._stored):
+        """Write one heartbeat; return whether this process is still the owner."""
+        self._lock.me = replace(self._lock.me, beats=self._lock.me.beats + 1)
+        if stored := self._lock.write(self._stored):
             self._stored = stored
             return True
-        found = self._slot.read()
+        found = self._lock.read()
         print(
             f"warning: {_describe(found) if found else 'nobody, its owner object was removed,'} has taken over what "
-            "this run writes; both go on, and no block is trusted that they mixed",
+            "this run writes; both go on, and digests reject blocks that they mix",
             file=sys.stderr,
             flush=True,
         )
@@ -230,7 +253,7 @@ def _describe(stored: Stored) -> str:
 
 
 def _name_machine() -> str:
-    """The running kernel and this process's namespace of process ids: containers may share a host's name."""
+    """Name the running kernel and this process's namespace of process ids: containers may share a host name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -239,7 +262,7 @@ def _name_machine() -> str:
 
 
 def _is_running(pid: int, born: int) -> bool | None:
-    """Whether the process that was `born` then still runs; None where another user's processes are hidden."""
+    """Return whether the process born at `born` still runs; None if processes of other users are hidden."""
     birth = _find_birth(pid)
     if birth is not None:
         return birth == born
@@ -253,9 +276,9 @@ def _is_running(pid: int, born: int) -> bool | None:
 
 
 def _find_birth(pid: int) -> int | None:
-    """When a process started, in ticks since the kernel did, 0 if it has ended; None if nothing is known about it."""
+    """Return when a process started, in ticks since the kernel did; 0 if it has ended, None if unknown."""
     try:
-        # A command in parentheses, which may hold any character; then the state, and 18 fields on the start.
+        # The command in parentheses may hold any character; after it come the state and, 19 fields on, the start.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""What is wrong with a stored version, and how to take back exactly the blocks that are."""
+"""Find damage in a stored version, and clear the commits of exactly the damaged blocks."""
 
 import logging
 import shlex
@@ -29,11 +29,11 @@ class Findings:
     """What `verify_version` found.
 
     Attributes:
-        lines: one per thing that is wrong or unfinished, naming array, block and rows; none for a sound version.
-        damaged: blocks, ascending, whose values or commit are not what was committed.
-        seal_contradicted: whether the seal is another table's or other commits'.
-        table_damaged: whether the tile table is unreadable, or not the one that the version's id was made from.
-        lost_arrays: arrays that cannot be opened at all, which no extraction mends.
+        lines: one for each defect and unfinished part, naming array, block and rows; none for a sound version.
+        damaged: numbers of damaged blocks, ascending.
+        seal_contradicted: whether the seal does not match the table or the commits.
+        table_damaged: whether the tile table is unreadable, or does not match the id of the version.
+        lost_arrays: arrays that cannot be opened, which no extraction repairs.
     """
 
     lines: tuple[str, ...]
@@ -44,14 +44,14 @@ class Findings:
 
 
 def verify_version(version: Version) -> Findings:
-    """Recompute every digest of a version, a few blocks in memory at a time.
+    """Recompute every digest of a version, with a few blocks in memory at a time.
 
     Raises:
-        StorageError: the disk or the bucket refuses; what a user has no right to read is not called damaged.
+        StorageError: the disk or the bucket cannot be read; that is not reported as damage.
     """
     lost = tuple(name for name in _list_arrays(version) if not _opens(version, name))
     if lost:
-        where = f"{version.root.url}/{version.group.path}"
+        where = f"{version.url}/{version.group.path}"
         remedy = f"its zarr.json is missing or damaged: remove {where} and run `make extract` again"
         return Findings(tuple(f"array {name}: {remedy}" for name in lost), lost_arrays=lost)
     sealed, committed = version.sealed, version.committed()
@@ -61,7 +61,7 @@ def verify_version(version: Version) -> Findings:
         _log.debug("block %d: %s", block, "damaged" if found else "sound" if committed[block] else "not committed")
         return found
 
-    with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:  # in a bucket a block takes longer to arrive than to check
+    with ThreadPoolExecutor(_CHECKED_TOGETHER) as threads:  # a block from a bucket takes longer to arrive than to check
         by_block = list(threads.map(check, range(version.layout.blocks)))
     lines = [
         f"block {block} ({_name_rows(version.layout.block_slice(block))}): {line}"
@@ -74,49 +74,44 @@ def verify_version(version: Version) -> Findings:
     pending = ~committed
     pending[list(damaged)] = False
     if pending.any():
-        rows = count_rows(version, np.flatnonzero(pending).tolist())
+        rows = version.layout.count_rows(np.flatnonzero(pending).tolist())
         lines.append(f"{pending.sum():,} of {len(pending):,} blocks ({rows:,} rows) are not committed yet")
     return Findings((*lines, *table_lines, *seal_lines), damaged, contradicted, bool(table_lines))
 
 
 def repair_version(version: Version, findings: Findings) -> list[str]:
-    """Take back the seal and the commits of damaged blocks, so that the next extraction redoes these and no others.
+    """Clear the seal and the commits of damaged blocks, so that the next extraction redoes these and no others.
 
-    A version without such damage is left byte for byte alone.
+    A version without such damage is not written to.
 
     Args:
-        version: opened for writing.
-        findings: of this version.
+        version: the version, open for writing.
+        findings: what `verify_version` found in it.
 
     Returns:
-        Lines that say what was done and what to do.
+        lines that say what was done and what to do.
     """
     if findings.lost_arrays:
         return ["nothing was repaired: no extraction can write to an array that is lost"]
     lines = []
     if findings.damaged or findings.seal_contradicted:
         version.reopen_blocks(findings.damaged)
-        rows = count_rows(version, findings.damaged)
-        lines.append(f"took back the seal and the commits of {count_blocks(len(findings.damaged))} ({rows:,} rows)")
+        rows = version.layout.count_rows(findings.damaged)
+        lines.append(f"cleared the seal and the commits of {count_blocks(len(findings.damaged))} ({rows:,} rows)")
     else:
-        lines.append("no block is damaged: nothing was taken back")
+        lines.append("no block is damaged: nothing was cleared")
     if findings.table_damaged:
-        lines.append("the tile table is mended by `make extract`, from the listing")
+        lines.append("`make extract` repairs the tile table from the listing")
     tiles, backbone = version.recorded.tiles, version.recorded.backbone
-    variables = {"TILES": tiles, "BACKBONE": backbone, "CACHE": version.root.url}
+    variables = {"TILES": tiles, "BACKBONE": backbone, "CACHE": version.url}
     given = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
     size = version.provenance.image_size
     lines.append(f"to redo what is missing, run the `make extract` that made it: {given} IMAGE_SIZE={size}")
     return lines
 
 
-def count_rows(version: Version, blocks: tuple[int, ...] | list[int]) -> int:
-    """Rows of these blocks together."""
-    return sum(rows.stop - rows.start for rows in map(version.layout.block_slice, blocks))
-
-
 def _check_values(version: Version, block: int) -> list[str]:
-    """What is wrong with a committed block: chunks that fail by themselves, else rows that contradict each other."""
+    """Describe the defects of a committed block: chunks that are damaged by themselves, else rows that do not fit."""
     verdict = version.check_block(block)
     if verdict is None:
         return []
@@ -125,24 +120,24 @@ def _check_values(version: Version, block: int) -> list[str]:
     if lines := [f"array {name}: {why}" for name, why in chunks.items() if why]:
         return lines
     lines = version.read_block(block).find_contradictions(version.layout, version.layout.block_slice(block))
-    if verdict == DIGEST_CONTRADICTED:  # no checksum tells which array it is when the whole chunk is another's
-        lines.insert(0, f"one of the arrays {', '.join(chunks)}: {verdict}: a chunk was swapped or written over")
+    if verdict == DIGEST_CONTRADICTED:  # a swapped chunk passes its checksum, so the array is unknown
+        lines.insert(0, f"one of the arrays {', '.join(chunks)}: {verdict}: a chunk was swapped or overwritten")
     return lines
 
 
 def _check_commit(version: Version, block: int, sealed: bool) -> list[str]:
-    """What is wrong with a block without a commit record; before the seal, none at all is how blocks begin."""
+    """Describe the defects of a block without a commit record; before the seal a missing record is none."""
     why = _describe_chunk(version, "commit", block)
     if not sealed and why in (None, _MISSING):
         return []
-    return [f"array commit: {why or 'its record was taken back, but the version is sealed'}"]
+    return [f"array commit: {why or 'its record was cleared, but the version is sealed'}"]
 
 
 def _check_table(version: Version) -> list[str]:
     try:
         if version.provenance.version_id(version.read_table().identity_digest()) == version.id:
             return []
-        general = "the tile table or the provenance is not the one this version's id was made from"
+        general = "the tile table or the provenance does not match the id of this version"
     except IntegrityError as error:
         general = " ".join(str(error).split())
     lines = []
@@ -150,30 +145,30 @@ def _check_table(version: Version) -> list[str]:
         rows = slice(start, min(start + TABLE_CHUNK_ROWS, version.layout.rows))
         for name in _TABLE:
             if why := _describe_chunk(version, name, start // TABLE_CHUNK_ROWS):
-                lines.append(f"tile table ({_name_rows(rows)}): array {name}: {why}: `make extract` mends it")
+                lines.append(f"tile table ({_name_rows(rows)}): array {name}: {why}: `make extract` repairs it")
     return lines or [general]
 
 
 def _check_seal(version: Version, sealed: bool) -> tuple[list[str], bool]:
-    """Lines about the seal, and whether there is one that contradicts what it seals."""
+    """Describe the defects of the seal, and say whether it does not match the version."""
     if not sealed:
         why = _describe_chunk(version, "seal", 0)
         unread = why not in (None, _MISSING)
         return [f"array seal: {why}: `make extract` seals anew" if unread else "the version is not sealed"], False
     try:
         contradicted = not version.check_seal()
-    except IntegrityError:  # the table's own line says so
+    except IntegrityError:  # the check of the table reports it
         return [], False
-    return ["array seal: contradicts the table or the commits"] if contradicted else [], contradicted
+    return ["array seal: does not match the table or the commits"] if contradicted else [], contradicted
 
 
 def _describe_chunk(version: Version, name: str, chunk: int) -> str | None:
-    """What is wrong with a chunk by itself; None if it is there and passes its checksum, whatever its values are."""
-    with storage_errors(version.root.url):
+    """Describe the defect of a single chunk; None if it exists and passes its checksum."""
+    with storage_errors(version.url):
         array: Any = version.group[name]
         coordinates = (chunk, *[0] * (array.ndim - 1))
         key = f"{array.path}/{array.metadata.encode_chunk_key(coordinates)}"
-        stored = sync(version.root.store.get(key, default_buffer_prototype()))
+        stored = sync(version.group.store.get(key, default_buffer_prototype()))
         if stored is None:
             return _MISSING
         if len(stored) == 0:
@@ -184,7 +179,7 @@ def _describe_chunk(version: Version, name: str, chunk: int) -> str | None:
         try:
             array.blocks[coordinates]
         except ValueError:
-            return "its chunk fails its checksum: at least one byte is another"
+            return "its chunk fails its checksum: at least one byte is wrong"
     return None
 
 
@@ -193,7 +188,7 @@ def _list_arrays(version: Version) -> tuple[str, ...]:
 
 
 def _opens(version: Version, name: str) -> bool:
-    with storage_errors(version.root.url):
+    with storage_errors(version.url):
         try:
             return isinstance(version.group[name], zarr.Array)
         except (ValueError, KeyError):

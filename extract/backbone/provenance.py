@@ -58,9 +58,7 @@ def find_cached_checkpoint(
     checkpoint = find_checkpoint(backbone or version.recorded.backbone, version.provenance.image_size)
     differences = find_other_ingredients(version.provenance, checkpoint)
     if differences:
-        raise ProvenanceError(
-            f"{checkpoint.path} is not what made {version.root.url} ({'; '.join(differences)}): {remedy}"
-        )
+        raise ProvenanceError(f"{checkpoint.path} is not what made {version.url} ({'; '.join(differences)}): {remedy}")
     return checkpoint
 
 

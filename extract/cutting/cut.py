@@ -21,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 from imagecodecs import png_encode
 
+from cache_schema.storage.objects import Objects
 from extract.errors import ConfigError, RasterError
 from extract.tiles.decode import RGBImage
 from extract.tiles.raster import Raster, Window, check_grid, count_windows, windows
 
 from .annotations import Boxes
-from .output import Place, open_place
+from .output import open_place
 
 T = TypeVar("T")
 
@@ -250,7 +251,7 @@ def encode_png(pixels: RGBImage) -> bytes:
 
 
 def _write_all(
-    place: Place,
+    place: Objects,
     threads: ThreadPoolExecutor,
     items: Iterable[tuple[str, T]],
     encode: Callable[[T], bytes],

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cache_schema.storage.objects import Objects
 from extract.errors import ConfigError, PlaceError, RasterError
 from extract.ranks.group import shows_bars
 from extract.tiles.raster import RASTER_SUFFIXES, Raster
 
 from .annotations import Annotations, Boxes, name_scene, read_annotations
 from .cut import DONE, Cutting, SceneCount, SceneJob, count_scene, encode_png, list_windows, name_tile, read_stat
-from .output import Place
 
 SETTINGS = "tiling/settings.json"
 _SAMPLED_SCENES = 8
@@ -86,7 +86,7 @@ class TilePlan:
         return [scene for scene in self.scenes if not scene.done]
 
 
-def make_plan(config: TileConfig, place: Place) -> TilePlan:
+def make_plan(config: TileConfig, place: Objects) -> TilePlan:
     """Look at everything, write nothing.
 
     Raises:
@@ -122,25 +122,26 @@ def format_settings(cutting: Cutting) -> bytes:
     return json.dumps({"version": 1, **asdict(cutting)}).encode() + b"\n"
 
 
-def check_settings(place: Place, cutting: Cutting) -> bool:
+def check_settings(place: Objects, cutting: Cutting) -> bool:
     """Whether the place knows these settings already; False for one that has none.
 
     Raises:
         PlaceError: it was cut with others, or holds tiles that were not cut here.
     """
     found = place.read(SETTINGS)
-    if found == format_settings(cutting):
+    if found and found.data == format_settings(cutting):
         return True
-    if found is not None:
+    if found:
         try:
-            before = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in json.loads(found).items())
+            settings = json.loads(found.data).items()
+            before = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings)
         except (ValueError, AttributeError):
             before = "unreadable"
         raise PlaceError(
             f"{place.url} was cut with other settings ({before.removeprefix('--version 1, ')}): "
             "give the same, or choose another OUT"
         )
-    if any(True for folder in ("images", "labels") for _ in place.list(folder)):
+    if any(True for folder in ("images", "labels") for _ in place.list_dir(folder)):
         raise PlaceError(f"{place.url} holds tiles that were not cut by this command: choose another OUT")
     return False
 
@@ -181,13 +182,13 @@ def _list_scenes(directory: str) -> tuple[dict[str, Path], int]:
     return files, other
 
 
-def _list_there(place: Place) -> dict[str, set[str]]:
+def _list_there(place: Objects) -> dict[str, set[str]]:
     """Objects of an earlier tiling by scene: marks, labels and images."""
     there: dict[str, set[str]] = defaultdict(set)
-    for name in place.list(DONE):
+    for name in place.list_dir(DONE):
         there[name.rpartition(".")[0]].add(f"{DONE}/{name}")
     for folder in ("labels", "images"):
-        for name in place.list(folder):
+        for name in place.list_dir(folder):
             there[name.rpartition(".")[0].rsplit("_", 2)[0]].add(f"{folder}/{name}")
     return there
 

@@ -16,7 +16,7 @@ from extract.errors import RunError
 from extract.ranks.group import shows_bars
 from extract.ranks.signals import Stopped, stop_on_signals
 
-from .output import open_place
+from .output import open_place, own_place
 from .plan import SETTINGS, TileConfig, TilePlan, check_settings, estimate_bytes, format_settings, make_plan
 from .summary import describe_failures, describe_plan
 from .workers import run_cutters
@@ -42,7 +42,7 @@ def run_tiling(config: TileConfig) -> dict[str, Any]:
                 plan = make_plan(config, place)
                 _say_dry(config, plan)
             else:
-                with place.own():
+                with own_place(place):
                     plan = make_plan(config, place)
                     print(describe_plan(config, plan), flush=True)
                     if not check_settings(place, config.cutting):

@@ -6,12 +6,15 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_schema import CacheError, CacheRoot, Version
+import numpy as np
+
+from cache_schema import CacheError, CacheRoot
 from cache_schema.layout import count_blocks
+from cache_schema.storage.objects import open_objects
+from cache_schema.storage.place import Purpose, check_url, is_bucket
 from cache_schema.storage.store import storage_errors
 from extract.config import ExtractConfig
 from extract.earlier import find_earlier, open_in_use
-from extract.errors import ConfigError
 from extract.plan import choose_provenance
 from extract.tiles.source import Source
 from extract.timing import estimate_cache_bytes
@@ -19,7 +22,7 @@ from extract.timing import estimate_cache_bytes
 from .checkpoint import Weights, find_existing
 from .finding import Concern, Verdict
 from .machine import Device
-from .storage import AGAIN, DEADLINE_S, Found, is_bucket
+from .storage import AGAIN, DEADLINE_S, Found
 
 HASHED_BYTES = 4 * 2**30
 """Weights of more are not hashed to tell a version's id: that would take longer than all the rest."""
@@ -31,13 +34,11 @@ def check_place(url: str) -> Verdict[str]:
     """Write something where the cache goes, and remove it.
 
     Raises:
-        ConfigError: a URL that no cache has.
-        StorageError: it cannot be written.
+        StorageError: a URL that no cache has, or a place that cannot be written.
     """
+    check_url(url, "CACHE")
     if is_bucket(url):
         return _check_bucket(url)
-    if "://" in url:
-        raise ConfigError(f"{url} is no place for a cache: CACHE is a directory or gs://bucket/prefix")
     folder = find_existing(Path(url))
     with storage_errors(url), tempfile.TemporaryFile(dir=folder) as file:
         file.write(b"doctor")
@@ -45,9 +46,7 @@ def check_place(url: str) -> Verdict[str]:
 
 
 def _check_bucket(url: str) -> Verdict[str]:
-    from cache_schema.storage.gcs import GcsObjects
-
-    objects = GcsObjects(url, deadline_s=DEADLINE_S, again=AGAIN)
+    objects = open_objects(url, Purpose(again=AGAIN), deadline_s=DEADLINE_S)
     name = f"doctor-{uuid.uuid4().hex}"
     if not objects.create(name, name.encode()):
         raise CacheError(f"{url} does not keep what is written: check CACHE and what else writes there")
@@ -115,15 +114,10 @@ def _describe_version(root: CacheRoot, version_id: str, everything: Pending) -> 
         return Verdict(everything, f"version {version_id} was not created completely, and is begun again")
     if version.sealed:
         return Verdict(Pending(0, 0), f"version {version_id} is finished: an extraction has nothing to do")
-    left = _count_missing(version)
+    left = version.layout.count_rows(np.flatnonzero(~version.committed()).tolist())
     blocks = f"{int(version.committed().sum()):,} of {count_blocks(version.layout.blocks)}"
     detail = f"version {version_id} is begun: {blocks} are committed, and an extraction goes on from there"
     return Verdict(Pending(left, left), detail)
-
-
-def _count_missing(version: Version) -> int:
-    slices = zip(version.layout.block_slices(), version.committed(), strict=True)
-    return sum(rows.stop - rows.start for rows, done in slices if not done)
 
 
 def _count(versions: list[str]) -> str:

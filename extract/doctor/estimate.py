@@ -10,6 +10,7 @@ import torch
 from cache_schema import Status
 from cache_schema.cli.text import format_duration
 from cache_schema.layout import choose_block_rows
+from cache_schema.storage.place import is_bucket
 from extract.backbone.dinov3 import Backbone
 from extract.backbone.embed import TileEmbedder
 from extract.backbone.pooling import DEFAULT_POOLING
@@ -20,7 +21,7 @@ from .cache import Pending
 from .checkpoint import Weights
 from .finding import Concern, Verdict
 from .machine import Device, wait_for
-from .storage import Found, is_bucket
+from .storage import Found
 from .tiles import Sample
 
 _LOADED_BYTES = 4 * 2**30

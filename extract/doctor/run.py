@@ -4,7 +4,7 @@ spent."""
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cache_schema.storage.store import carries_credentials
+from cache_schema.storage.place import carries_credentials, is_bucket
 from extract.config import ExtractConfig
 from extract.errors import ConfigError
 from extract.ranks.signals import stop_on_signals
@@ -15,7 +15,7 @@ from .checkpoint import Weights, check_backbone
 from .estimate import check_estimate, check_speed
 from .finding import Examination, Finding, Known
 from .machine import Device, check_device, check_open_files, check_packages, check_shared_memory
-from .storage import Found, check_clock, check_credentials, check_layout, check_storage, find_server, is_bucket
+from .storage import Found, check_clock, check_credentials, check_layout, check_storage, find_server
 from .tiles import Sample, check_label_ids, check_labels, check_sample, check_scenes
 
 __all__ = ["DoctorConfig", "Finding", "examine", "run_doctor"]

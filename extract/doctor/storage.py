@@ -12,21 +12,19 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from cache_schema import TileTable
 from cache_schema.cli.text import show_first, show_name
+from cache_schema.storage.objects import open_objects
+from cache_schema.storage.place import VIEWER, Purpose, is_bucket
 from extract.errors import SourceError
 from extract.ranks.group import shows_bars
 from extract.tiles.listing import build_table, is_tile, label_name
 from extract.tiles.source import GcsSource, ListedPage, Source, open_source
 
 from .finding import Concern, Verdict
-
-if TYPE_CHECKING:
-    from cache_schema.storage.gcs import GcsObjects
 
 LISTING_S = 15.0
 """A longer listing is cut short: a bucket of ten million objects takes minutes."""
@@ -35,6 +33,7 @@ LISTED_A_REQUEST = 1000
 DEADLINE_S = 8.0
 """How long a bucket may keep failing."""
 AGAIN = "then run doctor again"
+_TILES = Purpose("TILES", VIEWER, AGAIN)
 _LARGEST_SKEW_S = 60.0
 _EMULATOR = "STORAGE_EMULATOR_HOST"
 _LOGIN = "run `gcloud auth application-default login`"
@@ -59,8 +58,7 @@ def check_credentials(urls: Iterable[str]) -> Verdict[bool]:
     try:
         credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
     except GoogleAuthError as error:
-        text = explain_gcs_error(error, bucket, setting="TILES", role="Storage Object Viewer", again=AGAIN)
-        raise SourceError(text) from error
+        raise SourceError(explain_gcs_error(error, bucket, _TILES)) from error
     kind = type(credentials).__module__.removeprefix("google.").removeprefix("auth.")
     account = getattr(credentials, "service_account_email", "")
     return Verdict(True, f"{_KINDS.get(kind, kind)}{f' {account}' if '@' in account else ''}")
@@ -83,16 +81,11 @@ def check_storage(tiles: str) -> Verdict[Source]:
     source = open_source(tiles)
     if not isinstance(source, GcsSource):
         return Verdict(source, f"{source.url} is a directory")
-    started = time.perf_counter()
-    _open_objects(source).check_access()
-    return Verdict(source, f"{source.url} answers; the first listing took {time.perf_counter() - started:.2f} s")
-
-
-def _open_objects(source: Source) -> "GcsObjects":
     from cache_schema.storage.gcs import GcsObjects
 
-    role = "Storage Object Viewer"
-    return GcsObjects(source.url, deadline_s=DEADLINE_S, setting="TILES", role=role, again=AGAIN)
+    started = time.perf_counter()
+    GcsObjects(source.url, _TILES, deadline_s=DEADLINE_S).check_access()
+    return Verdict(source, f"{source.url} answers; the first listing took {time.perf_counter() - started:.2f} s")
 
 
 def check_clock(address: str) -> Verdict[float]:
@@ -112,10 +105,6 @@ def check_clock(address: str) -> Verdict[float]:
     wrong = Concern("warning", "this machine's clock is off", "set it (`timedatectl set-ntp true`)")
     detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server's, which counts whole seconds"
     return Verdict(skew, detail, [wrong] if abs(skew) > _LARGEST_SKEW_S else [])
-
-
-def is_bucket(url: str) -> bool:
-    return url.startswith("gs://")
 
 
 def find_server() -> str:
@@ -235,7 +224,7 @@ def _count_suffixes(names: Iterable[str]) -> str:
 
 def _name_neighbours(source: Source) -> str:
     """What lies directly below TILES instead, as a remedy."""
-    names = _open_objects(source).list_dir() if isinstance(source, GcsSource) else iter(sorted(os.listdir(source.url)))
+    names = open_objects(source.url, _TILES, deadline_s=DEADLINE_S).list_dir()
     there = [show_name(name) for name in islice(names, 8)]
     what = f"there is {', '.join(there)}" if there else "there is nothing at all"
     return f"TILES is the place that holds images/ and labels/, and {what}"

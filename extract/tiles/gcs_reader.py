@@ -21,6 +21,7 @@ from obstore.exceptions import GenericError, PermissionDeniedError, Unauthentica
 from obstore.store import GCSStore
 
 from cache_schema.storage.gcs import explain_gcs_error
+from cache_schema.storage.place import VIEWER, Purpose
 from extract.errors import SourceError, TileGoneError, TransportError
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ class GcsReader:
         try:
             self._store = _open_store(bucket)
         except GoogleAuthError as error:
-            role = "Storage Object Viewer"
-            raise SourceError(explain_gcs_error(error, f"gs://{bucket}", setting="TILES", role=role)) from error
+            raise SourceError(explain_gcs_error(error, f"gs://{bucket}", Purpose("TILES", VIEWER))) from error
 
     def read(self, path: str, generation: int) -> bytes:
         """The bytes of one object; its body is not checked against anything.

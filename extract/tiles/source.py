@@ -6,30 +6,28 @@ a read is checked against it.
 
 import os
 import struct
-import time
 from binascii import a2b_base64
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from cache_schema.storage.store import carries_credentials
+from cache_schema.errors import StorageError
+from cache_schema.storage.place import VIEWER, Purpose, check_url, is_bucket
 from extract.errors import SourceError, TileGoneError, TransportError
 
 CONCURRENT_READS = 32
 """Requests in flight per process: at 50 ms each they bring more tiles than one core decodes."""
 _CHECKED_READS = 16
 """Connections that google-cloud-storage keeps open: only bodies that were not what was listed travel through it."""
-_TRANSFER_ATTEMPTS = 10
-_TRANSFER_PAUSE_S = 0.2
 _PAGE_FILES = 4096
+_PURPOSE = Purpose("TILES", VIEWER)
 
 ListedObject = tuple[str, int, int, int]
 """Name, size, crc32c, generation: a row of a page."""
@@ -110,13 +108,11 @@ def open_source(url: str) -> Source:
     Raises:
         SourceError: another kind of URL, or a directory that does not exist.
     """
-    if carries_credentials(url):
-        raise SourceError("TILES is a URL with a user or password in it: leave them out")
-    if url.startswith("gs://"):
-        return GcsSource(url)
-    if "://" in url:
-        raise SourceError(f"cannot read tiles from {url}: TILES is gs://bucket/prefix or a local directory")
-    return LocalSource(url)
+    try:
+        check_url(url, _PURPOSE.setting)
+        return GcsSource(url) if is_bucket(url) else LocalSource(url)
+    except StorageError as error:
+        raise SourceError(str(error)) from error
 
 
 class LocalSource:
@@ -176,32 +172,26 @@ class GcsSource:
     identity = "crc32c"
 
     def __init__(self, url: str) -> None:
-        bucket, _, prefix = url.removeprefix("gs://").rstrip("/").partition("/")
-        self.url = url.rstrip("/")
-        if len(bucket) < 3:
-            raise SourceError(f"{url} names no bucket: TILES is gs://bucket/prefix")
-        self._bucket_name = bucket
-        self._prefix = f"{prefix}/" if prefix else ""
+        from cache_schema.storage.gcs import GcsObjects
+
+        self._objects = GcsObjects(url, _PURPOSE, concurrency=_CHECKED_READS)
+        self.url = self._objects.url
 
     def list(self, folder: str) -> Iterator[ListedPage]:
-        from cache_schema.storage.gcs import GCS_ERRORS
-
-        fields = "items(name,size,crc32c,generation),nextPageToken"
         try:
-            # Of a page only its JSON: a Blob for every object costs three times as much.
-            prefix = f"{self._prefix}{folder}/" if folder else self._prefix
-            for page in self._bucket().list_blobs(prefix=prefix, fields=fields).pages:
-                listed = [self._read_item(item) for item in page.raw_page.get("items", ())]
+            for page in self._objects.list_items(folder, "name,size,crc32c,generation"):
+                listed = [self._read_item(item) for item in page]
                 # A name that ends in / is the placeholder that consoles make for a folder.
                 yield ListedPage.from_rows([row for row in listed if not row[0].endswith("/")])
-        except GCS_ERRORS as error:
-            raise self._explain(error) from error
+        except StorageError as error:
+            raise _explain(error) from error
 
     def _read_item(self, item: Mapping[str, str]) -> ListedObject:
         """A row from an object resource of the JSON API: decimal numbers, and crc32c in base64, big-endian."""
         try:
             (crc32c,) = struct.unpack(">I", a2b_base64(item["crc32c"]))
-            return item["name"][len(self._prefix) :], int(item["size"]), crc32c, int(item["generation"])
+            name = item["name"][len(self._objects.name("")) :]
+            return name, int(item["size"]), crc32c, int(item["generation"])
         except (KeyError, ValueError, struct.error) as error:
             raise SourceError(
                 f"{self.url} lists an object without usable name, size, crc32c or generation, {dict(item)}: "
@@ -211,43 +201,25 @@ class GcsSource:
     def read(self, name: str, generation: int) -> bytes:
         from .gcs_reader import can_name, open_reader
 
-        path = self._prefix + name
+        path = self._objects.name(name)
         if not can_name(path):
             return self.read_checked(name, generation)
-        return open_reader(self._bucket_name, CONCURRENT_READS).read(path, generation)
+        return open_reader(self._objects.bucket, CONCURRENT_READS).read(path, generation)
 
     def read_checked(self, name: str, generation: int) -> bytes:
-        from google.cloud.exceptions import NotFound
-        from google.cloud.storage.exceptions import DataCorruption
-        from requests.exceptions import ChunkedEncodingError
-
-        from cache_schema.storage.gcs import GCS_ERRORS
-
         try:
-            for _ in range(_TRANSFER_ATTEMPTS):
-                blob = self._bucket().blob(self._prefix + name, generation=generation or None)
-                # Unlike other faults of the transport, a damaged body is not read again by the library, nor is an
-                # answer that is cut where it says that there is no object.
-                with suppress(DataCorruption, ChunkedEncodingError):
-                    return bytes(blob.download_as_bytes(raw_download=True, checksum="crc32c"))
-                time.sleep(_TRANSFER_PAUSE_S)
-        except NotFound as error:
-            raise TileGoneError(f"{self.url}/{name} is gone") from error
-        except GCS_ERRORS as error:
-            raise self._explain(error) from error
-        raise TransportError(f"{self.url}/{name} arrived damaged {_TRANSFER_ATTEMPTS} times: check the network")
+            stored = self._objects.read(name, generation or None)
+        except StorageError as error:
+            raise _explain(error) from error
+        if stored is None:
+            raise TileGoneError(f"{self.url}/{name} is gone")
+        return stored.data
 
-    def _bucket(self) -> Any:
-        from cache_schema.storage.gcs import connect
 
-        return connect(_CHECKED_READS).client().bucket(self._bucket_name)
+def _explain(error: StorageError) -> SourceError:
+    """A refusal by the bucket as a SourceError; anything else as a TransportError."""
+    from google.api_core.exceptions import ClientError
+    from google.auth.exceptions import GoogleAuthError
 
-    def _explain(self, error: Exception) -> SourceError:
-        from google.api_core.exceptions import ClientError
-        from google.auth.exceptions import GoogleAuthError
-
-        from cache_schema.storage.gcs import explain_gcs_error
-
-        refused = isinstance(error, (ClientError, GoogleAuthError))
-        text = explain_gcs_error(error, self.url, setting="TILES", role="Storage Object Viewer")
-        return SourceError(text) if refused else TransportError(text)
+    refused = isinstance(error.__cause__, (ClientError, GoogleAuthError))
+    return SourceError(str(error)) if refused else TransportError(str(error))

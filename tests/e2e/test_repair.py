@@ -33,8 +33,8 @@ def test_an_extraction_after_a_repair_computes_only_the_damaged_blocks(
     assert findings.table_damaged
     said = repair_version(CacheRoot(cache).open_version(version.id, read_only=False), findings)
     assert said == [
-        "took back the seal and the commits of 2 blocks (284 rows)",
-        "the tile table is mended by `make extract`, from the listing",
+        "cleared the seal and the commits of 2 blocks (284 rows)",
+        "`make extract` repairs the tile table from the listing",
         f"to redo what is missing, run the `make extract` that made it: TILES={tiles} BACKBONE={backbone} "
         f"CACHE={cache} IMAGE_SIZE=64",
     ]

@@ -123,10 +123,10 @@ def _watch_stores(note: Callable[[str, str, str], None]) -> None:
             return found
 
         store.set, store.get = set_, get_  # type: ignore[method-assign, assignment]
-    upload, replace = GcsObjects.upload, Path.replace
+    write, replace = GcsObjects.write, Path.replace
 
-    def upload_(self: GcsObjects, key: str, data: bytes) -> None:
-        upload(self, key, data)
+    def write_(self: GcsObjects, key: str, data: bytes) -> None:
+        write(self, key, data)
         note("put", "during", key)
 
     def replace_(self: Path, target: Any) -> Path:
@@ -134,7 +134,7 @@ def _watch_stores(note: Callable[[str, str, str], None]) -> None:
             note("put", "during", str(target))
         return replace(self, target)
 
-    GcsObjects.upload = upload_  # type: ignore[method-assign]
+    GcsObjects.write = write_  # type: ignore[method-assign]
     Path.replace = replace_  # type: ignore[method-assign, assignment]
 
 

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.cloud import storage
 
+from cache_schema.storage.objects import open_objects
 from tests.checkpoints import make_checkpoint
 from tests.planted import extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
@@ -167,8 +169,7 @@ def test_a_process_that_is_killed_goes_on_elsewhere(
 def test_an_outage_is_one_line_and_resumable(
     made: Path, bucket: storage.Bucket, run: str, tmp_path: Path, proxy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "DEADLINE_S", 0.3)
-    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.02)
+    monkeypatch.setattr(remote, "open_objects", partial(open_objects, deadline_s=0.3, first_delay_s=0.02))
     proxy.choose_fault = lambda path: 503 if len(names(bucket, "head-001/checkpoints/000002")) else None
     result = run_train(tmp_path, "head", "--cache", made / "cache", "--run-dir", run, *HEAD)
     assert result.status == 1
@@ -178,7 +179,7 @@ def test_an_outage_is_one_line_and_resumable(
     assert "ARGS=--resume goes on from there" in result.errors[0]
     assert "Traceback" not in result.err
     proxy.choose_fault = lambda path: None
-    monkeypatch.setattr(remote, "DEADLINE_S", 120.0)
+    monkeypatch.setattr(remote, "open_objects", open_objects)
     shutil.rmtree(tmp_path / "runs")
     result = run_train(tmp_path, "head", "--run-dir", run, "--resume", "--device", "cpu")
     assert result.status == 0, result.err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache_schema import Provenance, Recorded, open_cache
+from cache_schema import CacheRoot, Provenance, Recorded, open_cache
 from cache_schema.upkeep.verify import verify_version
 from tests.caches import fill_cache
 from tests.golden.plain_reader import read_cache
@@ -164,9 +164,9 @@ def test_rewriting_the_golden_table_gives_the_same_id(tmp_path: Path) -> None:
     """Today's writer, given the golden tiles and provenance, finds the golden version instead of making another."""
     shutil.copytree(V1, tmp_path / "cache")
     cache = open_cache(str(tmp_path / "cache"))
-    cache.root.store = cache.root.store.with_read_only(False)
+    root = CacheRoot(str(tmp_path / "cache"))
 
-    found = cache.root.create_version(cache.read_table(), cache.provenance, cache.recorded)
+    found = root.create_version(cache.read_table(), cache.provenance, cache.recorded)
     assert found.id == VERSION
     assert found.sealed
-    assert cache.root.versions() == [VERSION]
+    assert root.versions() == [VERSION]

@@ -126,7 +126,7 @@ def read_labelled_cache(
         TaxonomyError: labels that fit neither reading, or too many that mean nothing.
         TrainError: rows are missing, or none is embedded, or the memory budget is too small.
     """
-    url = version.root.url
+    url = version.url
     vectors = ranks.run_everywhere(lambda: residence.place(version))
     raw, status = _scan(version, vectors, ranks)
 
@@ -152,7 +152,7 @@ def _scan(version: Version, vectors: Vectors, ranks: Ranks) -> tuple[RawLabels, 
         rows = layout.block_slice(block)
         # A digest vouches for NaN as well, and one of them would spoil every weight.
         for line in values.find_contradictions(layout, rows):
-            url = version.root.url
+            url = version.url
             raise IntegrityError(
                 f"{url}: {line}: `python -m cache_schema verify {url} --repair` and `make extract` redo its block"
             )

@@ -194,8 +194,8 @@ def _check_features(features: str, version: Version) -> None:
     lacking = [name for name in features.split("+") if name not in there]
     if lacking:
         raise TrainError(
-            f"--features {features}: choose of {', '.join(there)}, or extract with another --pooling: "
-            f"{version.root.url} holds no {', '.join(lacking)}"
+            f"--features {features}: {version.url} holds no {', '.join(lacking)}: choose of "
+            f"{', '.join(there)}, or extract with another --pooling"
         )
 
 
@@ -203,7 +203,7 @@ def _refuse_unlike_original(version: Version) -> None:
     size = version.provenance.image_size
     if size != ORIGINAL_IMAGE_SIZE:
         raise TrainError(
-            f"--like-original needs a cache of {ORIGINAL_IMAGE_SIZE} px and {version.root.url} is of {size} px: "
+            f"--like-original needs a cache of {ORIGINAL_IMAGE_SIZE} px and {version.url} is of {size} px: "
             f"run `make extract IMAGE_SIZE={ORIGINAL_IMAGE_SIZE}`"
         )
 
@@ -211,13 +211,11 @@ def _refuse_unlike_original(version: Version) -> None:
 def _refuse_unlike_first(other: Version, first: Version) -> None:
     """Check that a validation or test set is of other tiles and the same embeddings as the training set."""
     if other.id == first.id:
-        raise TrainError(
-            f"{other.root.url} holds the very tiles of {first.root.url}: a set to score on needs tiles of its own"
-        )
+        raise TrainError(f"{other.url} holds the very tiles of {first.url}: a set to score on needs tiles of its own")
     differences = other.provenance.differences(first.provenance)
     if differences:
         raise ProvenanceError(
-            f"{other.root.url} and {first.root.url} hold different embeddings ({'; '.join(differences)}): "
+            f"{other.url} and {first.url} hold different embeddings ({'; '.join(differences)}): "
             "extract both with the same BACKBONE, IMAGE_SIZE and --precision"
         )
 
@@ -227,6 +225,6 @@ def _refuse_other_versions(opened: Sequence[Version], chosen: Sequence[str]) -> 
     for version, version_id in zip(opened, chosen, strict=True):
         if version.id != version_id:
             raise TrainError(
-                f"{version.root.url} holds version {version_id} for one rank and {version.id} for another: give every "
+                f"{version.url} holds version {version_id} for one rank and {version.id} for another: give every "
                 "node the same cache, or start again if it was extracted anew just now"
             )

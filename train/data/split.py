@@ -2,17 +2,17 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cache_schema.layout import BoolArray
+from cache_schema.storage.objects import read_object
+from cache_schema.storage.place import VIEWER, Purpose
 from extract.tiles.scenes import MIN_SCENES
 from train.config import DataConfig
 from train.errors import SplitError
-from train.runs.bucket import is_bucket, read_object
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def _describe_split(scenes: npt.NDArray[np.str_], labels: BoolArray, val: BoolAr
 
 def _read_split(tiles: npt.NDArray[np.str_], path: str) -> Split:
     try:
-        stored: Any = json.loads(read_object(path) if is_bucket(path) else Path(path).read_text())
+        stored: Any = json.loads(read_object(path, Purpose("--split-file", VIEWER)))
         sides = dict.fromkeys(stored["val"], "val") | dict.fromkeys(stored["train"], "train")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SplitError(f"--split-file {path} is not a split.json: {error}") from error

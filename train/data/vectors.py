@@ -73,7 +73,7 @@ class BlockVectors:
     def __init__(self, version: Version, features: tuple[str, ...], memory: StreamingMemory) -> None:
         self.layout = version.layout
         self.memory = memory
-        self._url = version.root.url
+        self._url = version.url
         self._features = features
         self._digests = np.zeros((version.layout.blocks, DIGEST_BYTES), np.uint8)
         self._read = version.open_pooled(features)

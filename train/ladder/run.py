@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from cache_schema import open_cache
 from cache_schema.cli.settings import isolate
+from cache_schema.storage.place import is_bucket
 from extract.ranks.group import shows_bars
 from extract.ranks.signals import Stopped, act_on_signals
 from train.errors import TrainError
-from train.runs.bucket import is_bucket
 from train.runs.directory import RunDirectory
 
 from .rungs import LINEAR, MLP, NEIGHBOURS, Leg, Record, Rung, choose_rungs

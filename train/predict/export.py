@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cache_schema.storage.place import is_bucket
 from extract.backbone.checkpoint import Checkpoint, find_checkpoint
 from extract.backbone.dinov3 import Backbone
 from extract.backbone.provenance import find_other_ingredients
@@ -31,7 +32,6 @@ from extract.errors import BackboneError
 from extract.ranks.signals import stop_on_signals
 from train.errors import CheckpointError, TrainError
 from train.model.classifier import Classifier, Head
-from train.runs.bucket import is_bucket
 from train.runs.checkpoint import seal_directory, sync
 
 from .onnx import check_onnx, relative_difference, require_onnx, write_onnx

@@ -186,7 +186,7 @@ def _check_provenance(model: TrainedModel, version: Version) -> None:
     mine = (meta.weights_sha256, meta.image_size, meta.precision)
     if mine != (provenance.weights_sha256, provenance.image_size, provenance.precision):
         raise ProvenanceError(
-            f"{version.root.url} holds embeddings of {version.recorded.backbone} at {provenance.image_size} px in "
+            f"{version.url} holds embeddings of {version.recorded.backbone} at {provenance.image_size} px in "
             f"{provenance.precision}, the run is of {meta.backbone} at {meta.image_size} px in {meta.precision}: "
             "extract with the run's settings, or use --tiles"
         )

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from cache_schema.storage.place import is_bucket
 from extract.backbone.checkpoint import Checkpoint, find_checkpoint
 from extract.backbone.dinov3 import Backbone
 from train.config import TrainConfig
@@ -17,7 +18,6 @@ from train.errors import CheckpointError, TrainError
 from train.metrics.decisions import Decisions
 from train.model.classifier import Classifier, Head
 from train.model.shards import load_tensors
-from train.runs.bucket import is_bucket
 from train.runs.checkpoint import CheckpointMeta, check_digests, load_best
 from train.runs.directory import RunDirectory
 
@@ -92,7 +92,7 @@ class LoadedExport(TrainedModel):
         """
         try:
             # The ONNX graph is left out: it is as large as the rest, and is not read.
-            check_digests(directory, ["head.json", "head.safetensors"], spared="classifier.onnx*")
+            check_digests(directory, ["head.json", "head.safetensors"], ignore="classifier.onnx*")
             head = json.loads((directory / "head.json").read_text())
             meta, amp = _read_meta(head, directory), head["trained"].get("amp")
             tensors = {f"head.{name}": tensor for name, tensor in load_file(directory / "head.safetensors").items()}

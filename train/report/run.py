@@ -8,11 +8,11 @@ from itertools import islice
 import numpy as np
 
 from cache_schema import TileprobeError, Version, open_cache
+from cache_schema.storage.place import is_bucket
 from extract.tiles.listing import find_names
 from extract.tiles.source import open_source
 from train.errors import TrainError
 from train.folds.triage import COLUMNS
-from train.runs.bucket import is_bucket
 from train.runs.directory import RunDirectory
 
 from .analysis import choose_extremes

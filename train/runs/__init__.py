@@ -1,1 +1,1 @@
-"""Run directories and what lies in them."""
+"""Run directories and their files."""

@@ -1,21 +1,22 @@
-"""Runs in a bucket: `RUN=gs://bucket/prefix/head`, numbered `head-001`, `head-002`, … as local ones are.
+"""Runs in a bucket: `RUN=gs://bucket/prefix/head`, numbered `head-001`, `head-002`, … like local runs.
 
 A run is trained in a local working folder, `runs/gs/bucket/prefix/head-001`, and copied to the bucket at checkpoints:
 
     gs://bucket/prefix/head-001/
-        claim                        the number is taken; made create-only
+        claim                        the number is taken; created only if missing
         objects/<sha256>             the bytes of the run's files
-        checkpoints/000001.json      the files of one moment: {"writer": …, "files": {"last/sha256": <sha256>, …}}
-        config.json, history.jsonl, report.html, tensorboard/, …, and in the end best/      copies for people
+        checkpoints/000001.json      the files of one checkpoint: {"writer": …, "files": {"last/sha256": <sha256>, …}}
+        config.json, history.jsonl, report.html, tensorboard/, …, and at the end best/      copies for people
 
-A checkpoint's objects are put first, its list last and create-only, so that every list in the bucket names a whole
-checkpoint, and of two processes that continue one run the second to write is told. The two newest lists stay, with
-what they name; a damaged object makes the older one be used. Files that did not change are not sent again.
+The objects of a checkpoint are written first and its list last, and a list is only created, never replaced. So every
+list in the bucket names a complete checkpoint, and if two processes continue one run, the second to write gets an
+error. The two newest lists are kept, with their objects; if an object is damaged, the older list is used. Files that
+did not change are not sent again.
 
-Sending happens in a thread, from files opened when the checkpoint was written: training waits for none of it. A
-checkpoint that comes while another is being sent, or within two seconds of it, is passed over: the next one takes its
-place, and no object is rewritten more often than Google Cloud Storage takes (once a second). Only the copies for people
-are rewritten at all. The link to the newest run has no counterpart: `gs://bucket/prefix/head` is the highest number.
+A thread sends the files, which were opened when the checkpoint was written, so training does not wait. A checkpoint
+that is written while another is being sent, or within two seconds, is skipped: the next one replaces it, and no object
+is rewritten more often than Google Cloud Storage allows (once a second). Only the copies for people are rewritten.
+There is no link to the newest run: `gs://bucket/prefix/head` is the highest number.
 """
 
 import hashlib
@@ -28,23 +29,20 @@ import uuid
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
+from cache_schema.storage.objects import Objects, open_objects
+from cache_schema.storage.place import Purpose, split_url
 from train.errors import CheckpointError, TrainError
-
-if TYPE_CHECKING:
-    from cache_schema.storage.gcs import GcsObjects
 
 WORK = Path("runs", "gs")
 """Local working folders of runs in buckets."""
 
 PAUSE_S = 2.0
-DEADLINE_S = 120.0
-FIRST_DELAY_S = 1.0
-_AGAIN = "what is in the bucket stays, and ARGS=--resume goes on from there"
+_PURPOSE = Purpose("RUN", again="what is in the bucket stays, and ARGS=--resume goes on from there")
 _KEPT = 2
 
-# What a run consists of. Nothing else goes to a bucket, and no other name from there becomes a path.
+# The files of a run. Nothing else is sent to a bucket, and no other name from a bucket becomes a path.
 _FILE = re.compile(
     r"best/\w+(\.safetensors|\.json)?|last/\w+(\.\w+)?|tensorboard/\w[\w.-]*|\w+\.(jsonl?|html|md|csv|safetensors)",
     re.ASCII,
@@ -56,27 +54,8 @@ _BEST = ("config.json", "split.json", "best/")
 _uploads = ThreadPoolExecutor(1, thread_name_prefix="upload")
 
 
-def is_bucket(run: str) -> bool:
-    """Whether a run's place is a bucket's."""
-    return run.startswith("gs://")
-
-
-def read_object(url: str) -> bytes:
-    """An object outside any run, such as a `split.json`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        StorageError: the bucket cannot be read.
-    """
-    parent, name = _split_url(url)
-    data = _read(_open_objects(parent), name)
-    if data is None:
-        raise FileNotFoundError(f"no object {url}")
-    return data
-
-
 def claim_run(url: str) -> "BucketRun":
-    """Take the next free number in the bucket, past all local ones too; no other process gets the same.
+    """Take the next number that is free in the bucket and locally; no other process gets the same.
 
     Raises:
         TrainError: `url` has no name below a bucket.
@@ -85,7 +64,7 @@ def claim_run(url: str) -> "BucketRun":
     parent, name = _split_url(url)
     local = work_folder(f"{parent}/{name}").parent
     here = [path.name for path in local.iterdir()] if local.is_dir() else []
-    used = _find_numbers(name, [*_open_objects(parent).list_dir(), *here])
+    used = find_numbers(name, [*open_objects(parent, _PURPOSE).list_dir(), *here])
     for number in itertools.count(max(used, default=0) + 1):
         run = BucketRun(f"{parent}/{name}-{number:03d}")
         if run.claim():
@@ -94,59 +73,59 @@ def claim_run(url: str) -> "BucketRun":
 
 
 def find_run(url: str) -> "BucketRun | None":
-    """The run of that very name, or else the newest of its numbers; None if there is none.
+    """Find the run of exactly this name, or else its highest number; None if there is none.
 
     Raises:
         TrainError: `url` has no name below a bucket.
         StorageError: the bucket cannot be read.
     """
     parent, name = _split_url(url)
-    names = list(_open_objects(parent).list_dir())
+    names = list(open_objects(parent, _PURPOSE).list_dir())
     if name in names and (run := BucketRun(f"{parent}/{name}")).exists():
         return run
-    numbers = _find_numbers(name, names)
+    numbers = find_numbers(name, names)
     return BucketRun(f"{parent}/{numbers[max(numbers)]}") if numbers else None
 
 
 def work_folder(url: str) -> Path:
-    """Where a run of that name is worked on, on this machine."""
+    """Return the local working folder of a run."""
     parent, name = _split_url(url)
-    return WORK.joinpath(*parent.removeprefix("gs://").split("/"), name)
+    return WORK.joinpath(*split_url(parent), name)
 
 
 class BucketRun:
-    """One run's objects. Only rank 0 uses it; it can be pickled until the first upload in the background."""
+    """The objects of one run, used by rank 0 only; it can be pickled until its first upload."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._objects = _open_objects(url)
+        self._objects = open_objects(url, _PURPOSE)
         self._writer = uuid.uuid4().hex
-        self._lists: dict[int, set[str]] = {}  # number -> digests it names; empty where nobody asked
-        self._newest: list[int] = []  # whole lists, the last the newest
-        self._whole: set[str] = set()  # digests known to be there
-        self._seen: set[str] = set()  # digests there, perhaps left behind by a run that was stopped
+        self._lists: dict[int, set[str]] = {}  # number -> digests in that list; empty if not read
+        self._newest: list[int] = []  # complete lists, the newest last
+        self._whole: set[str] = set()  # digests of objects known to exist
+        self._seen: set[str] = set()  # digests of objects that a stopped run may have left
         self._published: dict[str, str] = {}
         self._sent_at = -PAUSE_S
         self._job: Future[None] | None = None
 
     def claim(self) -> bool:
-        """Make the run in the bucket, after seeing that it can be written; False if another process has it."""
+        """Create the run, after checking that the bucket can be written; False if another process has this number."""
         probe = f"probe-{self._writer}"
-        self._objects.upload(probe, b"")
+        self._objects.write(probe, b"")
         self._objects.delete(probe)
         return self._objects.create("claim", self._writer.encode())
 
     def exists(self) -> bool:
-        """Whether a run was begun under this name."""
+        """Return whether a run of this name was begun."""
         return bool(_read(self._objects, "claim"))
 
     # Sending
 
     def upload(self, folder: Path) -> None:
-        """Send the run in the background, unless that is under way or was done a moment ago.
+        """Send the run in the background, unless it is being sent or was sent a moment ago.
 
         Raises:
-            StorageError, TrainError: the upload before failed.
+            StorageError, TrainError: the previous upload failed.
         """
         if self._job is not None and not self._job.done():
             return
@@ -156,7 +135,7 @@ class BucketRun:
             self._job = _uploads.submit(self._send, _open_files(folder))
 
     def finish(self, folder: Path) -> None:
-        """Send the run and wait until it is there, with `best/` among the copies for people.
+        """Send the run, with `best/` among the copies for people, and wait for it.
 
         Raises:
             StorageError, TrainError: it could not be sent.
@@ -179,7 +158,7 @@ class BucketRun:
                 data = stream.read()
             digest = digests[name] = hashlib.sha256(data).hexdigest()
             if digest not in self._whole:
-                self._objects.upload(f"objects/{digest}", data)
+                self._objects.write(f"objects/{digest}", data)
                 self._whole.add(digest)
             if self._published.get(name) != digest and (_is_for_people(name) or (publish_best and name[:5] == "best/")):
                 copies[name] = data
@@ -192,7 +171,7 @@ class BucketRun:
         self._lists[number] = set(digests.values())
         self._newest = [*self._newest, number][-_KEPT:]
         for name, data in copies.items():
-            self._objects.upload(name, data)
+            self._objects.write(name, data)
             self._published[name] = digests[name]
         self._remove_old()
 
@@ -210,17 +189,19 @@ class BucketRun:
     # Fetching
 
     def fetch(self, folder: Path, *, best_only: bool = False) -> list[str]:
-        """Make `folder` what the newest whole checkpoint holds, and nothing else; what is there already stays.
+        """Download the newest complete checkpoint, and delete all other files of `folder`.
+
+        Files that are there already are not downloaded again.
 
         Args:
-            folder: of this run alone.
-            best_only: bring down just what applying the best epoch takes.
+            folder: holds files of this run only.
+            best_only: download only the files needed to apply the best epoch.
 
         Returns:
             a line for each newer checkpoint that is damaged.
 
         Raises:
-            CheckpointError: none is whole.
+            CheckpointError: no checkpoint is complete.
             StorageError: the bucket cannot be read.
         """
         found = (_LIST.fullmatch(name) for name in self._objects.list_dir("checkpoints"))
@@ -265,30 +246,25 @@ class BucketRun:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
         except OSError as error:
-            raise TrainError(f"cannot write {folder}: {error.strerror}: free space or mend permissions") from error
+            raise TrainError(f"cannot write {folder}: {error.strerror}: free space or fix the permissions") from error
 
 
-def _open_objects(url: str) -> "GcsObjects":
-    from cache_schema.storage.gcs import GcsObjects
-
-    return GcsObjects(url, deadline_s=DEADLINE_S, first_delay_s=FIRST_DELAY_S, setting="RUN", again=_AGAIN)
-
-
-def _read(objects: "GcsObjects", key: str) -> bytes | None:
-    found = objects.download(key)
-    return found[0] if found else None
+def _read(objects: Objects, name: str) -> bytes | None:
+    found = objects.read(name)
+    return found.data if found else None
 
 
 def _split_url(url: str) -> tuple[str, str]:
-    """The place of a run and its name."""
-    parts = url.removeprefix("gs://").rstrip("/").split("/")
-    # The parts name local folders too.
+    """Split the URL of a run into its place and its name."""
+    parts = split_url(url)
+    # The parts are also the names of local folders.
     if len(parts) < 2 or any(part in ("", ".", "..") for part in parts):
         raise TrainError(f"RUN={url} names no run: write gs://bucket/prefix/name")
-    return "gs://" + "/".join(parts[:-1]), parts[-1]
+    return url.rstrip("/").removesuffix(f"/{parts[-1]}"), parts[-1]
 
 
-def _find_numbers(name: str, names: Iterable[str]) -> dict[int, str]:
+def find_numbers(name: str, names: Iterable[str]) -> dict[int, str]:
+    """Find the runs `NAME-001`, `NAME-002`, … among `names`: number to whole name."""
     matches = (re.fullmatch(re.escape(name) + r"-(\d+)", found) for found in names)
     return {int(match[1]): match[0] for match in matches if match}
 
@@ -302,7 +278,7 @@ def _is_for_people(name: str) -> bool:
 
 
 def _open_files(folder: Path) -> dict[str, BinaryIO]:
-    """The run's files as they are now: checkpoints are replaced by others, never changed; the rest is small."""
+    """Open the run's present files: checkpoints are replaced, never changed; other files are small and copied."""
     names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name: io.BytesIO(path.read_bytes()) if _is_for_people(name) else path.open("rb")

@@ -1,7 +1,7 @@
-"""Checkpoints: weights in safetensors, optimiser state that loads without pickle, a sha256 beside each file.
+"""Checkpoints: weights in safetensors, optimiser state that loads without pickle, and a sha256 of each file.
 
-A checkpoint is a directory, written whole under a temporary name and renamed. A flipped byte in either file would
-load silently, so digests are checked first; a damaged `last` falls back to `previous`.
+A checkpoint is a directory, written under a temporary name and renamed when it is complete. A flipped byte would load
+silently, so digests are checked first; if `last` is damaged, `previous` is used.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ _WEIGHTS, _META, _OPTIMIZER, _DIGESTS = "model.safetensors", "checkpoint.json", 
 
 @dataclass(frozen=True)
 class Begun:
-    """How far an epoch has come that is not over.
+    """Progress of an unfinished epoch.
 
     Attributes:
-        steps: taken in it.
-        summed_loss: of their rows and all classes, over all ranks.
-        clipped: those whose gradient was clipped.
+        steps: steps taken in it.
+        summed_loss: sum over their rows and all classes, over all ranks.
+        clipped: steps whose gradient was clipped.
     """
 
     steps: int = 0
@@ -42,21 +42,21 @@ class Begun:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """What the tensors beside it belong to.
+    """Description of the tensors of a checkpoint.
 
     Attributes:
-        epoch: epochs finished.
+        epoch: number of finished epochs.
         unfreeze: trained layers; 0 for a head alone.
-        features: pooled arrays the head was trained on.
-        hidden, dropout: of the head; `hidden` 0 is a linear one.
+        features: pooled arrays that the head was trained on.
+        hidden, dropout: of the head; a head with `hidden` 0 is linear.
         class_ids, class_names: C each, in the order of the logits.
         reading: how raw label ids were read, `type` or `class`.
         thresholds: C decision thresholds tuned on the validation rows; empty before the first evaluation.
-        backbone, image_size, precision, weights_sha256: of the embeddings it was trained on.
+        backbone, image_size, precision, weights_sha256: of the embeddings that it was trained on.
         best: best value of the selecting metric so far, None before the first evaluation.
-        best_epoch: when it was reached.
-        temperature: what logits are divided by, fitted on the validation rows; thresholds are for what that gives.
-        begun: of the next epoch.
+        best_epoch: the epoch that reached it.
+        temperature: divisor of the logits, fitted on the validation rows; thresholds apply after the division.
+        begun: progress of the next epoch.
     """
 
     epoch: int
@@ -83,15 +83,14 @@ class CheckpointMeta:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """Tensors by name, what they belong to, and the optimiser's state where it was saved."""
+    """Tensors by name, their description, and the optimiser's state if it was saved."""
 
     tensors: dict[str, Tensor]
     meta: CheckpointMeta
     optimizer: dict[str, Any] | None
 
     def outline(self) -> Self:
-        """The same with tensors on the meta device, names and shapes alone: for ranks that are sent the values later,
-        one by one."""
+        """Return a copy with tensors on the meta device, for ranks that receive the values later, one by one."""
         optimizer = self.optimizer
         if optimizer is not None:
             state = {number: _outline(held) for number, held in optimizer["state"].items()}
@@ -106,10 +105,10 @@ def _outline(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_checkpoint(
     directory: Path, tensors: dict[str, Tensor], meta: CheckpointMeta, optimizer: dict[str, Any] | None = None
 ) -> None:
-    """Write `directory` whole, keeping the one that was there as `previous` when it is a resumable one.
+    """Write a checkpoint, and keep an older one with optimiser state as `previous`.
 
     Raises:
-        CheckpointError: it cannot be written; what was there before is still there.
+        CheckpointError: it cannot be written; the older one is still there.
     """
     try:
         temporary = directory.with_name(directory.name + ".tmp")
@@ -121,7 +120,7 @@ def save_checkpoint(
         temporary.rename(directory)
         sync(directory.parent)
         shutil.rmtree(directory.with_name(directory.name + ".old"), ignore_errors=True)
-    # torch and safetensors have errors of their own for a full disk.
+    # torch and safetensors raise their own errors for a full disk.
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -130,7 +129,7 @@ def save_checkpoint(
 
 
 def _write(directory: Path, tensors: dict[str, Tensor], meta: CheckpointMeta, optimizer: dict[str, Any] | None) -> None:
-    """Write every file of a checkpoint, digests last, and have them on the disk before it returns."""
+    """Write every file of a checkpoint, digests last, and flush them to the disk."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, directory / _WEIGHTS)
@@ -141,7 +140,7 @@ def _write(directory: Path, tensors: dict[str, Tensor], meta: CheckpointMeta, op
 
 
 def seal_directory(directory: Path) -> None:
-    """Write the digest of every file, as `sha256sum -c sha256` reads them, and have all on the disk."""
+    """Write the digest of every file, in the format of `sha256sum -c sha256`, and flush all files to the disk."""
     digests = {file.name: _sha256(file) for file in sorted(directory.iterdir())}
     (directory / _DIGESTS).write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
     for file in directory.iterdir():
@@ -149,31 +148,31 @@ def seal_directory(directory: Path) -> None:
     sync(directory)
 
 
-def check_digests(directory: Path, names: Iterable[str], *, spared: str = "") -> None:
+def check_digests(directory: Path, names: Iterable[str], *, ignore: str = "") -> None:
     """Compare every file of a sealed directory with its digest.
 
     Args:
-        directory: that `seal_directory` wrote.
-        names: files that must be there.
-        spared: pattern of names that are not looked at.
+        directory: sealed by `seal_directory`.
+        names: files that must exist.
+        ignore: pattern of names that are not checked.
 
     Raises:
-        CheckpointError: a file is altered, or has no digest.
+        CheckpointError: a file was changed, or has no digest.
         OSError: one is missing.
     """
     lines = (directory / _DIGESTS).read_text().splitlines()
     digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    # A list of digests that was cut short would vouch for nothing.
+    # All files are checked, since a truncated list of digests names only some of them.
     for name in {*names, *digests, *(file.name for file in directory.iterdir())} - {_DIGESTS}:
-        if not fnmatch(name, spared) and _sha256(directory / name) != digests.get(name):
+        if not fnmatch(name, ignore) and _sha256(directory / name) != digests.get(name):
             raise CheckpointError(f"{directory / name} does not match its sha256: it is damaged")
 
 
 def load_checkpoint(directory: Path) -> LoadedCheckpoint:
-    """Read a checkpoint after checking its digests.
+    """Load a checkpoint after checking its digests.
 
     Raises:
-        CheckpointError: missing, cut short, altered, or of another release.
+        CheckpointError: it is missing, truncated, changed, or from another release.
     """
     found = directory if directory.exists() else directory.with_name(directory.name + ".old")
     try:
@@ -193,7 +192,7 @@ def load_checkpoint(directory: Path) -> LoadedCheckpoint:
 def _load_optimizer(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    # The unpickler raises what it pleases on bytes that are no checkpoint (IndexError, RuntimeError, EOFError, ...).
+    # On damaged bytes the unpickler raises many kinds of errors (IndexError, RuntimeError, EOFError, ...).
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
@@ -201,16 +200,16 @@ def _load_optimizer(path: Path) -> dict[str, Any]:
 
 
 def load_best(run: Path) -> LoadedCheckpoint:
-    """The best epoch of a run.
+    """Load the best epoch of a run.
 
     Raises:
-        CheckpointError: it is missing or damaged; the message says how to get it back.
+        CheckpointError: it is missing or damaged; the message says how to restore it.
     """
     try:
         return load_checkpoint(run / "best")
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}: continue that run with --resume, which mends it if it can, or train anew"
+            f"{error}: continue that run with --resume, which repairs it if it can, or train anew"
         ) from error
 
 
@@ -220,7 +219,7 @@ def _sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have a file or directory on the disk before this returns."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,27 +1,30 @@
-"""A run's directory: numbered, never overwritten, and a link to the newest; or its working copy of one in a bucket."""
+"""A run's directory: numbered, never overwritten, with a link to the newest; or the local copy of a run in a bucket."""
 
 import atexit
 import json
 import os
-import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cache_schema import CacheFormatError, Provenance
+from cache_schema.storage.place import is_bucket
 from train.config import TrainConfig
 from train.errors import TrainError
 
-from .bucket import BucketRun, claim_run, find_run, is_bucket, work_folder
+from .bucket import BucketRun, claim_run, find_numbers, find_run, work_folder
+
+T = TypeVar("T")
 
 
 class RunDirectory:
-    """The files one run leaves; see the README for what each holds.
+    """The files of one run; the README describes them.
 
     Attributes:
-        path: where they lie on this machine.
-        notes: lines for the user about what came down from the bucket.
+        path: their directory on this machine.
+        notes: lines for the user about the download from a bucket.
     """
 
     def __init__(self, path: Path, remote: BucketRun | None = None, notes: tuple[str, ...] = ()) -> None:
@@ -34,11 +37,11 @@ class RunDirectory:
 
     @classmethod
     def create(cls, link: str) -> "RunDirectory":
-        """Make `runs/head-004` for the link `runs/head` and point the link at it; in a bucket, take that number.
+        """Create `runs/head-004` for the link `runs/head` and point the link at it; in a bucket, take the next number.
 
         Raises:
-            TrainError: `link` is a directory, not a link, or nothing can be written there.
-            StorageError: the bucket refuses.
+            TrainError: `link` is a directory, not a link, or cannot be written.
+            StorageError: the bucket cannot be written.
         """
         if is_bucket(link):
             return cls._create_working_copy(claim_run(link))
@@ -47,7 +50,7 @@ class RunDirectory:
             raise TrainError(f"{link} is a directory, not a link to the newest run: choose another RUN")
         try:
             base.parent.mkdir(parents=True, exist_ok=True)
-            numbers = [int(match[1]) for path in base.parent.iterdir() if (match := _numbered(base.name, path.name))]
+            numbers = find_numbers(base.name, os.listdir(base.parent))
             path = base.with_name(f"{base.name}-{max(numbers, default=0) + 1:03d}")
             path.mkdir()
             temporary = base.with_name(base.name + ".tmp")
@@ -69,17 +72,17 @@ class RunDirectory:
 
     @classmethod
     def find(cls, run: str) -> "RunDirectory | None":
-        """An existing run with a best epoch, None if there is none."""
+        """Open an existing run that has a best epoch; None if there is none."""
         found = find_run(run) if is_bucket(run) else Path(run, "best").is_dir()
         opened = cls.open(run) if found else None
         return opened if opened and opened.best.is_dir() else None
 
     @classmethod
     def open(cls, run: str) -> "RunDirectory":
-        """An existing run, by its link or its own name; of one in a bucket, its best epoch until this process ends.
+        """Open an existing run by its link or name; from a bucket, download its best epoch until this process ends.
 
         Raises:
-            TrainError: there is none, or an export lies there.
+            TrainError: there is none, or it is an export.
             StorageError: the bucket cannot be read.
         """
         if is_bucket(run):
@@ -98,7 +101,7 @@ class RunDirectory:
 
     @classmethod
     def resume(cls, run: str) -> "RunDirectory":
-        """An existing run to go on with; the working folder of one in a bucket becomes what the bucket holds.
+        """Open an existing run to continue it; from a bucket, download it into its working folder.
 
         Raises:
             TrainError: there is none.
@@ -114,25 +117,24 @@ class RunDirectory:
         return self._remote.url if self._remote else os.path.relpath(self.path)
 
     def find_siblings(self) -> list["RunDirectory"]:
-        """The other runs of the same name beside it on this machine, newest first."""
+        """Find the other runs of the same name in the same folder, newest first."""
         base, _, _ = self.path.name.rpartition("-")
-        numbers = {int(match[1]): path for path in self.path.parent.iterdir() if (match := _numbered(base, path.name))}
-        return [
-            RunDirectory(numbers[number]) for number in sorted(numbers, reverse=True) if numbers[number] != self.path
-        ]
+        numbers = find_numbers(base, os.listdir(self.path.parent))
+        paths = [self.path.with_name(numbers[number]) for number in sorted(numbers, reverse=True)]
+        return [RunDirectory(path) for path in paths if path != self.path]
 
     @property
     def split_file(self) -> str:
-        """Where its split can be read from, on any machine if it is in a bucket."""
+        """Path or URL of its split; a URL can be read on any machine."""
         return f"{self._remote.url}/split.json" if self._remote else str(self.path / "split.json")
 
     def upload(self) -> None:
-        """Send a checkpoint to the bucket in the background; nothing to do for a local run."""
+        """Send a checkpoint to the bucket in the background; do nothing for a local run."""
         if self._remote:
             self._remote.upload(self.path)
 
     def finish(self) -> None:
-        """Send everything to the bucket and wait for it; nothing to do for a local run."""
+        """Send everything to the bucket and wait for it; do nothing for a local run."""
         if self._remote:
             self._remote.finish(self.path)
 
@@ -148,46 +150,41 @@ class RunDirectory:
             raise TrainError(f"{self.path / name} cannot be read: {error}") from error
 
     def read_config(self) -> TrainConfig:
-        """The settings the run was started with.
+        """Read the settings that the run was started with.
 
         Raises:
-            TrainError: they cannot be read, or are another release's.
+            TrainError: they cannot be read, or another release wrote them.
         """
-        try:
-            return TrainConfig.from_json(self.read_json("config.json")["config"])
-        except (KeyError, TypeError) as error:
-            raise TrainError(f"{self}/config.json is not of this release: {error}") from error
+        return self._read_setting("config", TrainConfig.from_json)
 
     def read_version(self) -> str:
-        """Id of the cache version it was trained on.
+        """Read the id of the cache version that it was trained on.
 
         Raises:
-            TrainError: it cannot be read, or is another release's.
+            TrainError: it cannot be read, or another release wrote it.
         """
-        try:
-            return str(self.read_json("config.json")["version"])
-        except (KeyError, TypeError) as error:
-            raise TrainError(f"{self}/config.json is not of this release: {error}") from error
+        return self._read_setting("version", str)
 
     def read_provenance(self) -> Provenance:
-        """What the embeddings it was trained on depend on.
+        """Read the provenance of the embeddings that it was trained on.
 
         Raises:
-            TrainError: it cannot be read, or is another release's.
+            TrainError: it cannot be read, or another release wrote it.
         """
+        return self._read_setting("provenance", Provenance.from_json)
+
+    def _read_setting(self, name: str, parse: Callable[[Any], T]) -> T:
         try:
-            return Provenance.from_json(self.read_json("config.json")["provenance"])
+            return parse(self.read_json("config.json")[name])
         except (KeyError, TypeError, CacheFormatError) as error:
             raise TrainError(f"{self}/config.json is not of this release: {error}") from error
 
     def append_history(self, line: dict[str, Any]) -> None:
-        with self.history.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        _append_line(self.history, line)
 
     def append_timing(self, line: dict[str, Any]) -> None:
-        """Seconds go to a file of their own, so that the history of a resumed run equals an undisturbed one's."""
-        with (self.path / "timings.jsonl").open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        """Write durations to another file, so that the history of a resumed run equals that of an undisturbed one."""
+        _append_line(self.path / "timings.jsonl", line)
 
     def read_timings(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.path / "timings.jsonl").read_text().splitlines()]
@@ -196,12 +193,17 @@ class RunDirectory:
         return [json.loads(line) for line in self.history.read_text().splitlines()] if self.history.exists() else []
 
     def cut_history(self, epochs: int) -> None:
-        """Keep the first `epochs` lines: a resumed run writes the others anew."""
-        # A line that a stopped run left unfinished is not JSON; it is not among the first `epochs`.
+        """Keep the first `epochs` lines: a resumed run writes the others again."""
+        # The unfinished line of a stopped run is not JSON; it comes after the first `epochs` lines.
         kept = self.history.read_text().splitlines(keepends=True)[:epochs] if self.history.exists() else []
         temporary = self.history.with_name("history.jsonl.tmp")
         temporary.write_text("".join(kept))
         temporary.rename(self.history)
+
+
+def _append_line(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
 
 
 def _find_remote(run: str) -> BucketRun:
@@ -213,7 +215,3 @@ def _find_remote(run: str) -> BucketRun:
 
 def _no_run(run: str) -> TrainError:
     return TrainError(f"no run at {run}: train one first (`make train-head`), or check RUN")
-
-
-def _numbered(base: str, name: str) -> re.Match[str] | None:
-    return re.fullmatch(re.escape(base) + r"-(\d+)", name)

@@ -1,4 +1,4 @@
-"""What a stopped run goes on from: its newest whole checkpoint, with a history and a best epoch that belong to it."""
+"""Recover a stopped run: its newest undamaged checkpoint, with the history and best epoch that belong to it."""
 
 import json
 import shutil
@@ -14,16 +14,16 @@ _START_OVER = "start a new run without --resume"
 
 
 def recover_run(run: RunDirectory, save_every: int) -> tuple[LoadedCheckpoint | None, tuple[str, ...]]:
-    """The state to go on from, after mending what can be mended, and a line for the user about each thing amiss.
+    """Load the state to continue from, and repair the run where possible.
 
-    A damaged `last/` is set aside as `last.damaged/`, so that the next save cannot make it the `previous/` one.
-    A damaged `best/` is written anew where another checkpoint is of that very epoch.
+    A damaged `last/` is renamed `last.damaged/`, so that the next save does not keep it as `previous/`. A damaged
+    `best/` is replaced if another checkpoint is of the same epoch.
 
     Returns:
-        no checkpoint, for the very beginning, if the run was stopped before its first.
+        the checkpoint, None if the run was stopped before its first; and a line for the user about each defect.
 
     Raises:
-        CheckpointError: nothing whole is left, or the best epoch or the history is lost.
+        CheckpointError: no checkpoint is undamaged, or the best epoch or the history is lost.
     """
     if not run.last.exists() and not (run.path / "previous").exists() and len(_read_epochs(run)) <= save_every:
         return None, (f"{run} was stopped before its first checkpoint: it begins again",)
@@ -33,16 +33,16 @@ def recover_run(run: RunDirectory, save_every: int) -> tuple[LoadedCheckpoint | 
             f"cannot resume {run}: history.jsonl does not hold the {checkpoint.meta.epoch} epochs its checkpoint does: "
             + _START_OVER
         )
-    mended = _mend_best(run, checkpoint)
+    repaired = _repair_best(run, checkpoint)
     if fallen_back and run.last.exists():
         aside = run.path / "last.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         run.last.rename(aside)
-    return checkpoint, (*fallen_back, *mended)
+    return checkpoint, (*fallen_back, *repaired)
 
 
 def load_last(run: Path) -> tuple[LoadedCheckpoint, tuple[str, ...]]:
-    """The newest resumable checkpoint of a run that is whole, and a line if that is not the last one.
+    """Load the newest undamaged checkpoint of a run that can be resumed, and a line if it is not the last one.
 
     Raises:
         CheckpointError: there is none.
@@ -59,7 +59,7 @@ def load_last(run: Path) -> tuple[LoadedCheckpoint, tuple[str, ...]]:
     return checkpoint, (f"{reason}; going on from {previous}, of epoch {checkpoint.meta.epoch}",)
 
 
-def _mend_best(run: RunDirectory, checkpoint: LoadedCheckpoint) -> tuple[str, ...]:
+def _repair_best(run: RunDirectory, checkpoint: LoadedCheckpoint) -> tuple[str, ...]:
     epoch = checkpoint.meta.best_epoch
     if epoch is None:
         return ()
@@ -84,7 +84,7 @@ def _mend_best(run: RunDirectory, checkpoint: LoadedCheckpoint) -> tuple[str, ..
 
 
 def _read_epochs(run: RunDirectory) -> list[int | None]:
-    """The epoch each line of the history is of; None for a line that is none."""
+    """Read the epoch of each line of the history; None for a line that is damaged."""
     lines = run.history.read_bytes().splitlines() if run.history.exists() else []
     return [_read_epoch(line) for line in lines]
 

@@ -1,4 +1,4 @@
-"""The validation logits that a run keeps."""
+"""The validation logits of a run's best epoch."""
 
 import numpy as np
 import torch
@@ -15,11 +15,15 @@ VAL_LOGITS = "val_logits.safetensors"
 
 
 def save_val_logits(run: RunDirectory, rows: LabelledRows, logits: Tensor) -> None:
-    """Keep the best epoch's logits of n validation rows: `rows` (n,) int64 of the table, `logits` (n, C) float32, and
-    `labels` (n, C) bool.
+    """Write the logits of the best epoch.
+
+    Args:
+        run: where to.
+        rows: n validation rows; their table rows (n,) int64 and labels (n, C) bool are written too.
+        logits: (n, C) float32.
 
     Raises:
-        CheckpointError: they cannot be written.
+        CheckpointError: the file cannot be written.
     """
     temporary = run.path / f"{VAL_LOGITS}.tmp"
     try:
@@ -33,7 +37,7 @@ def save_val_logits(run: RunDirectory, rows: LabelledRows, logits: Tensor) -> No
 
 
 def load_val_logits(run: RunDirectory, rows: LabelledRows) -> Tensor | None:
-    """(n, C) float32 logits a run kept of exactly these rows and as many classes; None if it has none."""
+    """Load the (n, C) float32 logits of a run; None if it has none for exactly these rows and as many classes."""
     try:
         kept = load_file(run.path / VAL_LOGITS)
     except (OSError, SafetensorError):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from google.cloud import storage
 
-from extract.cutting.output import DirectoryPlace
+from cache_schema.storage.objects import DirectoryObjects
 from tests.e2e.cutting.cutting import LEFT_BESIDE, assert_agrees, cut_plainly, digest_tree, options, tile
 from tests.raw_xview import (
     UNLABELLED_SCENE,
@@ -64,19 +64,19 @@ def test_a_scene_that_is_cut_again_never_has_labels_without_their_images_nor_a_m
     tile(tmp_path, *arguments)
     write_geotiff(raw.images / "5.tif", raw.pixels["5"][:70, :100], None, None)
     seen: list[str] = []
-    delete, write = DirectoryPlace.delete, DirectoryPlace.write
+    delete, write = DirectoryObjects.delete, DirectoryObjects.write
 
-    def delete_(place: DirectoryPlace, name: str) -> None:
+    def delete_(place: DirectoryObjects, name: str) -> None:
         delete(place, name)
         seen.append(f"- {name.split('/')[0]}")
 
-    def write_(place: DirectoryPlace, name: str, data: bytes) -> None:
+    def write_(place: DirectoryObjects, name: str, data: bytes) -> None:
         time.sleep(0.03 * name.startswith("images/"))  # what comes next must wait for it
         write(place, name, data)
         seen.append(f"+ {name.split('/')[0]}")
 
-    monkeypatch.setattr(DirectoryPlace, "delete", delete_)
-    monkeypatch.setattr(DirectoryPlace, "write", write_)
+    monkeypatch.setattr(DirectoryObjects, "delete", delete_)
+    monkeypatch.setattr(DirectoryObjects, "write", write_)
     assert "cut 1 scenes" in tile(tmp_path, *arguments).out
     steps = [step for step, _ in groupby(seen)]
     assert steps == ["- tiling", "- labels", "- images", "+ images", "+ labels", "+ tiling"]

@@ -87,7 +87,7 @@ def test_a_bucket_is_asked_as_often_as_the_page_counts(bucket: storage.Bucket, p
 def test_an_object_above_8_mib_takes_a_second_request(bucket: storage.Bucket, proxy: Proxy) -> None:
     objects = GcsObjects(f"gs://{bucket.name}")
     for size in (ONE_REQUEST_BYTES, ONE_REQUEST_BYTES + 1):
-        objects.upload(str(size), bytes(size))
+        objects.write(str(size), bytes(size))
     # The second one of the larger object goes where the first was told to send it.
     asked = [parse_qs(urlsplit(path).query) for path in proxy.asked if path.startswith("/upload/")]
     assert [query["uploadType"] for query in asked] == [["multipart"], ["resumable"]]

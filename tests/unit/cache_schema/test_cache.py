@@ -138,11 +138,11 @@ def test_a_row_without_a_vector_is_masked(filled: str, classes: str) -> None:
 
 def test_a_wrong_class_list_is_refused(filled: str, tmp_path: Path) -> None:
     cache = open_cache(filled, taxonomy=write_taxonomy(tmp_path / "two.csv", 2))
-    with pytest.raises(TaxonomyError, match=r"of all label lines are ignored.*mend the files, set --label-ids"):
+    with pytest.raises(TaxonomyError, match=r"of all label lines are ignored.*fix the files, set --label-ids"):
         cache.labels  # noqa: B018
     with pytest.raises(TaxonomyError, match="cannot tell type ids from class ids"):
         open_cache(filled).labels  # noqa: B018
-    with pytest.raises(TaxonomyError, match="label_ids 'types': choose of auto, type, class"):
+    with pytest.raises(TaxonomyError, match="label_ids 'types': choose auto, type or class"):
         open_cache(filled, label_ids="types")  # type: ignore[arg-type]
     with pytest.raises(TaxonomyError, match="cannot read the class list"):
         open_cache(filled, taxonomy=tmp_path / "none.csv")

@@ -72,6 +72,21 @@ def test_info_of_an_unfinished_cache(tmp_path: Path, run: Run) -> None:
     assert "300: 44 pending, 233 embedded, 23 undecodable" in done.stdout
 
 
+def test_info_reads_no_vectors_and_leaves_out_chunks_that_cannot_be_read(cache_url: str, run: Run) -> None:
+    version = fill_cache(cache_url, ROWS)
+    before = run("info", cache_url).stdout
+    for array in ("cls", "patch_mean"):
+        put_bytes(cache_url, f"{version}.zarr/{array}/c/0/0", b"no vectors")
+    assert run("info", cache_url).stdout == before
+
+    for key in ("status/c/0", "label_ids/c/1/0"):
+        chunk = get_bytes(cache_url, f"{version}.zarr/{key}") or b""
+        put_bytes(cache_url, f"{version}.zarr/{key}", bytes([chunk[0] ^ 1]) + chunk[1:])
+    done = run("info", cache_url)
+    assert done.returncode == 0
+    assert "300: 256 pending, 40 embedded, 4 undecodable" in done.stdout
+
+
 def test_info_of_another_version(tmp_path: Path, run: Run) -> None:
     other = fill_cache(str(tmp_path), 20)
     fill_cache(str(tmp_path), ROWS)
@@ -97,7 +112,7 @@ def test_verify_an_unfinished_cache(cache_url: str, run: Run) -> None:
     assert done.stdout.splitlines() == [
         "1 of 2 blocks (44 rows) are not committed yet",
         "the version is not sealed",
-        f"{cache_url}: no block is damaged: `make extract` mends or finishes the rest",
+        f"{cache_url}: no block is damaged: `make extract` repairs or finishes the rest",
     ]
 
 
@@ -122,7 +137,7 @@ def test_verify_names_every_damaged_block(tmp_path: Path, run: Run) -> None:
     assert repaired.returncode == 3
     assert repaired.stdout.splitlines() == [
         *lines,
-        "took back the seal and the commits of 2 blocks (444 rows)",
+        "cleared the seal and the commits of 2 blocks (444 rows)",
         "to redo what is missing, run the `make extract` that made it: TILES=gs://bucket/tiles BACKBONE=tiny "
         f"CACHE={url} IMAGE_SIZE=64",
     ]
@@ -135,7 +150,7 @@ def test_verify_a_seal_of_other_commits(tmp_path: Path, run: Run) -> None:
     done = run("verify", str(tmp_path))
 
     assert done.returncode == 3
-    assert done.stdout.splitlines()[0] == "array seal: contradicts the table or the commits"
+    assert done.stdout.splitlines()[0] == "array seal: does not match the table or the commits"
 
 
 def test_verify_another_versions_table(tmp_path: Path, run: Run) -> None:
@@ -154,7 +169,7 @@ def test_verify_a_damaged_table(tmp_path: Path, run: Run) -> None:
     done = run("verify", str(tmp_path))
 
     assert done.returncode == 3
-    table = "tile table (rows 0-299): array tile: its chunk is empty (0 bytes): `make extract` mends it"
+    table = "tile table (rows 0-299): array tile: its chunk is empty (0 bytes): `make extract` repairs it"
     assert done.stdout.splitlines()[0] == table
     info = run("info", str(tmp_path))
     assert info.returncode == 1

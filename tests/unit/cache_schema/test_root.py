@@ -243,5 +243,5 @@ def test_another_zarr_group(cache_url: str) -> None:
 
 
 def test_a_place_of_another_kind() -> None:
-    with pytest.raises(StorageError, match="s3://bucket/cache: a cache is a local directory or gs://bucket/prefix"):
+    with pytest.raises(StorageError, match="s3://bucket/cache: CACHE is gs://bucket/prefix or a local directory"):
         open_cache("s3://bucket/cache")

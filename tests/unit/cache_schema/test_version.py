@@ -256,7 +256,7 @@ def test_a_failed_write_leaves_the_block_pending(cache_url: str) -> None:
         # The others are written, but no commit.
         assert set(store.writes) == {chunk_key(version.id, other, 0) for other in ARRAYS if other != name}
         assert version.read_rows().missing == ROWS, f"{name} was refused"
-        assert version.check_block(0) == "its values contradict its digest"
+        assert version.check_block(0) == "its values do not match its digest"
     store.refused = ""
     version.write_block(0, new)
     assert version.check_block(0) is None
@@ -438,7 +438,7 @@ def test_swapped_chunks_cost_both_blocks(cache_url: str, array: str) -> None:
     swapped_to_the_same = chunks[0] == chunks[1]
     assert swapped_to_the_same == (array == "status"), "the quarantined rows repeat with the block"
     if not swapped_to_the_same:
-        assert [version.check_block(block) for block in range(3)] == ["its values contradict its digest"] * 2 + [None]
+        assert [version.check_block(block) for block in range(3)] == ["its values do not match its digest"] * 2 + [None]
         assert version.read_rows().missing == 512
     assert version.read_status().tolist() == version.read_rows().status.tolist()
 
@@ -451,7 +451,7 @@ def test_swapped_poolings_cost_their_block(cache_url: str) -> None:
         assert chunk is not None
         put_bytes(cache_url, key, chunk)
 
-    assert version.check_block(0) == "its values contradict its digest"
+    assert version.check_block(0) == "its values do not match its digest"
     assert version.read_rows().missing == 256
 
 

@@ -167,12 +167,12 @@ def test_every_block_is_read_once_and_none_whole(tmp_path: Path, monkeypatch: py
     read_values = Version._read_values
 
     def note(self: Version, rows: slice) -> BlockValues:
-        asked.append((self.root.url, rows))
+        asked.append((self.url, rows))
         return read_values(self, rows)
 
     monkeypatch.setattr(Version, "_read_values", note)
     compare_versions(a, b)
-    expected = [(v.root.url, rows) for v in (a, b) for rows in v.layout.block_slices()]
+    expected = [(v.url, rows) for v in (a, b) for rows in v.layout.block_slices()]
     assert sorted(asked, key=str) == sorted(expected, key=str)
 
 

@@ -157,7 +157,7 @@ def test_a_run_that_cannot_be_read_stops_the_collection(tmp_path: Path, text: st
     done = run("gc", url, "--runs", str(tmp_path / "runs"), "--yes")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"error: {config} cannot be read, so the version it needs is unknown: mend it or remove that run\n"
+        f"error: {config} cannot be read, so the version it needs is unknown: fix it or remove that run\n"
     )
     assert CacheRoot(url).versions() == sorted(versions)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cache_schema import CacheRoot, OwnedError, own_version
-from cache_schema.storage.objects import open_slot
+from cache_schema.storage.objects import open_objects
 from cache_schema.upkeep.gc import list_versions, remove_versions
 from cache_schema.upkeep.lock import SUFFIX, Owner, Pace, find_owner
 from tests.caches import fill_cache, get_bytes, put_bytes
@@ -28,7 +28,7 @@ PACE = Pace(beat_s=0.05, look_s=0.05, stale_s=1.0)
 
 
 def here(url: str) -> Owner:
-    """What the slot of `VERSION` names."""
+    """What the owner object of `VERSION` names."""
     owner = Owner.parse(get_bytes(url, VERSION + SUFFIX) or b"")
     assert owner
     return owner
@@ -153,14 +153,14 @@ def test_with_a_heartbeat_it_is_told(cache_url: str, monkeypatch: pytest.MonkeyP
 
 
 def test_one_that_ends_while_it_is_watched_makes_room(cache_url: str) -> None:
-    slot = open_slot(cache_url, VERSION + SUFFIX)
-    stored = slot.put(elsewhere().to_bytes(), None)
+    objects = open_objects(cache_url)
+    stored = objects.replace(VERSION + SUFFIX, elsewhere().to_bytes(), None)
     assert stored
     said: list[str] = []
 
     def say(line: str) -> None:
         said.append(line)
-        slot.remove(stored)
+        objects.delete(VERSION + SUFFIX, stored)
 
     with own_version(cache_url, VERSION, pace=Pace(look_s=0.05), say=say):
         assert here(cache_url).pid == os.getpid()
@@ -210,39 +210,20 @@ def test_an_owner_that_lost_it_warns_once_and_leaves_the_other_alone(
 
 
 def test_a_write_that_was_done_but_not_acknowledged_counts(cache_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the slot every second answer is lost on its way back, as a bucket's may be."""
-    kind = type(open_slot(cache_url, VERSION))
-    put, lost = kind.put, []
+    """Every second answer is lost on its way back, as a bucket's may be."""
+    kind = type(open_objects(cache_url))
+    swap, lost = kind.replace, []
 
-    def lose(self: Any, data: bytes, over: Any) -> Any:
-        stored = put(self, data, over)
+    def lose(self: Any, name: str, data: bytes, over: Any) -> Any:
+        stored = swap(self, name, data, over)
         lost.append(stored is not None and len(lost) % 2 == 0)
         return None if lost[-1] else stored
 
-    monkeypatch.setattr(kind, "put", lose)
+    monkeypatch.setattr(kind, "replace", lose)
     with own_version(cache_url, VERSION, pace=PACE, say=pytest.fail):
         wait_until(lambda: here(cache_url).beats >= 4)
     assert sum(lost) >= 2
     assert get_bytes(cache_url, VERSION + SUFFIX) is None
-
-
-def test_a_slot_is_swapped_only_over_what_was_found(cache_url: str) -> None:
-    slot = open_slot(cache_url, "x")
-    assert slot.read() is None
-    first = slot.put(b"a longer one", None)
-    assert first
-    assert slot.put(b"another", None) is None
-    second = slot.put(b"short", first)
-    assert slot.read() == second
-    assert slot.put(b"late", first) is None
-    if not cache_url.startswith("gs://"):  # the test server removes an object whatever condition is set
-        slot.remove(first)
-    assert slot.read() == second
-    assert second
-    slot.remove(second)
-    assert slot.read() is None
-    assert slot.put(b"late", second) is None
-    slot.remove(second)
 
 
 def test_the_thread_does_not_keep_a_process_alive(tmp_path: Any, python_env: dict[str, str]) -> None:
@@ -296,5 +277,5 @@ def test_repair_leaves_a_version_that_is_owned(tmp_path: Any, run: Callable[...,
         assert (refused.returncode, refused.stdout) == (1, "")
         assert refused.stderr.startswith(f"error: version {version} is being written by process {process.pid} on ")
         assert run("verify", url).returncode == 3, "to look is no harm"
-    assert "took back the seal" in run("verify", url, "--repair").stdout
+    assert "cleared the seal" in run("verify", url, "--repair").stdout
     assert get_bytes(url, version + SUFFIX) is None

@@ -13,10 +13,10 @@ from tests.caches import delete, fill_cache, get_all, get_bytes, in_both_places,
 
 ROWS = 700  # blocks of 256, 256 and 188 rows
 BLOCK = "block 1 (rows 256-511): "
-SEAL = "array seal: contradicts the table or the commits"
+SEAL = "array seal: does not match the table or the commits"
 DIGEST = (
-    "one of the arrays cls, patch_mean, label_ids, status, commit: its values contradict its digest: "
-    "a chunk was swapped or written over"
+    "one of the arrays cls, patch_mean, label_ids, status, commit: its values do not match its digest: "
+    "a chunk was swapped or overwritten"
 )
 CHUNKS = {"cls": 4100, "patch_mean": 4100, "label_ids": 65_540, "status": 260, "commit": 36}
 """Bytes of a chunk by array: 256 rows of 8 halves, of 128 shorts, of a byte; 32 bytes; each with a crc32c."""
@@ -46,7 +46,7 @@ def flip(chunk: bytes) -> bytes:
 
 
 CHUNK_DAMAGES: Mapping[str, tuple[Callable[[bytes], bytes | None], str]] = {
-    "flipped": (flip, "its chunk fails its checksum: at least one byte is another"),
+    "flipped": (flip, "its chunk fails its checksum: at least one byte is wrong"),
     "missing": (lambda chunk: None, "its chunk is missing"),
     "truncated": (lambda chunk: chunk[:20], "its chunk has 20 bytes instead of {size:,}"),
     "longer": (lambda chunk: chunk + bytes(1), "its chunk has {longer:,} bytes instead of {size:,}"),
@@ -180,7 +180,7 @@ def test_a_sealed_version_without_a_commit_contradicts_itself(cache_url: str) ->
     open_writable(cache_url)._array("commit")[1] = 0
     findings, committed, sealed = verify_and_repair(cache_url)
 
-    gone = "array commit: its record was taken back, but the version is sealed"
+    gone = "array commit: its record was cleared, but the version is sealed"
     assert findings.lines == (BLOCK + gone, SEAL)
     assert findings.damaged == (1,)
     assert committed == [True, False, True]
@@ -197,13 +197,13 @@ def test_a_damaged_table_is_left_to_the_next_extraction(cache_url: str, column: 
     said = repair_version(open_writable(cache_url), findings)
 
     assert findings.lines == (
-        f"tile table (rows 0-699): array {column}: its chunk fails its checksum: at least one byte is another: "
-        "`make extract` mends it",
+        f"tile table (rows 0-699): array {column}: its chunk fails its checksum: at least one byte is wrong: "
+        "`make extract` repairs it",
     )
     assert findings.table_damaged
     assert said[:2] == [
-        "no block is damaged: nothing was taken back",
-        "the tile table is mended by `make extract`, from the listing",
+        "no block is damaged: nothing was cleared",
+        "`make extract` repairs the tile table from the listing",
     ]
     assert get_all(cache_url) == before
 
@@ -213,7 +213,7 @@ def test_a_table_of_other_tiles_is_not_this_versions(cache_url: str) -> None:
     version = open_writable(cache_url)
     version._array("size")[3] = 7
     assert verify_version(version).lines == (
-        "the tile table or the provenance is not the one this version's id was made from",
+        "the tile table or the provenance does not match the id of this version",
         SEAL,
     )
 

@@ -93,7 +93,7 @@ def test_a_damaged_best_is_written_anew_or_refused_before_training(
     for epoch in (3, 2, 1):
         run = make_run(tmp_path / str(epoch), best_epoch=epoch)
         damage(run.best)
-        with pytest.raises(CheckpointError, match="continue that run with --resume, which mends it if it can"):
+        with pytest.raises(CheckpointError, match="continue that run with --resume, which repairs it if it can"):
             load_best(run.path)
         if epoch == 1:
             with pytest.raises(CheckpointError, match=r"no other checkpoint is of the best epoch, 1: start a new run"):

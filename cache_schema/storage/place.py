@@ -1,0 +1,74 @@
+"""What a URL names, how error messages speak of it, and the state of an object that was read there."""
+
+from dataclasses import dataclass
+
+from cache_schema.errors import StorageError
+
+VIEWER, USER = "Storage Object Viewer", "Storage Object User"
+"""Roles on a bucket that allow reading, and reading and writing."""
+
+_SCHEME = "gs://"
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """What a place is used for, in the words of its error messages.
+
+    Attributes:
+        setting: the variable or option that names the place.
+        role: the role on a bucket that suffices.
+        again: what is not lost, and how to continue.
+    """
+
+    setting: str = "CACHE"
+    role: str = USER
+    again: str = "what is committed stays, and the same command goes on from there"
+
+
+CACHE = Purpose()
+"""A cache, read and written."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The state of an object when it was read.
+
+    Attributes:
+        data: its bytes.
+        generation: the number that a bucket gives each state; 0 for a file, which is compared by its bytes.
+    """
+
+    data: bytes
+    generation: int = 0
+
+
+def is_bucket(url: str) -> bool:
+    """Return whether a URL names a bucket or something in it; anything else is a path."""
+    return url.startswith(_SCHEME)
+
+
+def split_url(url: str) -> list[str]:
+    """Split `gs://bucket/a/b` into bucket and folders, or a path into its folders."""
+    return url.removeprefix(_SCHEME).rstrip("/").split("/")
+
+
+def carries_credentials(url: str) -> bool:
+    """Return whether it is `scheme://user:password@place`."""
+    _, mark, rest = url.partition("://")
+    return bool(mark) and "@" in rest.partition("/")[0]
+
+
+def check_url(url: str, setting: str) -> None:
+    """Check that a URL is `gs://bucket/prefix` or a path, without a password.
+
+    Args:
+        url: as the user gave it.
+        setting: the variable or option that names it.
+
+    Raises:
+        StorageError: it is neither, or holds a user or password, which caches and runs would record.
+    """
+    if carries_credentials(url):
+        raise StorageError(f"{setting} is a URL with a user or password in it: leave them out")
+    if "://" in url and not is_bucket(url):
+        raise StorageError(f"cannot open {url}: {setting} is gs://bucket/prefix or a local directory")
