@@ -31,8 +31,9 @@ from tests.checkpoints import MEAN, STD, make_checkpoint
 from tests.planted import Finished, extract_cache, fresh_seed, plant_tiles
 from tests.planted import train as run_train
 from train.model.classifier import Classifier
-from train.predict.inference import Target, Task, score
+from train.predict.inference import Task, score
 from train.predict.inputs import find_inputs
+from train.predict.target import Target
 from train.predict.trained_model import open_model
 
 SIZE = 64

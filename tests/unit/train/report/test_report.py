@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from cache_schema import TileprobeError
 from tests.caches import make_provenance, make_recorded, make_table
 from tests.planted import fresh_seed
-from train.__main__ import _make_training_config, finetune, head
+from train.__main__ import _make_config, finetune, head
 from train.config import DataConfig, TrainConfig
 from train.data.labels import LabelledRows
 from train.errors import TrainError
@@ -337,7 +337,7 @@ def test_the_command_shown_is_the_run_again(tmp_path: Path, rng: np.random.Gener
     assert (python, m, package) == ("python", "-m", "train")
     command = {"head": head, "finetune": finetune}[name]
     options = command.make_context(name, words).params
-    parsed = _make_training_config({key: value for key, value in options.items() if key != "dry_run"})
+    parsed = _make_config({key: value for key, value in options.items() if key != "dry_run"})
     assert asdict(parsed) == asdict(config)
 
 
