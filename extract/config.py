@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cache_schema.cli.options import Range, check_ranges, option
+from cache_schema.cli.options import REQUIRED, Range, check_ranges, option
 from extract.backbone.precision import PrecisionChoice
 from extract.tiles.scenes import DEFAULT_SCENE_REGEX
 
@@ -26,62 +26,53 @@ class ExtractConfig:
         ConfigError: no tiles are given, a value is out of range, or the folder of `profile` does not exist.
     """
 
-    tiles: str = option(group="Data", help="gs://bucket/prefix or a directory holding images/ and labels/.")
-    backbone: str = option("vitl16", group="Model", help="vitl16, vit7b16, demo, a checkpoint directory or a hub id.")
+    tiles: str = option(REQUIRED, "Data", "gs://bucket/prefix or a directory holding images/ and labels/.")
+    backbone: str = option("vitl16", "Model", "vitl16, vit7b16, demo, a checkpoint directory or a hub id.")
     image_size: int | None = option(
         None,
-        group="Model",
-        help="Pixels a side, a multiple of 16.  [default: 512 for the satellite backbones, else the checkpoint's own]",
+        "Model",
+        "Pixels a side, a multiple of 16.  [default: 512 for the satellite backbones, else the checkpoint's own]",
     )
     cache: str | None = option(
-        None, group="Output", help="Directory or gs://… to write to.  [default: cache/<tiles>-<backbone>-<size>]"
+        None, "Output", "Directory or gs://… to write to.  [default: cache/<tiles>-<backbone>-<size>]"
     )
     precision: PrecisionChoice = option(
-        "auto",
-        group="Model",
-        help="Dtype of weights and forward pass; auto is bf16 where the hardware supports it, else float32.",
+        "auto", "Model", "Dtype of weights and forward pass; auto is bf16 where the hardware supports it, else float32."
     )
     batch_size: int = option(
-        32,
-        group="Machine",
-        range=Range(at_least=1, at_most=256, text="choose {}, a block's rows"),
-        help="Tiles per forward pass.",
+        32, "Machine", "Tiles per forward pass.", range=Range(at_least=1, at_most=256, text="choose {}, a block's rows")
     )
     workers: int | None = option(
         None,
-        group="Machine",
+        "Machine",
+        "Feed processes per rank.  [default: its cores less one]",
         range=Range(at_least=0, text="{}; at 0 each rank reads tiles in its own process"),
         per_node=True,
-        help="Feed processes per rank.  [default: its cores less one]",
     )
-    device: DeviceChoice = option("auto", group="Machine", per_node=True, help="auto is cuda where there is a GPU.")
+    device: DeviceChoice = option("auto", "Machine", "auto is cuda where there is a GPU.", per_node=True)
     limit: int | None = option(
         None,
-        group="Data",
+        "Data",
+        "A trial: whole scenes up to about this many tiles.  [default: all tiles]",
         range=Range(at_least=1, text="{} tile"),
-        help="A trial: whole scenes up to about this many tiles.  [default: all tiles]",
     )
-    scene_regex: str = option(
-        DEFAULT_SCENE_REGEX, group="Data", help="Group (?P<scene>…) of a tile's name, for --limit."
-    )
-    unlabelled: bool = option(False, group="Data", help="Embed tiles without a label file too.")
+    scene_regex: str = option(DEFAULT_SCENE_REGEX, "Data", "Group (?P<scene>…) of a tile's name, for --limit.")
+    unlabelled: bool = option(False, "Data", "Embed tiles without a label file too.")
     max_quarantined: float = option(
         0.01,
-        group="Output",
+        "Output",
+        "Largest share of unreadable tiles to accept.",
         range=Range(at_least=0, at_most=1, text="a share of tiles, {}"),
-        help="Largest share of unreadable tiles to accept.",
     )
-    retry_quarantined: bool = option(False, group="Output", help="Try tiles again that were quarantined before.")
+    retry_quarantined: bool = option(False, "Output", "Try tiles again that were quarantined before.")
     yes: bool = option(
-        False,
-        group="Output",
-        help="Continue even if more than a tenth of the tiles of the version in use are gone.",
+        False, "Output", "Continue even if more than a tenth of the tiles of the version in use are gone."
     )
     profile: str | None = option(
         None,
-        group="Output",
+        "Output",
+        "Write a torch profiler trace of a few batches to this file (JSON, for Perfetto).",
         per_node=True,
-        help="Write a torch profiler trace of a few batches to this file (JSON, for Perfetto).",
     )
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 from cache_schema import LabelIds
-from cache_schema.cli.options import BYTES, FILE, FOLDER, INTEGERS, Range, check_ranges, option, same_option
+from cache_schema.cli.options import BYTES, FILE, FOLDER, REQUIRED, Range, check_ranges, option, same_option
 from extract.backbone.dinov3 import POOLING
 from extract.config import DeviceChoice, ExtractConfig
 from extract.tiles.scenes import DEFAULT_SCENE_REGEX
@@ -50,31 +50,26 @@ class DataConfig:
     """
 
     label_ids: Literal["auto"] | LabelIds = option(
-        "auto", group="Data", help="Whether labels hold xView type ids (11-94) or class ids (0-59)."
+        "auto", "Data", "Whether labels hold xView type ids (11-94) or class ids (0-59)."
     )
     taxonomy: str | None = option(
-        None, group="Data", type=FILE, help="CSV of your own classes: class_id,name or class_id,type_id,name."
+        None, "Data", "CSV of your own classes: class_id,name or class_id,type_id,name.", type=FILE
     )
-    exclude: tuple[int, ...] = option(
-        (), group="Data", type=INTEGERS, help="Class ids to leave out, separated by commas, such as 5,48."
-    )
+    exclude: tuple[int, ...] = option((), "Data", "Class ids to leave out, separated by commas, such as 5,48.")
     empty: EmptyTiles = option(
-        "drop", group="Data", help="Tiles without a known object: leave out, validate on, or train on as well."
+        "drop", "Data", "Tiles without a known object: leave out, validate on, or train on as well."
     )
-    scene_regex: str = option(DEFAULT_SCENE_REGEX, group="Data", help="Group (?P<scene>…) of a tile's name.")
+    scene_regex: str = option(DEFAULT_SCENE_REGEX, "Data", "Group (?P<scene>…) of a tile's name.")
     val_fraction: float = option(
-        0.2,
-        group="Data",
-        range=Range(above=0, below=1, text="a share {}"),
-        help="Share of tiles to validate on, in whole scenes.",
+        0.2, "Data", "Share of tiles to validate on, in whole scenes.", range=Range(above=0, below=1, text="a share {}")
     )
-    split_file: str | None = option(None, group="Data", type=FILE, help="A split.json of an earlier run.")
+    split_file: str | None = option(None, "Data", "A split.json of an earlier run.", type=FILE)
     split_tiles: bool = option(
         False,
-        name="like-original",
-        group="Data",
-        help="Random tile split (seed 42), no empty tiles, classes 5 and 48 left out, 224 px: only to compare with the "
+        "Data",
+        "Random tile split (seed 42), no empty tiles, classes 5 and 48 left out, 224 px: only to compare with the "
         "original script's figures, since neighbouring tiles leak.",
+        name="like-original",
     )
 
     def __post_init__(self) -> None:
@@ -89,168 +84,139 @@ class TrainConfig:
         TrainError: a value is out of range, or two settings exclude each other.
     """
 
-    cache: str = option(group="Data", help="Cache to train on.  [default: the one written last]")
-    run: str = option(name="run-dir", group="Output", help="Link to the newest run; the run itself is numbered.")
-    unfreeze: int = option(
-        0, group="Training", help="Last transformer layers to train; 0 trains the head on cached vectors."
-    )
-    val_cache: str | None = option(
-        None, group="Data", help="A separate validation set, instead of a split of the cache."
-    )
-    test_cache: str | None = option(None, group="Data", help="A test set, scored once at the end.")
-    backbone: str | None = option(None, group="Data", help="Refuse a cache of another backbone than this.")
+    cache: str = option(REQUIRED, "Data", "Cache to train on.  [default: the one written last]")
+    run: str = option(REQUIRED, "Output", "Link to the newest run; the run itself is numbered.", name="run-dir")
+    unfreeze: int = option(0, "Training", "Last transformer layers to train; 0 trains the head on cached vectors.")
+    val_cache: str | None = option(None, "Data", "A separate validation set, instead of a split of the cache.")
+    test_cache: str | None = option(None, "Data", "A test set, scored once at the end.")
+    backbone: str | None = option(None, "Data", "Refuse a cache of another backbone than this.")
     data: DataConfig = DataConfig()
-    allow_unsealed: bool = option(False, group="Data", help="Train on an unfinished cache, without its missing rows.")
-    features: str = option("cls", group="Model", help="cls, patch_mean or cls+patch_mean.")
-    head: HeadName = option("mlp", group="Model", help="With a hidden layer, or without.")
-    hidden: int = option(512, group="Model", range=_COUNT, help="Width of the head's hidden layer.")
-    dropout: float = option(0.1, group="Model", range=Range(at_least=0, below=1), help="Dropout of the hidden layer.")
+    allow_unsealed: bool = option(False, "Data", "Train on an unfinished cache, without its missing rows.")
+    features: str = option("cls", "Model", "cls, patch_mean or cls+patch_mean.")
+    head: HeadName = option("mlp", "Model", "With a hidden layer, or without.")
+    hidden: int = option(512, "Model", "Width of the head's hidden layer.", range=_COUNT)
+    dropout: float = option(0.1, "Model", "Dropout of the hidden layer.", range=Range(at_least=0, below=1))
     head_run: str | None = option(
-        None, group="Model", help="Run whose head to start from.  [default: runs/head, if it is of this cache]"
+        None, "Model", "Run whose head to start from.  [default: runs/head, if it is of this cache]"
     )
-    epochs: int = option(50, group="Training", range=_COUNT, help="Times that every training tile is seen.")
+    epochs: int = option(50, "Training", "Times that every training tile is seen.", range=_COUNT)
     batch_size: int = option(
-        1024,
-        group="Training",
-        range=_COUNT,
-        help="Tiles of a step, over all ranks; halved until an epoch has 20 steps.",
+        1024, "Training", "Tiles of a step, over all ranks; halved until an epoch has 20 steps.", range=_COUNT
     )
     warmup: float = option(
-        0.05,
-        group="Training",
-        range=Range(at_least=0, below=1, text="a share from {}"),
-        help="Share of steps that warms up.",
+        0.05, "Training", "Share of steps that warms up.", range=Range(at_least=0, below=1, text="a share from {}")
     )
-    lr: float = option(1e-3, group="Training", range=_RATES, help="Peak learning rate of the head.")
-    weight_decay: float = option(0.01, group="Training", range=_DECAYS, help="Weight decay of AdamW.")
-    loss: LossName = option("focal", group="Training", help="Loss to train with.")
+    lr: float = option(1e-3, "Training", "Peak learning rate of the head.", range=_RATES)
+    weight_decay: float = option(0.01, "Training", "Weight decay of AdamW.", range=_DECAYS)
+    loss: LossName = option("focal", "Training", "Loss to train with.")
     alpha: float = option(
-        LossConfig.alpha,
-        group="Training",
-        range=Range(at_least=0, at_most=1),
-        help="Focal loss: weight of the positives.",
+        LossConfig.alpha, "Training", "Focal loss: weight of the positives.", range=Range(at_least=0, at_most=1)
     )
     gamma: float = option(
-        LossConfig.gamma, group="Training", range=_NOT_NEGATIVE, help="Focal loss: how little easy examples count."
+        LossConfig.gamma, "Training", "Focal loss: how little easy examples count.", range=_NOT_NEGATIVE
     )
     gamma_pos: float = option(
-        LossConfig.gamma_pos, group="Training", range=_NOT_NEGATIVE, help="Asymmetric loss: --gamma of the positives."
+        LossConfig.gamma_pos, "Training", "Asymmetric loss: --gamma of the positives.", range=_NOT_NEGATIVE
     )
     gamma_neg: float = option(
-        LossConfig.gamma_neg, group="Training", range=_NOT_NEGATIVE, help="Asymmetric loss: --gamma of the negatives."
+        LossConfig.gamma_neg, "Training", "Asymmetric loss: --gamma of the negatives.", range=_NOT_NEGATIVE
     )
     margin: float = option(
         LossConfig.margin,
-        group="Training",
+        "Training",
+        "Asymmetric loss: negatives below this probability cost nothing.",
         range=Range(at_least=0, below=1),
-        help="Asymmetric loss: negatives below this probability cost nothing.",
     )
     best_by: Literal["f1_weighted", "map_macro"] = option(
-        "f1_weighted", group="Training", help="Figure that selects the best epoch."
+        "f1_weighted", "Training", "Figure that selects the best epoch."
     )
     class_weights: ClassWeights = option(
         "none",
-        group="Training",
-        help="Weight positives of rare classes up to 10 x: by inverse frequency, or by the effective number of tiles.",
+        "Training",
+        "Weight positives of rare classes up to 10 x: by inverse frequency, or by the effective number of tiles.",
     )
     repeat_factor: float = option(
         0.0,
-        group="Training",
+        "Training",
+        "Repeat tiles of classes on less than this share of tiles, such as 0.01; 0 repeats none.",
         range=Range(at_least=0, at_most=1, text="a share of tiles, {}"),
-        help="Repeat tiles of classes on less than this share of tiles, such as 0.01; 0 repeats none.",
     )
     patience: int | None = option(
         None,
-        group="Training",
-        range=Range(at_least=1, text="{} epoch"),
-        help="Stop after this many epochs without a better --best-by; the learning rate still falls as planned for all "
+        "Training",
+        "Stop after this many epochs without a better --best-by; the learning rate still falls as planned for all "
         "--epochs.  [default: train all of them]",
+        range=Range(at_least=1, text="{} epoch"),
     )
     clip_norm: float | None = option(
-        None,
-        group="Training",
-        range=Range(above=0),
-        help="Largest norm of a step's gradient, over all ranks and weights.",
+        None, "Training", "Largest norm of a step's gradient, over all ranks and weights.", range=Range(above=0)
     )
-    deterministic: bool = option(
-        False, group="Training", help="Repeat runs bit for bit on one machine, at any cost in speed."
-    )
+    deterministic: bool = option(False, "Training", "Repeat runs bit for bit on one machine, at any cost in speed.")
     seed: int = option(
-        0, group="Training", range=Range(at_least=0, at_most=2**31 - 1), help="Seed of split, head, order and dropout."
+        0, "Training", "Seed of split, head, order and dropout.", range=Range(at_least=0, at_most=2**31 - 1)
     )
     folds: int = option(
-        0,
-        group="Training",
-        range=Range(at_least=2),
-        help="Also cross-validate over this many folds of scenes; 0: do not.",
+        0, "Training", "Also cross-validate over this many folds of scenes; 0: do not.", range=Range(at_least=2)
     )
-    backbone_lr: float = option(1e-5, group="Training", range=_RATES, help="Peak learning rate of the unfrozen layers.")
+    backbone_lr: float = option(1e-5, "Training", "Peak learning rate of the unfrozen layers.", range=_RATES)
     layer_decay: float = option(
         1.0,
-        group="Training",
+        "Training",
+        "Each layer's learning rate, relative to that of the layer above it.",
         range=Range(above=0, at_most=1),
-        help="Each layer's learning rate, relative to that of the layer above it.",
     )
-    accumulate: int = option(
-        1, group="Training", range=_COUNT, help="Compute a rank's share of a batch in this many parts."
-    )
+    accumulate: int = option(1, "Training", "Compute a rank's share of a batch in this many parts.", range=_COUNT)
     views: Views = option(
         Augmentation.views,
-        group="Training",
-        help="Show each training tile as it is, or in one of its eight flips and rotations, drawn anew each epoch.",
+        "Training",
+        "Show each training tile as it is, or in one of its eight flips and rotations, drawn anew each epoch.",
     )
     jitter: float = option(
         Augmentation.jitter,
-        group="Training",
+        "Training",
+        "Change brightness and contrast of training tiles by up to this share, such as 0.2, and colours by half.",
         range=Range(at_least=0, below=1),
-        help="Change brightness and contrast of training tiles by up to this share, such as 0.2, and colours by half.",
     )
     crop_scale: float = option(
         Augmentation.crop_scale,
-        group="Training",
+        "Training",
+        f"Enlarge a random square of at least this share of a training tile's area, {MIN_CROP_SCALE:g} to 1. Its "
+        "labels stay those of the whole tile, so a crop that loses an object is mislabelled: stay near 1.",
         range=Range(
             at_least=MIN_CROP_SCALE,
             at_most=1,
             text="a share of the tile's area, {}: a smaller crop would lose most objects it is labelled with",
         ),
-        help="Enlarge a random square of at least this share of a training tile's area, 0.5 to 1. Its labels stay "
-        "those of the whole tile, so a crop that loses an object is mislabelled: stay near 1.",
     )
-    save_every: int = option(1, group="Output", range=_COUNT, help="Epochs between checkpoints to resume from.")
-    save_steps: int = option(
-        500, group="Output", range=_NOT_NEGATIVE, help="Steps between checkpoints within an epoch; 0: none."
-    )
-    resume: bool = option(False, group="Output", help="Continue the newest run of --run-dir with its own settings.")
-    amp: bool | None = option(
-        None, group="Machine", help="Autocast to bf16.  [default: where the hardware supports it]"
-    )
+    save_every: int = option(1, "Output", "Epochs between checkpoints to resume from.", range=_COUNT)
+    save_steps: int = option(500, "Output", "Steps between checkpoints within an epoch; 0: none.", range=_NOT_NEGATIVE)
+    resume: bool = option(False, "Output", "Continue the newest run of --run-dir with its own settings.")
+    amp: bool | None = option(None, "Machine", "Autocast to bf16.  [default: where the hardware supports it]")
     device: DeviceChoice = same_option(ExtractConfig, "device")
     workers: int | None = same_option(ExtractConfig, "workers")
     memory_budget: int | None = option(
         None,
-        group="Machine",
+        "Machine",
+        "Memory a rank may hold vectors in, such as 512M; if they need more, they are streamed from disk.  "
+        "[default: half of what is free]",
         type=BYTES,
         range=Range(above=0, text="bytes {}"),
-        help="Memory a rank may hold vectors in, such as 512M; if they need more, they are streamed from disk.  "
-        "[default: half of what is free]",
     )
     grad_checkpoint: bool = option(
-        False,
-        group="Machine",
-        help="Save memory: compute activations of trained layers again in the backward pass.",
+        False, "Machine", "Save memory: compute activations of trained layers again in the backward pass."
     )
     shard: bool = option(
         False,
-        group="Machine",
-        help="Split trained layers, their gradients and AdamW's moments over the ranks, if one GPU cannot hold them.",
+        "Machine",
+        "Split trained layers, their gradients and AdamW's moments over the ranks, if one GPU cannot hold them.",
     )
     cache_prefix: bool = option(
         False,
-        group="Machine",
-        help="Run the frozen layers once, and keep their activations, the input of the trained layers, on disk.",
+        "Machine",
+        "Run the frozen layers once, and keep their activations, the input of the trained layers, on disk.",
     )
-    scratch: str = option(SCRATCH, group="Machine", type=FOLDER, per_node=True, help="Local folder for --cache-prefix.")
-    large_prefix: bool = option(False, name="yes", group="Machine", help="Let --cache-prefix take more than 50 GiB.")
+    scratch: str = option(SCRATCH, "Machine", "Local folder for --cache-prefix.", type=FOLDER, per_node=True)
+    large_prefix: bool = option(False, "Machine", "Let --cache-prefix take more than 50 GiB.", name="yes")
 
     def __post_init__(self) -> None:
         unknown = set(self.features.split("+")) - set(POOLING)

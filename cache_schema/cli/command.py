@@ -23,7 +23,7 @@ from click.core import ParameterSource
 
 from cache_schema.errors import TileprobeError
 
-from .options import get_heading, set_heading
+from .options import HEADING
 from .settings import FILE, FILE_VARIABLE, Setting, read_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,7 +70,7 @@ def heading(title: str) -> Callable[[F], F]:
 
     def mark(function: F) -> F:
         for param in getattr(function, "__click_params__", ()):
-            set_heading(param, title)
+            vars(param).setdefault(HEADING, title)
         return function
 
     return mark
@@ -109,7 +109,7 @@ class Command(click.Command):
                 names, text = record
                 if not (param.is_flag or param.required or "default:" in text):
                     text += "  [default: none]"
-                groups.setdefault(get_heading(param, HEADINGS[-1]), []).append((names, text))
+                groups.setdefault(vars(param).get(HEADING, HEADINGS[-1]), []).append((names, text))
         for title, records in groups.items():
             if records:
                 with formatter.section(title):

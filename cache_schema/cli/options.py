@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class TrainConfig:
-        lr: float = option(1e-3, group="Training", range=Range(above=0), help="Peak learning rate of the head.")
+        lr: float = option(1e-3, "Training", "Peak learning rate of the head.", range=Range(above=0))
 
 `make_options` makes click options of such fields, `make_config` a config of what click parsed, `check_ranges` refuses
 values out of range, and `spell_out` writes the words of a command line that gives the same values.
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
@@ -20,7 +20,13 @@ from .text import parse_bytes
 
 T = TypeVar("T")
 
-_OPTION, _HEADING = "option", "heading"
+REQUIRED: Any = MISSING
+"""Default of a field that has none."""
+
+HEADING = "heading"
+"""Attribute of a click option: its heading in --help."""
+
+_OPTION = "option"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,25 +65,15 @@ def _show_bound(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """What a config's field says of its option.
+class Option(NamedTuple):
+    """What a config's field says of its option, see `option`."""
 
-    Attributes:
-        help: one sentence. A default of None is described here: `…  [default: half of what is free]`.
-        group: heading in --help.
-        name: without dashes; empty for the field's own name.
-        range: numbers that the option takes. The default is always accepted, so that it can mean "off".
-        type: what parses it, where the field's annotation does not say.
-        per_node: whether the nodes of one job may set it differently.
-    """
-
-    help: str
     group: str
-    name: str = ""
-    range: Range | None = None
-    type: click.ParamType[Any] | None = None
-    per_node: bool = False
+    help: str
+    name: str
+    range: Range | None
+    type: click.ParamType[Any] | None
+    per_node: bool
 
 
 class _Bytes(click.ParamType[int]):
@@ -104,31 +100,39 @@ class _Integers(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value}: whole numbers separated by commas, such as 5,48", param, ctx)
 
 
-BYTES, INTEGERS = _Bytes(), _Integers()
-"""`512M` as a number of bytes; `5,48` as a tuple."""
+BYTES = _Bytes()
+"""`512M` as a number of bytes."""
 FILE, FOLDER = click.Path(dir_okay=False), click.Path(file_okay=False)
 
 
-def option(default: Any = MISSING, **said: Any) -> Any:
-    """Make a dataclass field with a default, or without one, that is set by an option described by `Option(**said)`."""
-    return field(default=default, metadata={_OPTION: Option(**said)})
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    name: str = "",
+    range: Range | None = None,
+    type: click.ParamType[Any] | None = None,
+    per_node: bool = False,
+) -> Any:
+    """Make a dataclass field that an option of the command line sets.
+
+    Args:
+        default: of the field and of the option; `REQUIRED` for none.
+        group: heading in --help.
+        help: one sentence. It also says what None stands for: `…  [default: half of what is free]`.
+        name: of the option, without dashes; empty for the field's own name.
+        range: numbers that the option takes. The default is always accepted, so that it can mean "off".
+        type: what parses it, where the field's annotation does not say.
+        per_node: whether the nodes of one job may set it differently.
+    """
+    return field(default=default, metadata={_OPTION: Option(group, help, name, range, type, per_node)})
 
 
 def same_option(config: type, name: str) -> Any:
     """Make a field with the default and the option of a field of another config."""
     other = config.__dataclass_fields__[name]  # type: ignore[attr-defined]
     return field(default=other.default, metadata=other.metadata)
-
-
-def set_heading(param: click.Parameter, title: str) -> None:
-    """Set the title in --help that an option stands under, if it has none."""
-    vars(param).setdefault(_HEADING, title)
-
-
-def get_heading(param: click.Parameter, default: str) -> str:
-    """Return that title."""
-    title: str = vars(param).get(_HEADING, default)
-    return title
 
 
 def find_option(of: Field[Any]) -> Option | None:
@@ -188,7 +192,7 @@ def _make_option(of: Field[Any], hint: Any, default: Any) -> click.Option:
         default=None if default is MISSING else _spell(default) if isinstance(default, tuple) else default,
         help=said.help,
     )
-    set_heading(made, said.group)
+    vars(made)[HEADING] = said.group
     return made
 
 
@@ -197,7 +201,7 @@ def _choose_type(hint: Any) -> click.ParamType[Any]:
     kinds = [kind for kind in _flatten(hint) if kind is not NoneType]
     if all(get_origin(kind) is Literal for kind in kinds):
         return click.Choice([choice for kind in kinds for choice in get_args(kind)])
-    return INTEGERS if get_origin(kinds[0]) is tuple else click.types.convert_type(kinds[0])
+    return _Integers() if get_origin(kinds[0]) is tuple else click.types.convert_type(kinds[0])
 
 
 def _flatten(hint: Any) -> tuple[Any, ...]:

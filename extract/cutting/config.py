@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cache_schema.cli.options import Range, check_ranges, option
+from cache_schema.cli.options import REQUIRED, Range, check_ranges, option
 from extract.errors import ConfigError
 from extract.tiles.raster import check_grid
 
@@ -15,17 +15,15 @@ class Cutting:
         ConfigError: a value is out of range.
     """
 
-    size: int = option(512, group="Data", help="Pixels a side of a tile.")
+    size: int = option(512, "Data", "Pixels a side of a tile.")
     stride: int = option(
-        None,
-        group="Data",
-        help="Pixels from one tile to the next; less than the size overlaps.  [default: the size]",
+        None, "Data", "Pixels from one tile to the next; less than the size overlaps.  [default: the size]"
     )
     min_visibility: float = option(
         0.25,
-        group="Data",
+        "Data",
+        "Share of a box's area (of a larger one: of what a tile can show of it) that a tile must show to name it.",
         range=Range(at_least=0, at_most=1, text="a share of a box, {}"),
-        help="Share of a box's area (of a larger one: of what a tile can show of it) that a tile must show to name it.",
     )
 
     def __post_init__(self) -> None:
@@ -41,19 +39,17 @@ class TileConfig:
         ConfigError: a place is not given, or a value is out of range.
     """
 
-    images: str = option(group="Data", help="Directory of GeoTIFFs, such as xView's train_images.")
-    labels: str = option(group="Data", help="xView_train.geojson.")
-    out: str = option(group="Output", help="gs://bucket/prefix or a directory: what make extract takes as TILES.")
+    images: str = option(REQUIRED, "Data", "Directory of GeoTIFFs, such as xView's train_images.")
+    labels: str = option(REQUIRED, "Data", "xView_train.geojson.")
+    out: str = option(REQUIRED, "Output", "gs://bucket/prefix or a directory: what make extract takes as TILES.")
     cutting: Cutting
     workers: int | None = option(
         None,
-        group="Machine",
+        "Machine",
+        "Scenes cut at a time, each in a process.  [default: cores]",
         range=Range(at_least=1, text="{}; 1 cuts in this process"),
-        help="Scenes cut at a time, each in a process.  [default: cores]",
     )
-    dry_run: bool = option(
-        False, group="Output", help="Print what would be cut and what would be dropped; write nothing."
-    )
+    dry_run: bool = option(False, "Output", "Print what would be cut and what would be dropped; write nothing.")
 
     def __post_init__(self) -> None:
         for name, value in (("IMAGES", self.images), ("LABELS", self.labels), ("OUT", self.out)):

@@ -18,29 +18,23 @@ class DoctorConfig:
 
     extract: ExtractConfig
     sample: int = option(
-        24,
-        group="Data",
-        range=Range(at_least=1, text="{} tile"),
-        help="Tiles to fetch and decode, drawn at random.",
+        24, "Data", "Tiles to fetch and decode, drawn at random.", range=Range(at_least=1, text="{} tile")
     )
-    seed: int = option(0, group="Data", help="Seed of that draw.")
+    seed: int = option(0, "Data", "Seed of that draw.")
     nproc: int | None = option(
         None,
-        group="Machine",
+        "Machine",
+        "Ranks the extraction will have.  [default: GPUs, else 1]",
         range=Range(at_least=1, text="{} rank"),
-        help="Ranks the extraction will have.  [default: GPUs, else 1]",
     )
     taxonomy: str | None = option(
-        None,
-        group="Data",
-        type=FILE,
-        help="CSV of your own classes: class_id,name or class_id,type_id,name.  [default: xView's]",
+        None, "Data", "CSV of your own classes: class_id,name or class_id,type_id,name.  [default: xView's]", type=FILE
     )
     price_per_hour: float | None = option(
         None,
-        group="Machine",
+        "Machine",
+        "Of everything that computes, in any currency, for the estimate.",
         range=Range(at_least=0, text="a price, {}"),
-        help="Of everything that computes, in any currency, for the estimate.",
     )
 
     def __post_init__(self) -> None:

@@ -17,16 +17,16 @@ class Target:
         TrainError: none of the three is set, or several, or settings that do not go together.
     """
 
-    tiles: str | None = option(None, group="Data", help="gs://bucket/prefix or a directory.")
-    cache: str | None = option(None, group="Data", help="A cache, instead of tiles.")
+    tiles: str | None = option(None, "Data", "gs://bucket/prefix or a directory.")
+    cache: str | None = option(None, "Data", "A cache, instead of tiles.")
     names: tuple[str, ...] = ()
     window: int | None = option(
         None,
-        group="Data",
-        help="Cut every local .tif into windows of this many pixels a side, best the size of the tiles that RUN was "
+        "Data",
+        "Cut every local .tif into windows of this many pixels a side, best the size of the tiles that RUN was "
         "trained on.  [default: 512, and only what is larger than 2048 a side]",
     )
-    stride: int | None = option(None, group="Data", help="Pixels from one window to the next.  [default: the window]")
+    stride: int | None = option(None, "Data", "Pixels from one window to the next.  [default: the window]")
 
     def __post_init__(self) -> None:
         if (self.tiles is not None) + (self.cache is not None) + bool(self.names) != 1:

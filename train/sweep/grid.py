@@ -28,15 +28,15 @@ class Grid:
     and both kinds of head.
     """
 
-    lrs: str = option("1e-3,3e-3", group="Training", help="Peak learning rates.")
-    weight_decays: str = option("0.01,0.3", group="Training", help="Weight decays of AdamW.")
+    lrs: str = option("1e-3,3e-3", "Training", "Peak learning rates.")
+    weight_decays: str = option("0.01,0.3", "Training", "Weight decays of AdamW.")
     losses: str = option(
         "bce,focal:0.65:2,focal:0.5:1,asymmetric",
-        group="Training",
-        help="bce, focal:ALPHA:GAMMA, asymmetric:GAMMA-POS:GAMMA-NEG:MARGIN; parameters may be left out.",
+        "Training",
+        "bce, focal:ALPHA:GAMMA, asymmetric:GAMMA-POS:GAMMA-NEG:MARGIN; parameters may be left out.",
     )
-    features: str = option("cls,cls+patch_mean", group="Model", help="Pooled arrays of the cache, joined by +.")
-    heads: str = option("linear,mlp", group="Model", help="linear, mlp.")
+    features: str = option("cls,cls+patch_mean", "Model", "Pooled arrays of the cache, joined by +.")
+    heads: str = option("linear,mlp", "Model", "linear, mlp.")
 
     def expand(self, base: TrainConfig) -> list[TrainConfig]:
         """Return every combination, with all other settings as in `base`.

@@ -11,7 +11,7 @@ import pytest
 
 from cache_schema.cli.options import (
     BYTES,
-    INTEGERS,
+    REQUIRED,
     Range,
     check_ranges,
     make_config,
@@ -23,19 +23,19 @@ from cache_schema.cli.options import (
 from cache_schema.cli.options import option as declare
 
 
-def option(*default: Any, **said: Any) -> Any:
-    return declare(*default, **{"help": "Text.", "group": "Data", **said})
+def option(default: Any, **said: Any) -> Any:
+    return declare(default, "Data", "Text.", **said)
 
 
 @dataclass(frozen=True)
 class Inner:
-    ids: tuple[int, ...] = option((), type=INTEGERS)
+    ids: tuple[int, ...] = option(())
     mode: Literal["auto"] | Literal["a", "b"] = option("auto")
 
 
 @dataclass(frozen=True)
 class Outer:
-    place: str = option(name="run-dir")
+    place: str = option(REQUIRED, name="run-dir")
     inner: Inner = Inner()
     rate: float = option(0.5, range=Range(above=0, at_most=1.0))
     count: int | None = option(None, range=Range(at_least=1, text="{} tile"))
@@ -66,8 +66,15 @@ def test_options_have_the_names_types_and_defaults_of_the_fields() -> None:
     assert isinstance(found["mode"].type, click.Choice)
     assert list(found["mode"].type.choices) == ["auto", "a", "b"]
     assert parse([]) == {
-        **{"place": None, "ids": (), "mode": "auto", "rate": 0.5, "count": None, "folds": 0, "size": None},
-        **{"amp": None, "dry_run": False},
+        "place": None,
+        "ids": (),
+        "mode": "auto",
+        "rate": 0.5,
+        "count": None,
+        "folds": 0,
+        "size": None,
+        "amp": None,
+        "dry_run": False,
     }
 
 
