@@ -1,12 +1,13 @@
-"""Settings of an extraction, checked once and frozen, and where caches lie by default."""
+"""Define the settings of an extraction, and the default places of caches."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from cache_schema.cli.options import REQUIRED, Range, check_ranges, option
 from cache_schema.storage.place import split_url
 from extract.backbone.pooling import DEFAULT_POOLING, POOLINGS
 from extract.backbone.precision import PrecisionChoice
-from extract.ranks.same_job import PER_NODE
 from extract.tiles.scenes import DEFAULT_SCENE_REGEX
 
 from .errors import ConfigError
@@ -14,49 +15,68 @@ from .errors import ConfigError
 CACHE_ROOT = Path("cache")
 DEMO_ROOT = CACHE_ROOT / "demo"
 LAST_CACHE = CACHE_ROOT / "last"
-"""Names the cache that was written last, for trainers that are given none. The demo's caches leave no trace here."""
+"""Names the cache that was written last, for trainers that are given none. Caches of the demo are not noted here."""
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """What one extraction is asked to do.
+    """Settings of one extraction, checked. Each field's help says what it means.
 
-    Attributes:
-        tiles: `gs://bucket/prefix` or a directory.
-        backbone: `vitl16`, `vit7b16`, `demo`, a directory or a hub id.
-        image_size: pixels a side, None for the backbone's default.
-        cache: directory or `gs://…`, None for the default name.
-        precision: dtype of weights and forward pass; `auto` for that of a version that is there already, else bf16
-            where the device multiplies it and float32 elsewhere.
-        pooling: vectors to store of each tile: names of `POOLINGS`, joined by `+`.
-        batch_size: tiles per forward pass.
-        workers: feed processes per rank, None for one per core that computing leaves.
-        device: `auto`, `cpu` or `cuda`.
-        limit: embed whole scenes up to about this many tiles.
-        scene_regex: how a scene is read off a tile's name (only for `limit`).
-        unlabelled: embed tiles without a label object too.
-        max_quarantined: largest share of quarantined tiles a finished cache may hold.
-        retry_quarantined: try tiles again that were quarantined before.
-        yes: go on though more than a tenth of the rows of the version in use are gone from the bucket.
-        profile: file for a torch profiler trace of a few batches.
+    Raises:
+        ConfigError: no tiles are given, a value is out of range, or the folder of `profile` does not exist.
     """
 
-    tiles: str
-    backbone: str = "vitl16"
-    image_size: int | None = None
-    cache: str | None = None
-    precision: PrecisionChoice = "auto"
-    pooling: str = "+".join(DEFAULT_POOLING)
-    batch_size: int = 32
-    workers: int | None = field(default=None, metadata=PER_NODE)
-    device: str = field(default="auto", metadata=PER_NODE)
-    limit: int | None = None
-    scene_regex: str = DEFAULT_SCENE_REGEX
-    unlabelled: bool = False
-    max_quarantined: float = 0.01
-    retry_quarantined: bool = False
-    yes: bool = False
-    profile: str | None = field(default=None, metadata=PER_NODE)
+    tiles: str = option(REQUIRED, "Data", "gs://bucket/prefix or a directory holding images/ and labels/.")
+    backbone: str = option("vitl16", "Model", "vitl16, vit7b16, demo, a checkpoint directory or a hub id.")
+    image_size: int | None = option(
+        None,
+        "Model",
+        "Pixels a side, a multiple of 16.  [default: 512 for the satellite backbones, else the checkpoint's own]",
+    )
+    cache: str | None = option(
+        None, "Output", "Directory or gs://… to write to.  [default: cache/<tiles>-<backbone>-<size>]"
+    )
+    precision: PrecisionChoice = option(
+        "auto", "Model", "Dtype of weights and forward pass; auto is bf16 where the hardware supports it, else float32."
+    )
+    pooling: str = option("+".join(DEFAULT_POOLING), "Model", "Vectors to store of each tile, joined by +.")
+    batch_size: int = option(
+        32, "Machine", "Tiles per forward pass.", range=Range(at_least=1, at_most=256, text="choose {}, a block's rows")
+    )
+    workers: int | None = option(
+        None,
+        "Machine",
+        "Feed processes per rank.  [default: its cores less one]",
+        range=Range(at_least=0, text="{}; at 0 each rank reads tiles in its own process"),
+        per_node=True,
+    )
+    device: DeviceChoice = option("auto", "Machine", "auto is cuda where there is a GPU.", per_node=True)
+    limit: int | None = option(
+        None,
+        "Data",
+        "A trial: whole scenes up to about this many tiles.  [default: all tiles]",
+        range=Range(at_least=1, text="{} tile"),
+    )
+    scene_regex: str = option(DEFAULT_SCENE_REGEX, "Data", "Group (?P<scene>…) of a tile's name, for --limit.")
+    unlabelled: bool = option(False, "Data", "Embed tiles without a label file too.")
+    max_quarantined: float = option(
+        0.01,
+        "Output",
+        "Largest share of unreadable tiles to accept.",
+        range=Range(at_least=0, at_most=1, text="a share of tiles, {}"),
+    )
+    retry_quarantined: bool = option(False, "Output", "Try tiles again that were quarantined before.")
+    yes: bool = option(
+        False, "Output", "Continue even if more than a tenth of the tiles of the version in use are gone."
+    )
+    profile: str | None = option(
+        None,
+        "Output",
+        "Write a torch profiler trace of a few batches to this file (JSON, for Perfetto).",
+        per_node=True,
+    )
 
     def __post_init__(self) -> None:
         if not self.tiles:
@@ -64,14 +84,7 @@ class ExtractConfig:
         names = self.pooled_arrays
         if not set(names) <= set(POOLINGS) or len(set(names)) < len(names):
             raise ConfigError(f"--pooling {self.pooling}: choose of {', '.join(POOLINGS)}, each once, joined by +")
-        if not 1 <= self.batch_size <= 256:
-            raise ConfigError(f"--batch-size {self.batch_size}: choose 1 to 256, a block's rows")
-        if self.workers is not None and self.workers < 0:
-            raise ConfigError(f"--workers {self.workers}: choose 0 (read in the rank's own process) or more")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"LIMIT={self.limit}: choose at least 1 tile")
-        if not 0 <= self.max_quarantined <= 1:
-            raise ConfigError(f"--max-quarantined {self.max_quarantined}: a share between 0 and 1")
+        check_ranges(self, ConfigError)
         if self.profile and not Path(self.profile).absolute().parent.is_dir():
             raise ConfigError(f"--profile {self.profile}: no directory {Path(self.profile).absolute().parent}: make it")
 
@@ -81,7 +94,7 @@ class ExtractConfig:
         return tuple(self.pooling.split("+"))
 
     def cache_url(self, image_size: int) -> str:
-        """Where the cache goes: as asked, or `cache/<last two parts of TILES>-<backbone>-<size>[-limitN]`."""
+        """Return where the cache goes: as asked, or `cache/<last two parts of TILES>-<backbone>-<size>[-limitN]`."""
         if self.cache:
             return self.cache.rstrip("/")
         parts = [part for part in split_url(self.tiles) if part not in ("", ".", "..")]

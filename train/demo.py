@@ -37,7 +37,8 @@ from train.loop.validation import ValidationSet
 from train.metrics.figures import compute_metrics
 from train.metrics.intervals import bootstrap_difference, bootstrap_intervals
 from train.model.classifier import Classifier
-from train.predict.inference import FloatArray, Target, infer
+from train.predict.inference import FloatArray, infer
+from train.predict.target import Target
 from train.predict.trained_model import LoadedRun
 from train.runs.directory import RunDirectory
 

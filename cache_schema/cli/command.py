@@ -23,6 +23,7 @@ from click.core import ParameterSource
 
 from cache_schema.errors import TileprobeError
 
+from .options import HEADING
 from .settings import FILE, FILE_VARIABLE, Setting, read_settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,7 +42,6 @@ STATUSES = (
 """Exit statuses of every command, and their meaning."""
 
 HEADINGS = ("Data", "Model", "Training", "Output", "Machine", "Command line")
-_HEADING = "heading"
 _SETTINGS, _QUIET, _VERBOSE, _JSON = (f"tileprobe.{name}" for name in ("settings", "quiet", "verbose", "json"))
 _DETAILED = ("cache_schema", "extract", "train", "urllib3")
 """Loggers whose debug lines --verbose shows; urllib3 logs one for each request to a bucket."""
@@ -70,7 +70,7 @@ def heading(title: str) -> Callable[[F], F]:
 
     def mark(function: F) -> F:
         for param in getattr(function, "__click_params__", ()):
-            vars(param).setdefault(_HEADING, title)
+            vars(param).setdefault(HEADING, title)
         return function
 
     return mark
@@ -109,7 +109,7 @@ class Command(click.Command):
                 names, text = record
                 if not (param.is_flag or param.required or "default:" in text):
                     text += "  [default: none]"
-                groups.setdefault(vars(param).get(_HEADING, HEADINGS[-1]), []).append((names, text))
+                groups.setdefault(vars(param).get(HEADING, HEADINGS[-1]), []).append((names, text))
         for title, records in groups.items():
             if records:
                 with formatter.section(title):

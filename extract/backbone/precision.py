@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 
 Precision = Literal["bf16", "float32"]
-PrecisionChoice = Precision | Literal["auto"]
+PrecisionChoice = Literal["auto"] | Precision
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 _CPU_BF16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16")

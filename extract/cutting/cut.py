@@ -22,11 +22,12 @@ import numpy.typing as npt
 from imagecodecs import png_encode
 
 from cache_schema.storage.objects import Objects
-from extract.errors import ConfigError, RasterError
+from extract.errors import RasterError
 from extract.tiles.decode import RGBImage
-from extract.tiles.raster import Raster, Window, check_grid, count_windows, windows
+from extract.tiles.raster import Raster, Window, count_windows, windows
 
 from .annotations import Boxes
+from .config import Cutting
 from .output import open_place
 
 T = TypeVar("T")
@@ -36,27 +37,6 @@ _WRITES_IN_FLIGHT = 16
 """Tiles encoded and on their way at a time: a bucket answers in the time that encoding two of them takes."""
 _PNG_LEVEL = 3
 """Of zlib, by imagecodecs: Pillow's size at level 6 in a fifth of its time (346 KB and 26 ms for a tile of 512)."""
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """How scenes are cut.
-
-    Attributes:
-        size: of a tile, pixels a side.
-        stride: from one tile to the next, pixels.
-        min_visibility: share of a box's area that a tile must show to name it. Of a box that is larger than a tile, the
-            share of as much of it as a tile can show.
-    """
-
-    size: int
-    stride: int
-    min_visibility: float
-
-    def __post_init__(self) -> None:
-        check_grid(self.size, self.stride)
-        if not 0 <= self.min_visibility <= 1:
-            raise ConfigError(f"--min-visibility {self.min_visibility}: a share between 0 and 1")
 
 
 @dataclass(frozen=True)

@@ -15,38 +15,11 @@ from extract.ranks.group import shows_bars
 from extract.tiles.raster import RASTER_SUFFIXES, Raster
 
 from .annotations import Annotations, Boxes, name_scene, read_annotations
-from .cut import DONE, Cutting, SceneCount, SceneJob, count_scene, encode_png, list_windows, name_tile, read_stat
+from .config import Cutting, TileConfig
+from .cut import DONE, SceneCount, SceneJob, count_scene, encode_png, list_windows, name_tile, read_stat
 
 SETTINGS = "tiling/settings.json"
 _SAMPLED_SCENES = 8
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """What one tiling is asked to do.
-
-    Attributes:
-        images: directory of GeoTIFFs.
-        labels: xView's GeoJSON.
-        out: `gs://bucket/prefix` or a directory.
-        cutting: how scenes are cut.
-        workers: processes, None for one per core; 1 is this process itself.
-        dry_run: say what would be done, and write nothing.
-    """
-
-    images: str
-    labels: str
-    out: str
-    cutting: Cutting
-    workers: int | None = None
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value in (("IMAGES", self.images), ("LABELS", self.labels), ("OUT", self.out)):
-            if not value:
-                raise ConfigError(f"{name} is not set: give IMAGES=train_images LABELS=xView_train.geojson OUT=gs://…")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"--workers {self.workers}: choose 1 (cut in this process) or more")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from extract.errors import RunError
 from extract.ranks.group import shows_bars
 from extract.ranks.signals import Stopped, stop_on_signals
 
+from .config import TileConfig
 from .output import open_place, own_place
-from .plan import SETTINGS, TileConfig, TilePlan, check_settings, estimate_bytes, format_settings, make_plan
+from .plan import SETTINGS, TilePlan, check_settings, estimate_bytes, format_settings, make_plan
 from .summary import describe_failures, describe_plan
 from .workers import run_cutters
 

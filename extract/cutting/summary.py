@@ -8,8 +8,9 @@ from cache_schema.cli.text import show_first, show_name
 from cache_schema.taxonomy import Taxonomy
 
 from .annotations import Defect
+from .config import TileConfig
 from .cut import SceneCount
-from .plan import TileConfig, TilePlan
+from .plan import TilePlan
 
 _READ_AS_ONE = re.compile(r".+_\d+")
 _INDENT = "\n" + " " * 10

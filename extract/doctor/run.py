@@ -2,16 +2,14 @@
 spent."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from cache_schema.storage.place import carries_credentials, is_bucket
-from extract.config import ExtractConfig
-from extract.errors import ConfigError
+from cache_schema.storage.place import is_bucket
 from extract.ranks.signals import stop_on_signals
 from extract.tiles.source import Source
 
 from .cache import Pending, check_place, check_space, check_version
 from .checkpoint import Weights, check_backbone
+from .config import DoctorConfig
 from .estimate import check_estimate, check_speed
 from .finding import Examination, Finding, Known
 from .machine import Device, check_device, check_open_files, check_packages, check_shared_memory
@@ -19,38 +17,6 @@ from .storage import Found, check_clock, check_credentials, check_layout, check_
 from .tiles import Sample, check_label_ids, check_labels, check_sample, check_scenes
 
 __all__ = ["DoctorConfig", "Finding", "examine", "run_doctor"]
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """What is to be examined.
-
-    Attributes:
-        extract: the extraction, as it would be asked for.
-        sample: tiles to fetch and decode.
-        seed: of their draw.
-        nproc: ranks the extraction would have, None for one per GPU, else 1.
-        taxonomy: the class list training would use, None for xView's.
-        price_per_hour: of all that computes, in any currency.
-    """
-
-    extract: ExtractConfig
-    sample: int = 24
-    seed: int = 0
-    nproc: int | None = None
-    taxonomy: str | None = None
-    price_per_hour: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, url in (("TILES", self.extract.tiles), ("CACHE", self.extract.cache or "")):
-            if carries_credentials(url):  # refused before any check could show it
-                raise ConfigError(f"{name} is a URL with a user or password in it: leave them out")
-        if self.sample < 1:
-            raise ConfigError(f"--sample {self.sample}: choose at least 1 tile")
-        if self.nproc is not None and self.nproc < 1:
-            raise ConfigError(f"NPROC={self.nproc}: choose at least 1 rank")
-        if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
-            raise ConfigError(f"--price-per-hour {self.price_per_hour}: a price, 0 or more")
 
 
 def run_doctor(config: DoctorConfig) -> list[Finding]:

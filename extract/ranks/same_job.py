@@ -4,7 +4,7 @@ Every rank writes who it is into the store that torchrun gives them, and rank 0 
 the ranks do together, and before the process group: nodes that differ in device or PyTorch may never form one.
 
 Settings decide what comes out of a job, so nodes may differ in none of them, but for the fields of a configuration
-that say `PER_NODE`.
+whose options are `per_node`: they are about a node's own cores, devices or disks, and change no figure.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-PER_NODE = {"per_node": True}
-"""Metadata of a field that nodes may differ in: about their own cores, devices or disks, and decides no figure."""
+from cache_schema.cli.options import find_option, name_option
+
 JOIN_TIMEOUT = timedelta(minutes=5)
 """How long rank 0 waits for the others to say who they are: all have been started, and load PyTorch at most."""
 MAX_CLOCK_S = 60.0
@@ -64,21 +64,18 @@ class Asked:
     @classmethod
     def of(cls, command: str, *configs: Any, **settings: Any) -> Self:
         """Of frozen configurations, and of settings beside them."""
-        found = dict(pair for config in configs for pair in _list_fields(config)) | settings
-        return cls(command, {_name_setting(name): str(value) for name, value in found.items()})
+        found = dict(pair for config in configs for pair in _list_settings(config))
+        found |= {_MAKE_VARIABLES.get(name, f"--{name}"): str(value) for name, value in settings.items()}
+        return cls(command, found)
 
 
-def _list_fields(config: Any) -> Iterator[tuple[str, Any]]:
+def _list_settings(config: Any) -> Iterator[tuple[str, str]]:
     for field in fields(config):
-        value = getattr(config, field.name)
+        value, option = getattr(config, field.name), find_option(field)
         if is_dataclass(value):
-            yield from _list_fields(value)
-        elif not field.metadata.get("per_node"):
-            yield field.metadata.get("option", field.name), value
-
-
-def _name_setting(name: str) -> str:
-    return _MAKE_VARIABLES.get(name, f"--{name.replace('_', '-')}")
+            yield from _list_settings(value)
+        elif not (option and option.per_node):
+            yield _MAKE_VARIABLES.get(field.name, name_option(field)), str(value)
 
 
 NOTHING_ASKED = Asked("", {})

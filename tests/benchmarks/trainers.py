@@ -128,7 +128,7 @@ def _make_step(width: int) -> Callable[..., Tensor]:
     """What takes one optimiser step, forward to update, on the batch given or else the same one each time."""
     torch.manual_seed(0)
     classifier = Classifier(Head(width, 60, hidden=512, dropout=0.1), None, ("cls",))
-    optimizer = make_optimizer(classifier, TrainConfig("cache", "run"))
+    optimizer = make_optimizer(classifier, lr=1e-3, backbone_lr=1e-5, layer_decay=1.0, weight_decay=0.01)
     gathered = torch.randn(BATCH, width).half(), torch.rand(BATCH, 60) < 0.1
 
     def take_step(inputs: Tensor = gathered[0], labels: Tensor = gathered[1]) -> Tensor:

@@ -317,7 +317,7 @@ def test_options_that_cannot_work_are_one_line(patient: Patient) -> None:
     for options, line in {
         ("--tiles", ""): "TILES is not set",
         ("--tiles", "x", "--sample", "0"): "--sample 0",
-        ("--tiles", "x", "--nproc", "0"): "NPROC=0",
+        ("--tiles", "x", "--nproc", "0"): "--nproc 0: at least 1 rank",
         ("--tiles", "x", "--price-per-hour", "nan"): "--price-per-hour nan",
         ("--tiles", "x", "--batch-size", "999"): "--batch-size 999",
         ("--tiles", "x", "--cache", "gs://me:secret@bucket/x"): "CACHE is a URL with a user or password in it",

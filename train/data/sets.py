@@ -194,8 +194,8 @@ def _check_features(features: str, version: Version) -> None:
     lacking = [name for name in features.split("+") if name not in there]
     if lacking:
         raise TrainError(
-            f"--features {features}: {version.url} holds no {', '.join(lacking)}: choose of "
-            f"{', '.join(there)}, or extract with another --pooling"
+            f"--features {features}: choose of {', '.join(there)}, or extract with another --pooling: {version.url} "
+            f"holds no {', '.join(lacking)}"
         )
 
 

@@ -59,7 +59,13 @@ class TrainStep:
         elif ranks.world_size > 1:
             # With a size given, the first bucket is as large as the others: a head goes out in one message, not two.
             self._part = DistributedDataParallel(TrainedPart(classifier), forward_sync_buffers=False, bucket_cap_mb=25)
-        self.optimizer = make_optimizer(classifier, config)  # of the shards, where there are any
+        self.optimizer = make_optimizer(  # of the shards, where there are any
+            classifier,
+            lr=config.lr,
+            backbone_lr=config.backbone_lr,
+            layer_decay=config.layer_decay,
+            weight_decay=config.weight_decay,
+        )
 
     def close(self) -> None:
         """Let go of DDP.

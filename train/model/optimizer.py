@@ -1,33 +1,34 @@
-"""AdamW over head and unfrozen layers, and how its learning rates rise and fall."""
+"""Make AdamW over head and unfrozen layers, and schedule its learning rates."""
 
 import math
 
 import torch
 
-from train.config import TrainConfig
-
 from .classifier import Classifier
 
 
-def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.AdamW:
-    """The head trains at `lr`, the final norm and the last layer at `backbone_lr`, and every layer below at
-    `layer_decay` times the rate of the one above it.
+def make_optimizer(
+    classifier: Classifier, *, lr: float, backbone_lr: float, layer_decay: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """Make an optimiser that trains the head at `lr`, the final norm and the last layer at `backbone_lr`, and every
+    layer below at `layer_decay` times the rate of the one above it.
 
     Layer-wise decay: Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT".
     """
-    groups = [{"params": list(classifier.head.parameters()), "peak_lr": config.lr}]
+    groups = [{"params": list(classifier.head.parameters()), "peak_lr": lr}]
     if classifier.backbone is not None and classifier.backbone.trained_layers:
         last, *below = reversed(classifier.backbone.trained)
         top = [*classifier.backbone.norm.parameters(), *last.parameters()]
-        rates = [config.backbone_lr * config.layer_decay**depth for depth in range(1 + len(below))]
+        rates = [backbone_lr * layer_decay**depth for depth in range(1 + len(below))]
         layers = [top, *(list(layer.parameters()) for layer in below)]
         groups += [{"params": layer, "peak_lr": rate} for layer, rate in zip(layers, rates, strict=True)]
     # Fused, a step over the head takes a quarter to a seventh of the time on 2 cores.
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def scale_learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of all steps, then half a cosine down to zero (Loshchilov & Hutter 2017)."""
+    """Return the factor of a peak learning rate at a step: a linear warm-up over a share of all steps, then half a
+    cosine down to zero (Loshchilov & Hutter 2017)."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising

@@ -15,7 +15,8 @@ from train.errors import TrainError
 from train.metrics.evaluation import describe_evaluation, evaluate_rows
 from train.model.augment import Views
 
-from .inference import Inference, Target, describe_views, infer
+from .inference import Inference, describe_views, infer
+from .target import Target
 from .trained_model import LoadedRun
 
 

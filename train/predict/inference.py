@@ -31,6 +31,7 @@ from train.model.augment import SYMMETRIES, Views, average_views
 from train.model.classifier import join_features
 
 from .inputs import Inputs, Listed, find_inputs
+from .target import Target
 from .trained_model import TrainedModel
 
 _STREAM_BATCH = 32
@@ -41,30 +42,6 @@ _ROUND = 16
 """Batches of each rank that rank 0 puts in order together: few enough to hold, enough for ranks not to wait often."""
 
 FloatArray = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """What to run on. Exactly one of the first three is set.
-
-    Attributes:
-        tiles: `gs://bucket/prefix` or a directory, holding images/.
-        cache: rows of a cache.
-        names: files, directories, buckets and rasters, see `find_inputs`.
-        window, stride: how rasters among `names` are cut, in pixels.
-    """
-
-    tiles: str | None
-    cache: str | None
-    names: tuple[str, ...] = ()
-    window: int | None = None
-    stride: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.tiles is not None) + (self.cache is not None) + bool(self.names) != 1:
-            raise TrainError("give either --tiles or --cache, or to predict, files and directories instead (INPUT)")
-        if not self.names and (self.window, self.stride) != (None, None):
-            raise TrainError("--window and --stride cut GeoTIFFs that are named one by one (INPUT): leave them out")
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,10 @@ from extract.timing import Timing, advise, describe_speed
 from train.errors import TrainError
 from train.model.augment import Views
 
-from .inference import Scored, Target, Task, describe_views, score
+from .inference import Scored, Task, describe_views, score
 from .inputs import Inputs, Scene
 from .output import FORMATS, Table, make_record
+from .target import Target
 from .trained_model import TrainedModel, open_model
 
 DEFAULT_OUT = "predictions.csv"

@@ -1,13 +1,14 @@
-"""The grid of a sweep: its configurations, and the command that trains one of them alone."""
+"""Define the grid of a sweep, its configurations, and the command that trains one of them alone."""
 
 import itertools
-import shlex
 from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from train.config import HEADS, DataConfig, TrainConfig
+from cache_schema.cli.options import option
+from train.command import spell_command
+from train.config import HEADS, TrainConfig
 from train.errors import TrainError
 from train.model.loss import LOSS_PARAMETERS
 
@@ -16,32 +17,32 @@ T = TypeVar("T")
 _LOSS_FORMS = ", ".join(":".join([name, *parameters]) for name, parameters in LOSS_PARAMETERS.items())
 
 _ALWAYS = ("features", "head", "loss", "lr", "weight_decay", "epochs", "batch_size", "seed")
-"""Options a printed command spells out even where they are the default."""
-_NEVER = ("run", "data", "unfreeze", "resume")
+"""Options that a printed command spells out even where they are the default."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a sweep varies, as its user wrote it: lists separated by commas.
+    """What a sweep varies: lists separated by commas, as the user wrote them.
 
-    Attributes:
-        lrs, weight_decays: numbers.
-        losses: `bce`, `focal`, `asymmetric`, with their parameters after colons: `focal:0.65:2`.
-        features: pooled arrays, joined by `+`.
-        heads: `mlp`, `linear`.
+    By default 2 x 2 x 4 x 2 x 2 = 64 configurations: two values of each number, as one would hide a trend, all losses,
+    and both kinds of head.
     """
 
-    lrs: str
-    weight_decays: str
-    losses: str
-    features: str
-    heads: str
+    lrs: str = option("1e-3,3e-3", "Training", "Peak learning rates.")
+    weight_decays: str = option("0.01,0.3", "Training", "Weight decays of AdamW.")
+    losses: str = option(
+        "bce,focal:0.65:2,focal:0.5:1,asymmetric",
+        "Training",
+        "bce, focal:ALPHA:GAMMA, asymmetric:GAMMA-POS:GAMMA-NEG:MARGIN; parameters may be left out.",
+    )
+    features: str = option("cls,cls+patch_mean", "Model", "Pooled arrays of the cache, joined by +.")
+    heads: str = option("linear,mlp", "Model", "linear, mlp.")
 
     def expand(self, base: TrainConfig) -> list[TrainConfig]:
-        """Every combination; all else is as in `base`.
+        """Return every combination, with all other settings as in `base`.
 
         Raises:
-            TrainError: an empty list, an entry that means nothing, or a configuration that comes twice.
+            TrainError: a list is empty, an entry is not valid, or a configuration comes twice.
         """
         axes: tuple[list[dict[str, Any]], ...] = (
             [{"features": choice} for choice in _split("features", self.features, str)],
@@ -59,45 +60,30 @@ class Grid:
 
 
 def describe_loss(config: TrainConfig) -> str:
-    """The loss as `--losses` takes it: `focal:0.65:2`."""
+    """Return the loss as `--losses` takes it: `focal:0.65:2`."""
     values = (f"{getattr(config, name):g}" for name in LOSS_PARAMETERS[config.loss])
     return ":".join([config.loss, *values])
 
 
 def describe_command(config: TrainConfig) -> str:
-    """The shell command that trains this configuration alone; what is a default is left out."""
-    default = TrainConfig(cache="", run="")
-    options = [*_differing(asdict(config), asdict(default), _NEVER)]
-    options += _differing(asdict(config.data), asdict(DataConfig()), ())
-    return shlex.join(["python", "-m", "train", "head", *options])
+    """Return the shell command that trains this configuration alone; most options with default values are left out."""
+    return spell_command(config, always=_ALWAYS, never=("run",))
 
 
-def _differing(values: dict[str, Any], defaults: dict[str, Any], never: tuple[str, ...]) -> Iterator[str]:
-    for name, value in values.items():
-        if name in never or (value == defaults[name] and name not in _ALWAYS):
-            continue
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{'' if value else 'no-'}{option}"
-        else:
-            yield f"--{option}"
-            yield ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _split(option: str, text: str, parse: Callable[[str], T]) -> list[T]:
-    """The entries of a list that is separated by commas."""
+def _split(name: str, text: str, parse: Callable[[str], T]) -> list[T]:
+    """Return the entries of a list that is separated by commas."""
     entries = [part.strip() for part in text.split(",") if part.strip()]
     if not entries:
-        raise TrainError(f"--{option} is empty: name at least one, and separate several by commas")
+        raise TrainError(f"--{name} is empty: name at least one, and separate several by commas")
     try:
         return [parse(entry) for entry in entries]
     except ValueError as error:
-        raise TrainError(f"--{option} {text}: {error}") from error
+        raise TrainError(f"--{name} {text}: {error}") from error
 
 
 def _parse_head(text: str) -> str:
     if text not in HEADS:
-        raise ValueError(f"{text} is no head: choose of {', '.join(HEADS)}")
+        raise ValueError(f"{text} is no head: choose from {', '.join(HEADS)}")
     return text
 
 
@@ -105,5 +91,5 @@ def _parse_loss(text: str) -> dict[str, Any]:
     name, *values = text.split(":")
     parameters = next((parameters for known, parameters in LOSS_PARAMETERS.items() if known == name), None)
     if parameters is None or len(values) > len(parameters):
-        raise ValueError(f"{text} is no loss: choose of {_LOSS_FORMS}; parameters may be left out")
+        raise ValueError(f"{text} is no loss: choose from {_LOSS_FORMS}; parameters may be left out")
     return {"loss": name, **dict(zip(parameters, map(float, values), strict=False))}

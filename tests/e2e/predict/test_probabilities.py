@@ -38,7 +38,8 @@ from tests.e2e.predict.predictions import (
 )
 from tests.planted import train as run_train
 from train.model.classifier import Classifier
-from train.predict.inference import Target, Task, score
+from train.predict.inference import Task, score
+from train.predict.target import Target
 from train.predict.trained_model import open_model
 
 

@@ -18,12 +18,12 @@ from extract.errors import ConfigError
     ({"pooling": "cls+max"}, "--pooling cls.max: choose of cls, patch_mean, each once, joined by"),
     ({"pooling": "cls+cls"}, "--pooling cls.cls: choose of cls, patch_mean"),
     ({"pooling": ""}, "--pooling : choose of cls, patch_mean"),
-    ({"workers": -1}, "--workers -1: choose 0"),
-    ({"limit": 0}, "LIMIT=0: choose at least 1"),
-    ({"limit": -5}, "LIMIT=-5"),
-    ({"max_quarantined": -0.1}, "a share between 0 and 1"),
-    ({"max_quarantined": 1.5}, "a share between 0 and 1"),
-    ({"max_quarantined": float("nan")}, "a share between 0 and 1"),
+    ({"workers": -1}, "--workers -1: 0 or more"),
+    ({"limit": 0}, "--limit 0: at least 1 tile"),
+    ({"limit": -5}, "--limit -5"),
+    ({"max_quarantined": -0.1}, "a share of tiles, 0 to 1"),
+    ({"max_quarantined": 1.5}, "a share of tiles, 0 to 1"),
+    ({"max_quarantined": float("nan")}, "a share of tiles, 0 to 1"),
 ])  # fmt: skip
 def test_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

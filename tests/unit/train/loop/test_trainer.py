@@ -68,11 +68,11 @@ def test_the_batch_is_halved_until_an_epoch_has_enough_steps(rows: int, asked: i
 def test_layers_and_head_have_rates_of_their_own(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "checkpoint")
     backbone = Backbone.load(find_checkpoint(str(path)), precision="float32", device=torch.device("cpu"))
-    config = TrainConfig(cache="c", run="r", unfreeze=2, lr=3e-4, backbone_lr=2e-5, weight_decay=0.03)
+    rates = {"lr": 3e-4, "backbone_lr": 2e-5, "layer_decay": 1.0, "weight_decay": 0.03}
     classifier = Classifier(Head(64, CLASSES, hidden=8, dropout=0.0), backbone, ("cls",))
-    assert [group["peak_lr"] for group in make_optimizer(classifier, config).param_groups] == [3e-4]
+    assert [group["peak_lr"] for group in make_optimizer(classifier, **rates).param_groups] == [3e-4]
     backbone.unfreeze_last(2)
-    optimizer = make_optimizer(classifier, config)
+    optimizer = make_optimizer(classifier, **rates)
     head, *layers = optimizer.param_groups
     assert (head["peak_lr"], *(layer["peak_lr"] for layer in layers)) == (3e-4, 2e-5, 2e-5)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.03}
@@ -87,10 +87,10 @@ def test_each_layer_below_the_last_learns_more_slowly(tmp_path: Path) -> None:
     backbone = Backbone.load(find_checkpoint(str(path)), precision="float32", device=torch.device("cpu"))
     backbone.unfreeze_last(3)
     classifier = Classifier(Head(64, CLASSES, hidden=8, dropout=0.0), backbone, ("cls",))
-    config = TrainConfig(cache="c", run="r", unfreeze=3, lr=3e-4, backbone_lr=2e-5, layer_decay=0.5)
+    rates = {"lr": 3e-4, "backbone_lr": 2e-5, "layer_decay": 0.5, "weight_decay": 0.01}
     rate_of = {
         id(parameter): group["peak_lr"]
-        for group in make_optimizer(classifier, config).param_groups
+        for group in make_optimizer(classifier, **rates).param_groups
         for parameter in group["params"]
     }
     for module, rate in zip((*backbone.layers[1:], backbone.vit.norm), (5e-6, 1e-5, 2e-5, 2e-5), strict=True):

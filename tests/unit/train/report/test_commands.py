@@ -11,7 +11,7 @@ import pytest
 
 from tests.caches import make_provenance, make_recorded
 from tests.unit.train.report.made_up import make_run
-from train.__main__ import _make_training_config, finetune, head
+from train.__main__ import _make_config, finetune, head
 from train.config import DataConfig, TrainConfig
 from train.report.commands import describe_extraction, describe_training
 from train.report.facts import Facts
@@ -38,7 +38,7 @@ def test_the_command_shown_is_the_run_again(tmp_path: Path, rng: np.random.Gener
     assert (python, m, package) == ("python", "-m", "train")
     command = {"head": head, "finetune": finetune}[name]
     options = command.make_context(name, words).params
-    parsed = _make_training_config({key: value for key, value in options.items() if key != "dry_run"})
+    parsed = _make_config({key: value for key, value in options.items() if key != "dry_run"})
     assert asdict(parsed) == asdict(config)
 
 
