@@ -2,36 +2,36 @@
 
 TileprobeError
 └── ExtractError
-    ├── ConfigError      options that cannot work
-    ├── AgreementError   nodes of one job that do not belong together
-    ├── SourceError      the bucket or directory of tiles
-    │   ├── TransportError   reading kept failing: the block stays pending, the next run goes on
-    │   └── TileGoneError    a listed object is no longer there
-    ├── RasterError      a georeferenced raster
-    ├── AnnotationError  a file of annotations
-    ├── PlaceError       where tiles are written
-    ├── BackboneError    the checkpoint
-    └── RunError         a run that must not be sealed
-        └── QuarantineError  too many of its tiles cannot be read
+    ├── ConfigError      options are invalid
+    ├── AgreementError   nodes of one job do not match
+    ├── SourceError      tiles cannot be listed or read
+    │   ├── TransportError   reading kept failing; the block stays pending and the next run retries it
+    │   └── TileGoneError    a listed object no longer exists
+    ├── RasterError      a georeferenced raster cannot be used
+    ├── AnnotationError  an annotation file cannot be used
+    ├── PlaceError       tiles cannot be written
+    ├── BackboneError    a checkpoint cannot be used
+    └── RunError         a run must not be sealed
+        └── QuarantineError  too many of its tiles are unreadable
 """
 
 from cache_schema import TileprobeError
 
 
 class ExtractError(TileprobeError):
-    """Something about extraction."""
+    """Base of the errors of extraction."""
 
 
 class ConfigError(ExtractError):
-    """Options that cannot work."""
+    """Options are invalid."""
 
 
 class AgreementError(ExtractError):
-    """Nodes of one job that do not belong together."""
+    """Nodes of one job do not match."""
 
 
 class SourceError(ExtractError):
-    """The bucket or directory of tiles."""
+    """Tiles cannot be listed or read."""
 
 
 class TransportError(SourceError):
@@ -39,30 +39,30 @@ class TransportError(SourceError):
 
 
 class TileGoneError(SourceError):
-    """A listed object is no longer there."""
+    """A listed object no longer exists."""
 
 
 class RasterError(ExtractError):
-    """A georeferenced raster."""
+    """A georeferenced raster cannot be used."""
 
 
 class AnnotationError(ExtractError):
-    """A file of annotations."""
+    """An annotation file cannot be used."""
 
 
 class PlaceError(ExtractError):
-    """Where tiles are written."""
+    """Tiles cannot be written."""
 
 
 class BackboneError(ExtractError):
-    """The checkpoint."""
+    """A checkpoint cannot be used."""
 
 
 class RunError(ExtractError):
-    """A run that must not be sealed."""
+    """A run must not be sealed."""
 
 
 class QuarantineError(RunError):
-    """Too many of its tiles cannot be read; the others are committed."""
+    """Too many tiles of a run are unreadable; the others are committed."""
 
     status = 3

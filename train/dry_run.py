@@ -1,4 +1,4 @@
-"""`train finetune --dry-run`: what would train, on which rows and in how much memory. Nothing is written."""
+"""`train finetune --dry-run`: print what would train, on which rows and in how much memory, and write nothing."""
 
 import math
 from dataclasses import replace
@@ -29,26 +29,26 @@ from .config import TrainConfig
 from .errors import TrainError
 
 _KEPT = {"float32": 76, "autocast": 46, "checkpointed": 4}
-"""Bytes per token, layer and unit of width that wait for the backward pass, as counted by autograd's own hooks on the
-256- to 1024-wide layers of this architecture (torch 2.13); a test counts them anew."""
+"""Bytes kept for the backward pass per token, layer and unit of width, counted by autograd hooks on 256- to 1024-wide
+layers of this architecture (torch 2.13); a test counts them again."""
 _KEPT_FOR_CLS = {"float32": 32, "autocast": 22}
-"""The same of a last layer that gives CLS alone."""
+"""The same for a last layer that computes CLS only."""
 _TRAINED = 16
-"""Bytes a parameter in training: itself, its gradient, and the two moments of AdamW. In shards, as many again for each
-of one layer: whole while it computes, as are its gradient, what of that is on its way, and the next layer."""
+"""Bytes per trained parameter: itself, its gradient, and the two moments of AdamW. With shards, one layer takes this
+again: while it computes, it, its gradient, the gradient in transfer and the next layer are held whole."""
 
 
 def describe_training(config: TrainConfig) -> dict[str, Any] | None:
     """Print what `run_training` would do with this configuration.
 
     Returns:
-        the same for scripts, on the main rank; None on the others.
+        the same as JSON values on the main rank; None on the others.
 
     Raises:
-        TileprobeError: what would end the run before its first step, step 0 itself excepted.
+        TileprobeError: the run would end before its first step; step 0 itself is not run.
     """
     if config.resume:
-        raise TrainError("--dry-run tells of a new run, and a resumed one has its settings: leave --resume out")
+        raise TrainError("--dry-run describes a new run, and a resumed run has its own settings: leave --resume out")
     if not config.unfreeze:
         raise TrainError("UNFREEZE=0 trains the head alone, in seconds: --dry-run is for UNFREEZE=1 or more")
     with join_ranks(config.device, Asked.of("train finetune --dry-run", config)) as ranks:
@@ -62,7 +62,7 @@ def describe_training(config: TrainConfig) -> dict[str, Any] | None:
 def _describe(config: TrainConfig, ranks: Ranks) -> tuple[list[str], dict[str, Any]]:
     config, head, notes = resolve_config(config)
     budget = config.memory_budget or choose_budget(ranks.device, ranks.local_world_size)
-    # The other ranks wait for this one, and take no part.
+    # The other ranks wait.
     sets = read_sets(replace(config, memory_budget=budget), Ranks.alone(ranks.device))
     config = replace(config, batch_size=choose_batch_size(len(sets.train.rows), config.batch_size))
     room = check_run(config, head, sets)
@@ -90,12 +90,12 @@ def _describe(config: TrainConfig, ranks: Ranks) -> tuple[list[str], dict[str, A
         f"{config.unfreeze} layers, the final norm and the head",
         f"{sizes['train']:,} tiles train, {sizes['val']:,} validate, {sizes['test']:,} test: {steps:,} steps an epoch "
         f"of {config.batch_size} tiles, {config.epochs} epochs",
-        f"memory of a rank, about {format_bytes(memory['total'])}: {format_bytes(memory['weights'])} of weights that "
-        f"stay as they are, {format_bytes(memory['trained'])} for those that train, their gradients and AdamW, "
+        f"memory of a rank, about {format_bytes(memory['total'])}: {format_bytes(memory['weights'])} of frozen "
+        f"weights, {format_bytes(memory['trained'])} for those that train, their gradients and AdamW, "
         f"{format_bytes(memory['activations'])} that {memory['tiles_at_once']} tiles leave for the backward pass",
-        "step 0 can run: backbone and tiles are those of the cache"
+        "step 0 can run: backbone and tiles match the cache"
         if step_zero
-        else "step 0 cannot run: no row to compare with is in the cache yet: run `make extract` again",
+        else "step 0 cannot run: the cache has no embedded row to compare with yet: run `make extract` again",
         "dry run: nothing was written",
     ]
     return lines, values
@@ -137,11 +137,11 @@ def _estimate_memory(
     in_layers: int,
     in_head: int,
 ) -> dict[str, int]:
-    """Bytes of one rank, what its libraries take left out.
+    """Estimate the bytes of one rank, without those of its libraries.
 
     Args:
         config, version, checkpoint, ranks: of the run.
-        frozen, in_layers, in_head: parameters, the latter two trained.
+        frozen, in_layers, in_head: numbers of parameters; the latter two are trained.
     """
     precision: Any = version.provenance.precision
     amp = use_amp(config.amp, ranks.device)
@@ -151,12 +151,12 @@ def _estimate_memory(
     layer = unit * _KEPT[arithmetic]
     last = unit * _KEPT_FOR_CLS[arithmetic] if count_tokens_read(config.features.split("+")) == 1 else layer
     kept = (config.unfreeze - 1) * layer + last
-    if config.grad_checkpoint:  # and one layer at a time whole again
+    if config.grad_checkpoint:  # and all activations of one layer at a time
         kept = config.unfreeze * unit * _KEPT["checkpointed"] + (layer if config.unfreeze > 1 else last)
     held = trained = in_layers + in_head
     if config.shard and ranks.world_size > 1:
         held = -(-trained // ranks.world_size) + in_layers // config.unfreeze
-    copies = trained if amp and not config.grad_checkpoint else 0  # autocast's, kept whole for the backward pass
+    copies = trained if amp and not config.grad_checkpoint else 0  # autocast's bf16 copies, kept for the backward pass
     memory = {
         "weights": frozen * DTYPES[precision].itemsize,
         "trained": held * _TRAINED + copies * torch.bfloat16.itemsize,
@@ -166,6 +166,6 @@ def _estimate_memory(
 
 
 def _can_compare(version: Version) -> bool:
-    """Whether the block that step 0 embeds again holds a vector."""
+    """Return whether the block that step 0 embeds again holds a vector."""
     block = choose_block(version)
     return bool(version.committed()[block]) and bool((version.read_block(block).status == Status.EMBEDDED).any())

@@ -2,25 +2,25 @@
 
 TileprobeError
 └── TrainError
-    ├── SplitError        scenes that cannot be split as asked
-    ├── CheckpointError   a checkpoint that is damaged, missing, or another model's
-    └── StepZeroError     streamed embeddings are not those of the cache
+    ├── SplitError        the split that was asked for is impossible
+    ├── CheckpointError   a checkpoint is damaged, missing, or of another model
+    └── StepZeroError     streamed embeddings differ from the cache's
 """
 
 from cache_schema import TileprobeError
 
 
 class TrainError(TileprobeError):
-    """Something about training."""
+    """Base of the errors of training."""
 
 
 class SplitError(TrainError):
-    """Scenes that cannot be split as asked."""
+    """The split that was asked for is impossible."""
 
 
 class CheckpointError(TrainError):
-    """A checkpoint that is damaged, missing, or another model's."""
+    """A checkpoint is damaged, missing, or of another model."""
 
 
 class StepZeroError(TrainError):
-    """Streamed embeddings are not those of the cache."""
+    """Streamed embeddings differ from the cache's."""

@@ -171,7 +171,7 @@ def test_vectors_cannot_be_turned(trained: Path, command: str) -> None:
     (trained / "p.csv").unlink(missing_ok=True)
     out = ("--out", "p.csv") if command == "predict" else ()
     result = run_train(trained, command, "--run-dir", "runs/head", "--cache", "cache", "--tta", "d4", *out, *CPU)
-    assert_refused(result, "--tta d4 turns tiles, and runs/head-001 reads a cache's vectors: use --tiles, or leave")
+    assert_refused(result, "--tta d4 needs tiles, but runs/head-001 reads cached vectors: use --tiles, or leave")
     assert not (trained / "p.csv").exists()
 
 

@@ -281,7 +281,7 @@ def test_a_backbone_named_by_a_runs_link_is_found_when_the_link_has_moved_on(wor
     assert "was made with BACKBONE=runs/finetune-001/export, not checkpoint" in done.errors[0]
     done = run_train(root, "export", "--no-onnx")
     assert done.status == 0, done.err
-    assert "trained tensors put into runs/finetune-001/export" in done.out
+    assert "trained tensors merged into runs/finetune-001/export" in done.out
 
 
 def test_a_cache_of_a_heads_export_is_the_cache_it_was_trained_on(work: Path, tmp_path: Path) -> None:
@@ -350,13 +350,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
         "model.safetensors does not match its sha256",
     ),
     "no best epoch": (lambda copy: shutil.rmtree(copy / "runs" / "linear" / "best"), (), "no checkpoint in"),
-    "backbone gone": (lose_backbone, (), "which must be where it was then: no checkpoint at"),
+    "backbone gone": (lose_backbone, (), "which must still be there: no checkpoint at"),
     "other weights": (change_weights, (), "is not the backbone that runs/linear-001 was trained on (weights_sha256"),
     "other mean": (lambda copy: move_backbone(copy, image_mean=(0.5, 0.5, 0.5)), (), "trained on (mean: (0.43,"),
     "something there": (lambda copy: (copy / "kept").mkdir(), ("--out", "kept"), "kept is there already"),
     "no directory": (lambda copy: (copy / "file").write_text(""), ("--out", "file/new"), "cannot write file/new"),
     "out in a bucket": (lambda copy: None, ("--out", "gs://bucket/x"), "gs://bucket/x: an export is a local directory"),
-    "run in a bucket": (lambda copy: None, ("--run-dir", "gs://bucket/head"), "say where with --out"),
+    "run in a bucket": (lambda copy: None, ("--run-dir", "gs://bucket/head"), "name one with --out"),
 }
 
 
@@ -385,7 +385,7 @@ def test_an_export_is_not_overwritten(work: Path) -> None:
     before = (work / "runs" / "head" / "export" / "sha256").read_bytes()
     done = run_train(work, "export", "--run-dir", "runs/head")
     assert (done.status, len(done.errors)) == (1, 1)
-    assert "runs/head-001/export is there already and is not overwritten" in done.errors[0]
+    assert "runs/head-001/export exists and is not overwritten" in done.errors[0]
     assert (work / "runs" / "head" / "export" / "sha256").read_bytes() == before
 
 

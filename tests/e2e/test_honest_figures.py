@@ -187,8 +187,8 @@ def test_copies_across_the_split_are_found(made: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "scene, line",
     [
-        ("s0003", r"warning: no tile to validate on shows .*class 5: n/a in every figure"),
-        ("s0004", r"warning: no tile to train on shows .*class 5: it cannot be learnt"),
+        ("s0003", r"warning: no validation tile shows .*class 5: n/a in every figure"),
+        ("s0004", r"warning: no training tile shows .*class 5: it cannot be learnt"),
     ],
 )
 def test_classes_of_one_side_are_named(made: Made, tmp_path: Path, scene: str, line: str) -> None:

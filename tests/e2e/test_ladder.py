@@ -266,7 +266,7 @@ def test_a_signal_reaches_the_rung_and_leaves_the_ladder_to_be_resumed(made: Pat
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--rungs", "mlp,many"), "--rungs mlp,many: many is no rung: choose of"),
+        (("--rungs", "mlp,many"), "--rungs mlp,many: many is no rung: choose from"),
         (("--rungs", "mlp,7", "--head-options", "--epoch 3"), "--head-options --epoch 3: No such option"),
         (("--head-options", "--lr 0"), "--lr 0.0: above 0"),
         (("--head-options", "--epochs '3"), "--head-options --epochs '3: No closing quotation: see"),
@@ -275,7 +275,10 @@ def test_a_signal_reaches_the_rung_and_leaves_the_ladder_to_be_resumed(made: Pat
             "--finetune-options --unfreeze 2: --unfreeze is for the ladder as a whole",
         ),
         (("--finetune-options", "--seed 2"), "--finetune-options --seed 2: --seed is for the ladder as a whole"),
-        (("--run-dir", "gs://bucket/ladder"), "gs://bucket/ladder: a ladder lies on this machine: choose a local RUN"),
+        (
+            ("--run-dir", "gs://bucket/ladder"),
+            "gs://bucket/ladder: a ladder must be on this machine: choose",
+        ),
         (("--resume",), "no ladder at runs/ladder: start one without --resume, or check RUN"),
         (("--cache", "nowhere"), "no cache at nowhere"),
     ],

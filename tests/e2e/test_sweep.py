@@ -129,7 +129,7 @@ def test_the_table_ranks_the_means_over_seeds(swept: tuple[Path, Finished, list[
     assert len(heads) == 24
     table = result.out[result.out.index("weighted F1  ") :].splitlines()
     assert f"{means[0]:.4f} ± " in table[1]
-    assert "the best of 12 is chosen for its luck too" in result.out
+    assert "the best of 12 was chosen partly by luck" in result.out
     assert f"{whole['cross_fitted']['f1_weighted']:.4f}" in result.out
 
 
@@ -206,9 +206,9 @@ def test_a_signal_leaves_what_there_is(
     whole = read(tmp_path / "runs" / "sweep" / "sweep.json")
     assert (whole["complete"], whole["epochs"]) == (False, min(epoch, 3))
     assert [len(entry["heads"]) for entry in whole["ranking"]] == [1] * 6
-    stopped = f"stopped by {signal.Signals(number).name}: ranked are 6 heads of 12, after {min(epoch, 3)} of 3 epochs"
+    stopped = f"stopped by {signal.Signals(number).name}: 6 of 12 heads are ranked, after {min(epoch, 3)} of 3 epochs"
     assert stopped in result.out
-    assert f"stopped by {signal.Signals(number).name}: runs/sweep-001/sweep.json ranks what was" in result.err
+    assert f"stopped by {signal.Signals(number).name}: runs/sweep-001/sweep.json ranks the complete heads" in result.err
     assert load_checkpoint(tmp_path / "runs" / "sweep" / "best").meta.epoch <= epoch
 
 
@@ -236,7 +236,7 @@ def test_a_pooling_that_the_cache_lacks_is_named(cache: Path, tmp_path: Path) ->
     for command in (("sweep", "--features", "cls,cls+patch_max"), ("head", "--features", "patch_max")):
         result = run_train(tmp_path, *command, "--cache", cache, *OPTIONS)
         assert result.status == 1
-        assert "patch_max: choose of cls, patch_mean, or extract with another --pooling" in result.errors[0]
+        assert "patch_max: choose from cls, patch_mean, or extract with another --pooling" in result.errors[0]
         assert f"{cache} holds no patch_max" in result.errors[0]
 
 
@@ -249,7 +249,7 @@ def test_heads_that_diverge_are_left_out_and_named(cache: Path, tmp_path: Path) 
     assert [entry["lr"] for entry in whole["ranking"]] == [1e-3, 1e-3]
     assert len(whole["diverged"]) == 2
     assert all("--lr 1e+30" in command for command in whole["diverged"])
-    assert "warning: 2 heads diverged, so that 2 configurations are not ranked" in result.out
+    assert "warning: 2 heads diverged, so 2 configurations are not ranked" in result.out
     alone = run_train(tmp_path, "sweep", "--cache", cache, *OPTIONS, *options, "--lrs", "1e30")
     assert alone.status == 1
     assert "a head of every configuration diverged: lower --lrs" in alone.errors[0]

@@ -1,7 +1,7 @@
-"""Batches from cached vectors that do not fit in memory: blocks in a shuffled order, through a shuffle buffer.
+"""Batches of cached vectors that do not fit in memory: blocks in random order, through a shuffle buffer.
 
-In every epoch each rank reads its own share of the blocks, each block once, ahead of the step that needs it. A batch
-is drawn at random from the rows in the buffer. Labels of all rows stay in memory; only vectors are streamed. The order
+In every epoch each rank reads its own share of the blocks, each block once, ahead of the step that needs it, and draws
+batches at random from the rows in the buffer. Labels of all rows stay in memory; only vectors are streamed. The order
 of rows depends on seed, epoch, number of ranks and memory budget, and on nothing else: a resumed run repeats it.
 """
 
@@ -33,7 +33,7 @@ class EpochPlan:
 
     Attributes:
         blocks: blocks to read, in this order.
-        sizes: (steps,) its rows in every global batch; may be 0.
+        sizes: (steps,) rows of this rank in every global batch; may be 0.
         global_sizes: (steps,) rows of every global batch, over all ranks.
     """
 
@@ -43,14 +43,14 @@ class EpochPlan:
 
 
 def plan_epoch(counts: Counts, *, batch_size: int, rank: int, world_size: int, seed: int, epoch: int) -> EpochPlan:
-    """What `rank` reads, and how many rows it has in each batch; every rank has the same number of batches.
+    """Plan which blocks `rank` reads and how many of its rows go into each batch; all ranks have the same steps.
 
-    n rows make ceil(n / batch_size) batches, as in memory, but of even sizes instead of a short last one: a rank
-    spreads its rows evenly over all of them. So a batch has fewer than world_size rows more than asked for, no row is
-    repeated, and none is dropped.
+    n rows make ceil(n / batch_size) batches, as in memory, but of equal size instead of a short last one: each rank
+    spreads its rows evenly over all of them. A batch may therefore exceed `batch_size` by up to world_size - 1 rows.
+    Every row appears exactly once.
 
     Args:
-        counts: (blocks,) rows of each block that are in use.
+        counts: (blocks,) used rows of each block.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(counts))
     owned = deal_blocks(counts, order[counts[order] > 0], world_size)
@@ -62,7 +62,7 @@ def plan_epoch(counts: Counts, *, batch_size: int, rank: int, world_size: int, s
 
 
 def deal_blocks(counts: Counts, order: npt.NDArray[np.int64], world_size: int) -> list[list[int]]:
-    """Each block of `order` to the rank that has the fewest rows so far: shares differ by at most one block's rows."""
+    """Give each block of `order` to the rank with the fewest rows so far: shares differ by at most one block's rows."""
     owned: list[list[int]] = [[] for _ in range(world_size)]
     rows = [0] * world_size
     for block in order.tolist():
@@ -73,11 +73,11 @@ def deal_blocks(counts: Counts, order: npt.NDArray[np.int64], world_size: int) -
 
 
 class ShuffleBuffer:
-    """Rows to draw from at random, without one twice.
+    """A buffer of rows to draw from at random, without replacement.
 
     Args:
         capacity: rows it can hold.
-        width: of a row's vector.
+        width: length of a vector.
         rng: decides what is drawn.
     """
 
@@ -93,14 +93,14 @@ class ShuffleBuffer:
         return len(self._rows) - self._filled
 
     def add(self, rows: Counts, parts: Sequence[Float16Array]) -> None:
-        """Take (k,) row numbers and the columns of their vectors, (k, D) each; there must be room."""
+        """Add (k,) row numbers and their vectors, one (k, D) array per feature; there must be room for them."""
         end = self._filled + len(rows)
         self._rows[self._filled : end] = rows
         np.concatenate(parts, axis=1, out=self._vectors[self._filled : end])
         self._filled = end
 
     def draw(self, size: int) -> tuple[Tensor, Tensor]:
-        """Remove `size` random rows; there must be as many. What is left moves together."""
+        """Remove `size` random rows, of at least as many, and close the gaps; return row numbers and vectors."""
         drawn = self._rng.choice(self._filled, size, replace=False)
         rows, vectors = self._rows[drawn], self._vectors[drawn]
         self._filled -= size
@@ -116,9 +116,9 @@ class BlockTiles:
     """n labelled rows of a cache whose vectors are streamed.
 
     Args:
-        rows: which rows, ascending, and their labels.
-        vectors: of their version.
-        ranks: among whom the blocks are shared out.
+        rows: the rows, ascending, and their labels.
+        vectors: vectors of the rows' version.
+        ranks: share the blocks.
     """
 
     def __init__(self, rows: LabelledRows, vectors: BlockVectors, ranks: Ranks) -> None:
@@ -127,7 +127,7 @@ class BlockTiles:
         self._labels = torch.from_numpy(rows.labels).to(ranks.device)
         self._ranks = ranks
         layout = vectors.layout
-        # Rows of a block lie side by side among those in use: from its edge to the next one's.
+        # Used rows of a block are consecutive: they run from the block's edge to the next one.
         self._edges = np.searchsorted(rows.index, np.arange(layout.blocks + 1) * layout.block_rows)
         self._counts = np.diff(self._edges)
 
@@ -135,7 +135,7 @@ class BlockTiles:
         return len(self.rows)
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's share of every global batch, see `plan_epoch`; those before `first_step` are read and dropped."""
+        """Yield this rank's share of every global batch, see `plan_epoch`; read and drop those before `first_step`."""
         rank, world_size = self._ranks.rank, self._ranks.world_size
         plan = plan_epoch(self._counts, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, epoch=epoch)
         rng = np.random.default_rng([seed, epoch, rank])
@@ -151,17 +151,17 @@ class BlockTiles:
             if step < first_step:
                 continue
             labels = self._labels.index_select(0, rows.to(self._labels.device))
-            yield Batch(self._send(vectors), labels, rows, global_size)
+            yield Batch(send(vectors, self._ranks.device), labels, rows, global_size)
 
     @property
     def share(self) -> Tensor:
-        """(m,) int64, the rows that this rank evaluates: those of its blocks."""
+        """(m,) int64 rows that this rank evaluates: those of its blocks."""
         return torch.cat([torch.arange(0), *(torch.from_numpy(self._find_rows(block)) for block in self._evaluated)])
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Inputs of the rows in `share`, a block at a time."""
+        """Yield the vectors of the rows in `share`, a block at a time."""
         joined = (np.concatenate(parts, axis=1) for _, parts in self._read_ahead(self._evaluated))
-        return (self._send(torch.from_numpy(vectors)) for vectors in joined)
+        return (send(torch.from_numpy(vectors), self._ranks.device) for vectors in joined)
 
     @property
     def _evaluated(self) -> list[int]:
@@ -174,24 +174,21 @@ class BlockTiles:
         return map_ahead(self._read, blocks, self._vectors.memory.ahead)
 
     def _read(self, block: int) -> tuple[Counts, list[Float16Array]]:
-        """Rows of a block that are in use, and their vectors, a feature at a time: joining them here would take the
-        room of another block in each thread."""
+        """Read the used rows of a block and their vectors, one array per feature.
+
+        Joining the features here would take the memory of one more block in each thread.
+        """
         rows = self._find_rows(block)
         parts = self._vectors.read(block)
         if len(rows) < len(parts[0]):
-            # By NumPy: PyTorch would give each of these threads a team of its own.
+            # With NumPy: PyTorch would start a thread pool in each of these threads.
             kept = self.rows.index[rows] - block * self._vectors.layout.block_rows
             parts = [part[kept] for part in parts]
         return rows, parts
 
-    def _send(self, vectors: Tensor) -> Tensor:
-        if self._ranks.device.type != "cuda":
-            return vectors
-        return vectors.pin_memory().to(self._ranks.device, non_blocking=True)
-
 
 def map_ahead(work: Callable[[int], T], items: Sequence[int], ahead: int) -> Iterator[T]:
-    """Results of `work` in order, with up to `ahead` items in threads or waiting to be asked for."""
+    """Yield the results of `work` in order, keeping up to `ahead` of them running or ready in threads."""
     with ThreadPoolExecutor(ahead, thread_name_prefix="blocks") as threads:
         under_way: deque[Future[T]] = deque()
         for item in items:
@@ -200,3 +197,9 @@ def map_ahead(work: Callable[[int], T], items: Sequence[int], ahead: int) -> Ite
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device, through page-locked memory on CUDA so that the host does not wait."""
+    pinned = values.pin_memory() if device.type == "cuda" else values
+    return pinned.to(device, non_blocking=True)

@@ -1,13 +1,13 @@
-"""Batches from cached vectors: from memory where they fit, else from the cache's blocks."""
+"""Batches of cached vectors: from memory where they fit, else from the blocks of the cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from extract.ranks.group import Ranks
 
-from .batches import Batch, Tiles, share_epoch, take_share
+from .batches import StridedTiles, Tiles, take_share
 from .blocks import BlockTiles
 from .labels import LabelledCache, LabelledRows
 from .vectors import HeldVectors
@@ -16,45 +16,31 @@ _EVAL_ROWS = 8192
 
 
 def open_cached_tiles(cache: LabelledCache, ranks: Ranks) -> Tiles:
-    """The cache's rows for the loop, from wherever their vectors are."""
+    """Open the rows of a cache for the loop, with vectors from memory or from blocks."""
     if isinstance(cache.vectors, HeldVectors):
         return CachedTiles(cache.rows, cache.vectors, ranks)
     return BlockTiles(cache.rows, cache.vectors, ranks)
 
 
-class CachedTiles:
-    """n labelled rows of a cache on the rank's device; no Python per row, and no copy besides a batch's.
+class CachedTiles(StridedTiles):
+    """n labelled rows whose vectors are on the rank's device; no Python per row, and no copy except a batch's.
 
-    Every rank holds all rows, so that the order of training does not depend on how many ranks there are.
+    Every rank holds all rows, so the training order does not depend on the number of ranks.
     """
 
     def __init__(self, rows: LabelledRows, vectors: HeldVectors, ranks: Ranks) -> None:
-        self.rows = rows
+        super().__init__(rows, ranks)
         self._vectors = vectors
         self._index = torch.from_numpy(rows.index).to(ranks.device)
-        self._labels = torch.from_numpy(rows.labels).to(ranks.device)
-        self._ranks = ranks
+        self._labels = self._labels.to(ranks.device)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's share of every global batch, in an order that only seed and epoch decide."""
-        shares = share_epoch(
-            self.rows, self._ranks, batch_size=batch_size, seed=seed, epoch=epoch, first_step=first_step
-        )
-        # One transfer for the whole epoch: with one a batch, the device would wait for the host each time.
-        on_device = torch.cat([torch.arange(0), *(share for share, _ in shares)]).to(self._labels.device)
-        parts = on_device.split([len(share) for share, _ in shares])
-        for (share, size), mine in zip(shares, parts, strict=True):
+    def _load_epoch(self, shares: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # One transfer for the whole epoch: one per batch would make the device wait for the host each time.
+        on_device = torch.cat([torch.arange(0), *shares]).to(self._ranks.device)
+        for mine in on_device.split([len(share) for share in shares]):
             inputs = self._vectors.gather(self._index.index_select(0, mine))
-            yield Batch(inputs, self._labels.index_select(0, mine), share, size)
-
-    @property
-    def share(self) -> Tensor:
-        """(m,) int64, the rows that this rank evaluates: every world_size-th."""
-        return take_share(torch.arange(len(self)), self._ranks)
+            yield inputs, self._labels.index_select(0, mine)
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Inputs of the rows in `share`, unpadded."""
+        """Yield the vectors of the rows in `share`, unpadded."""
         return (self._vectors.gather(rows) for rows in take_share(self._index, self._ranks).split(_EVAL_ROWS))

@@ -1,4 +1,8 @@
-"""Rows of a cache with their labels: what a trainer may use, and what it leaves out and why."""
+"""Usable rows of a cache with their labels, and access to their vectors.
+
+`read_labelled_cache` reads a version once, shared between the ranks; `label_rows` decides which rows are usable and
+says why the others are left out.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from cache_schema import (
     TileTable,
     Version,
 )
+from cache_schema.cli.text import show_first
 from cache_schema.layout import STATUS_DTYPE, BoolArray, UInt8Array
 from cache_schema.taxonomy import describe_meaningless, refuse_meaningless
 from extract.ranks.exchange import exchange, share_out
@@ -35,17 +40,17 @@ from .vectors import HeldVectors, Residence, Vectors
 
 @dataclass(frozen=True, eq=False)
 class LabelledRows:
-    """n usable rows of a table and what their labels say.
+    """n usable rows of a table and their labels.
 
     Attributes:
         index: (n,) int64 rows of the table.
-        tiles: (n,) names.
+        tiles: (n,) tile names.
         scenes: (n,) scene of each tile.
         labels: (n, C) bool.
-        reading: which ids the raw label ids were taken for.
+        reading: how the raw label ids were read, as type or as class ids.
         class_ids, class_names: C each.
         notes: lines for the user: what was left out, and why.
-        repeat_factors: (n,) float64, how often each is shown in a training epoch on average; None is once.
+        repeat_factors: (n,) float64, mean number of times a training epoch shows each row; None means once.
     """
 
     index: npt.NDArray[np.int64]
@@ -63,17 +68,16 @@ class LabelledRows:
 
     @property
     def empty(self) -> BoolArray:
-        """(n,) bool: tiles that show none of the classes."""
+        """(n,) bool, tiles that show none of the classes."""
         return np.asarray(~self.labels.any(axis=1))
 
-    def describe(self, chosen: Sequence[int], *, shown: int = 5) -> str:
-        """Some of the n rows for an error message: their number in the table and their tile."""
-        named = [f"{self.index[i]} ({self.tiles[i]})" for i in chosen[:shown]]
-        more = f" and {len(chosen) - shown:,} more" if len(chosen) > shown else ""
-        return f"{'row' if len(chosen) == 1 else 'rows'} {', '.join(named)}{more}"
+    def describe(self, chosen: Sequence[int]) -> str:
+        """Name some of the n rows for an error message, by table row and tile."""
+        named = [f"{self.index[i]} ({self.tiles[i]})" for i in chosen]
+        return f"{'row' if len(chosen) == 1 else 'rows'} {show_first(named)}"
 
     def select(self, chosen: BoolArray) -> Self:
-        """The rows where `chosen` (n,) is true."""
+        """Return the rows where `chosen` (n,) is true."""
         return replace(
             self,
             index=self.index[chosen],
@@ -86,9 +90,9 @@ class LabelledRows:
 
 @dataclass(frozen=True, eq=False)
 class LabelledCache:
-    """Usable rows of one version, and where its vectors are.
+    """Usable rows of one version, and its vectors.
 
-    The table, which only streaming tiles asks for, is not kept: with ten million rows it takes most of a gigabyte.
+    The table is not kept, since only tile streaming needs it: ten million rows of it take most of a gigabyte.
     """
 
     version: Version
@@ -96,7 +100,7 @@ class LabelledCache:
     rows: LabelledRows
 
     def select(self, chosen: BoolArray) -> Self:
-        """The same version with the rows where `chosen` is true."""
+        """Return the same version with the rows where `chosen` is true."""
         return replace(self, rows=self.rows.select(chosen))
 
 
@@ -109,22 +113,22 @@ def read_labelled_cache(
     allow_unsealed: bool = False,
     reading: LabelIds | None = None,
 ) -> LabelledCache:
-    """Read a cache once between all ranks: what each row's labels are, and its vectors, to where they shall live.
+    """Read labels and vectors of a version once, with its blocks shared between the ranks.
 
-    Every rank must call this and gets the same, or all end.
+    Every rank must call this. All ranks return the same rows, or all raise.
 
     Args:
         version: the same on every rank.
         config: classes and label rules.
-        residence: whether vectors are held or stay in the cache; what else there is of a row is held.
-        ranks: among whom the blocks are shared out.
+        residence: decides whether vectors are held in memory.
+        ranks: share the blocks.
         allow_unsealed: accept an unfinished version, without its missing rows.
-        reading: of the raw ids, where another cache has decided it.
+        reading: how to read the raw label ids, if another cache has decided it.
 
     Raises:
         CacheError: the cache is damaged, or holds vectors that are not finite.
-        TaxonomyError: labels that fit neither reading, or too many that mean nothing.
-        TrainError: rows are missing, or none is embedded, or the memory budget is too small.
+        TaxonomyError: labels fit neither reading, or too many are meaningless.
+        TrainError: rows are missing, no row is embedded, or the memory budget is too small.
     """
     url = version.url
     vectors = ranks.run_everywhere(lambda: residence.place(version))
@@ -139,9 +143,10 @@ def read_labelled_cache(
 
 
 def _scan(version: Version, vectors: Vectors, ranks: Ranks) -> tuple[RawLabels, UInt8Array]:
-    """Raw labels and status (N,) of all rows, pending where a block cannot be trusted; vectors are kept.
+    """Read raw labels and status (N,) of all rows into memory, and the vectors into `vectors`.
 
-    Ranks exchange 17 bytes a row and 1 KiB a block here, and what `vectors` keeps.
+    Rows of a block that fails its check count as pending. Ranks exchange 17 bytes a row and 1 KiB a block, besides what
+    `vectors` exchanges.
     """
     layout = version.layout
     marks = np.zeros((layout.rows, LABEL_ID_COLUMNS // 8), np.uint8)
@@ -150,7 +155,7 @@ def _scan(version: Version, vectors: Vectors, ranks: Ranks) -> tuple[RawLabels, 
 
     def take(block: int, values: BlockValues) -> None:
         rows = layout.block_slice(block)
-        # A digest vouches for NaN as well, and one of them would spoil every weight.
+        # A digest matches NaN as well, and one NaN would spoil every weight.
         for line in values.find_contradictions(layout, rows):
             url = version.url
             raise IntegrityError(
@@ -171,7 +176,7 @@ def _scan(version: Version, vectors: Vectors, ranks: Ranks) -> tuple[RawLabels, 
 
 
 def _check_status(cache: str, status: UInt8Array, allow_unsealed: bool) -> None:
-    """Refuse a cache that lacks rows, unless it may, or has no row to train on."""
+    """Refuse a cache with missing rows, unless `allow_unsealed`, or without an embedded row."""
     missing, embedded = int((status == Status.PENDING).sum()), int((status == Status.EMBEDDED).sum())
     if missing and not allow_unsealed:
         raise TrainError(
@@ -181,7 +186,7 @@ def _check_status(cache: str, status: UInt8Array, allow_unsealed: bool) -> None:
     if not embedded:
         raise TrainError(
             f"no row of {cache} is embedded: {len(status) - missing:,} are quarantined, {missing:,} missing: see "
-            f"`python -m cache_schema info {cache}`, mend the tiles and run `make extract ARGS=--retry-quarantined`"
+            f"`python -m cache_schema info {cache}`, fix the tiles and run `make extract ARGS=--retry-quarantined`"
         )
 
 
@@ -193,18 +198,18 @@ def label_rows(
     *,
     reading: LabelIds | None = None,
 ) -> LabelledRows:
-    """Decide which of N rows are usable and what their labels are.
+    """Select the usable rows of N, and decode their labels.
 
     Args:
         table: the tiles.
-        raw: what their label files say.
+        raw: contents of their label files.
         status: (N,) uint8, see `Status`.
         config: classes and label rules.
-        reading: of the raw ids, where it is known; else as `config` says.
+        reading: how to read the raw ids, if known; else as `config` says.
 
     Raises:
-        TaxonomyError: ids that fit neither reading, or too many lines that mean nothing.
-        TrainError: classes to leave out that are none, or all of them.
+        TaxonomyError: ids fit neither reading, or too many lines are meaningless.
+        TrainError: the classes to exclude are unknown, or all of them.
     """
     taxonomy = Taxonomy.from_file(config.taxonomy) if config.taxonomy else Taxonomy.xview()
     if reading is None:
@@ -214,7 +219,7 @@ def label_rows(
     kept = [i for i in range(len(taxonomy)) if i not in config.exclude]
     if not kept or set(config.exclude) - set(range(len(taxonomy))):
         raise TrainError(
-            f"--exclude {','.join(map(str, config.exclude))}: class ids of 0 to {len(taxonomy) - 1}, but not all"
+            f"--exclude {','.join(map(str, config.exclude))}: give class ids from 0 to {len(taxonomy) - 1}, but not all"
         )
     embedded = status == Status.EMBEDDED
     left_out = {
@@ -243,14 +248,11 @@ def label_rows(
 
 
 def read_vectors(cache: LabelledCache, chosen: Tensor) -> Tensor:
-    """Some rows of a set whose vectors are held, see `can_look_up`.
+    """Return vectors of rows of a set, (b, F) float32 on the device that holds them; see `can_look_up`.
 
     Args:
-        cache: n rows.
-        chosen: (b,) int64 on the CPU, which of the n.
-
-    Returns:
-        (b, F) float32 on the device that holds them, the run's features joined.
+        cache: n rows whose vectors are held in memory.
+        chosen: (b,) int64 on the CPU, positions among the n.
     """
     assert isinstance(cache.vectors, HeldVectors)
     index = torch.from_numpy(cache.rows.index[chosen.numpy()])
@@ -258,5 +260,5 @@ def read_vectors(cache: LabelledCache, chosen: Tensor) -> Tensor:
 
 
 def can_look_up(*caches: LabelledCache) -> bool:
-    """Whether the vectors are held: what is read from the cache once an epoch is not to be read again to compare."""
+    """Return whether all vectors are held in memory, so that comparisons need not read the cache again."""
     return all(isinstance(cache.vectors, HeldVectors) for cache in caches)

@@ -1,4 +1,4 @@
-"""How much memory vectors may take: what a user asks for, what is free, and what streaming makes of it."""
+"""How much memory cached vectors may take, and how streaming divides it."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,18 @@ _MAX_AHEAD = 8
 
 
 def agree_on_budget(ranks: Ranks) -> int:
-    """Bytes that every rank can hold vectors in, the same for all of them."""
+    """Return the bytes that every rank can hold vectors in: the smallest budget of all ranks."""
     least = torch.tensor(choose_budget(ranks.device, ranks.local_world_size), device=ranks.device)
     dist.all_reduce(least, dist.ReduceOp.MIN)
     return int(least)
 
 
 def choose_budget(device: torch.device, local_ranks: int = 1) -> int:
-    """Half of the memory that is free: on CUDA the device's or a rank's part of the host's, whichever is less, since
-    vectors are held on the one and shuffled in the other."""
+    """Return half of the free memory, in bytes.
+
+    On CUDA that is the device's memory or the rank's part of the host's, whichever is less: vectors are held on the
+    device and shuffled on the host.
+    """
     free = find_free_memory() // local_ranks
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
@@ -31,18 +34,17 @@ def choose_budget(device: torch.device, local_ranks: int = 1) -> int:
 
 
 def report_device_peak(device: torch.device) -> dict[str, int]:
-    """For a line of timings.jsonl: most bytes of tensors on a GPU since the process began; nothing on a CPU, where the
-    system tells whoever started the process."""
+    """Return the peak bytes of tensors on a GPU for timings.jsonl; nothing on a CPU, where the system reports it."""
     return {"device_peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
 
 
 @dataclass(frozen=True)
 class StreamingMemory:
-    """What streaming makes of a budget. Half of it stays for what else there is of the rows: labels, names, batches.
+    """A memory budget divided for streaming. Half of it is left for labels, names and batches.
 
     Attributes:
-        buffer_rows: rows to draw batches from, a quarter of the budget.
-        ahead: blocks that are being read or wait, a quarter of the budget at most.
+        buffer_rows: rows in the shuffle buffer, a quarter of the budget.
+        ahead: blocks read ahead, at most a quarter of the budget.
     """
 
     buffer_rows: int
@@ -53,11 +55,11 @@ class StreamingMemory:
         """Divide a budget for rows of `features` pooled arrays.
 
         Raises:
-            TrainError: it is too small for the least there is to hold; the message names what is enough.
+            TrainError: it is too small; the message names the smallest budget that works.
         """
         row = features * layout.width * 2
-        block = 2 * layout.block_rows * row  # as it arrived, and decoded
-        # A batch must be there whole while a block that does not fit yet waits.
+        block = 2 * layout.block_rows * row  # encoded and decoded
+        # The buffer must hold a whole batch while the next block does not fit yet.
         least_rows = batch_size + 1 + layout.block_rows
         least = 4 * max(row * least_rows, block)
         if budget < least:

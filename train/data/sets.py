@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_schema import LabelIds, ProvenanceError, Version, open_cache
+from cache_schema.cli.text import show_first
 from cache_schema.layout import BoolArray
 from extract.ranks.group import Ranks
 from train.config import ORIGINAL_IMAGE_SIZE, EmptyTiles, TrainConfig
@@ -18,18 +19,20 @@ from .split import check_folds, split_rows
 from .vectors import Residence
 
 _NAMED = 10
-"""Classes a line names before it only counts them."""
+"""Classes that a line names before it only counts them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """The rows a run trains on, validates on and is scored on once.
+    """The rows a run trains on, validates on and is finally tested on.
 
-    `counted` (n_val,) and `counted_test` (n_test,) mark the rows of the main figures.
-
-    `whole` is every usable row of the training cache, empty ones too, before the split; None unless there are to be
-    folds, since names and labels of many tiles take room. `sides` are the names of every usable tile of either side,
-    empty ones too.
+    Attributes:
+        whole: all usable rows of the training cache before the split, empty tiles included; None without --folds, to
+            save memory.
+        train, val, test: the sets; `test` is None without a test cache.
+        counted, counted_test: (n_val,) and (n_test,) bool, the rows of the main figures.
+        notes: lines for the user.
+        sides: names of all usable training and validation tiles, empty ones included.
     """
 
     whole: LabelledCache | None
@@ -43,21 +46,21 @@ class Sets:
 
     @property
     def split(self) -> dict[str, list[str]]:
-        """What split.json holds; made anew each time, since as Python strings the names take several times the room."""
+        """The content of split.json; not stored, since names take several times the memory as Python strings."""
         return {side: tiles.tolist() for side, tiles in self.sides.items()}
 
 
 def read_sets(config: TrainConfig, ranks: Ranks) -> Sets:
-    """Rows of all caches in use, split, with empty tiles where they belong.
+    """Read and split the rows of all caches in use, and place or drop empty tiles.
 
-    Every rank must call this and gets the same, but for the device on which vectors are held; or all end.
+    Every rank must call this. All ranks return the same sets, with vectors on their own device, or all raise.
 
     Args:
-        config: of the run, the same on every rank; several ranks have agreed on its memory budget.
-        ranks: who read the caches between them.
+        config: the same on every rank, with the memory budget agreed between them.
+        ranks: share the reading.
 
     Raises:
-        TileprobeError: a cache, its labels, or the split asked for cannot serve.
+        TileprobeError: a cache, its labels or the split is unusable.
     """
     opened = ranks.run_everywhere(lambda: _open_caches(config))
     chosen = ranks.run_on_main(lambda: [version.id for version in opened])
@@ -81,12 +84,12 @@ def _make_sets(
     val: LabelledCache | None,
     test: LabelledCache | None,
 ) -> Sets:
-    """The sets of a run from its caches, as they were read."""
+    """Make the sets of a run from its caches."""
     notes = list(whole.rows.notes)
     if not len(whole.rows):
         raise TrainError(
             f"{config.cache} holds no tile to train on ({'; '.join(notes[1:])}): see `python -m cache_schema info "
-            f"{config.cache}`, mend the tiles and run `make extract` again"
+            f"{config.cache}`, fix the tiles and run `make extract` again"
         )
     notes += () if config.unfreeze else (residence.describe(whole.vectors),)
     if config.folds:
@@ -101,7 +104,7 @@ def _make_sets(
         notes += split.notes
     sides = {"train": train.rows.tiles, "val": val.rows.tiles}
     left_out = mark_left_out(train.rows, config.data.empty)
-    train = train.select(~left_out) if left_out.any() else train  # without a copy, where there is none
+    train = train.select(~left_out) if left_out.any() else train  # no copy unless rows are left out
     counted = mark_counted(val.rows, config.data.empty)
     if not len(train.rows) or not counted.any():
         raise TrainError("no tile with a known class is left to train or to validate on: check labels and --exclude")
@@ -130,7 +133,7 @@ def _make_sets(
 
 
 def repeat_rare_tiles(train: LabelledCache, config: TrainConfig) -> LabelledCache:
-    """The rows to train on, those of rare classes to be shown more often, as configured."""
+    """Set the repeat factors of the training rows, if configured."""
     if not config.repeat_factor:
         return train
     factors = compute_repeat_factors(train.rows.labels, config.repeat_factor)
@@ -138,27 +141,25 @@ def repeat_rare_tiles(train: LabelledCache, config: TrainConfig) -> LabelledCach
 
 
 def mark_left_out(rows: LabelledRows, empty: EmptyTiles) -> BoolArray:
-    """(n,) bool, the rows that do not train: empty tiles, unless they are kept."""
+    """Mark the rows that do not train, (n,) bool: empty tiles, unless they are kept."""
     return rows.empty if empty != "keep" else np.zeros(len(rows), bool)
 
 
 def mark_counted(rows: LabelledRows, empty: EmptyTiles) -> BoolArray:
-    """(n,) bool, the rows of the main figures: all but empty tiles that are to be dropped."""
+    """Mark the rows of the main figures, (n,) bool: all, without empty tiles if they are dropped."""
     return ~rows.empty if empty == "drop" else np.ones(len(rows), bool)
 
 
 def _name_missing_classes(train: LabelledRows, val: LabelledRows) -> list[str]:
-    """A line each for the classes that no tile to train on shows, no tile to validate on, or neither."""
+    """Return a line each for classes without training tiles, without validation tiles, or without either."""
     learnt, measured = (np.asarray(rows.labels.any(axis=0)) for rows in (train, val))
     lines = []
     for missing, text in (
-        (measured & ~learnt, "warning: no tile to train on shows {}: it cannot be learnt, its figures say so"),
-        (learnt & ~measured, "warning: no tile to validate on shows {}: n/a in every figure, threshold 0.5"),
+        (measured & ~learnt, "warning: no training tile shows {}: it cannot be learnt, as its figures will show"),
+        (learnt & ~measured, "warning: no validation tile shows {}: n/a in every figure, threshold 0.5"),
     ):
-        names = [name for name, is_missing in zip(train.class_names, missing.tolist(), strict=True) if is_missing]
-        if names:
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-            lines.append(text.format(", ".join(names[:_NAMED]) + more))
+        if missing.any():
+            lines.append(text.format(show_first([train.class_names[c] for c in np.flatnonzero(missing)], limit=_NAMED)))
     nowhere = int((~learnt & ~measured).sum())
     if nowhere:
         lines.append(f"{nowhere} of {len(learnt)} classes occur in no tile: n/a in every figure")
@@ -166,52 +167,38 @@ def _name_missing_classes(train: LabelledRows, val: LabelledRows) -> list[str]:
 
 
 def _open_caches(config: TrainConfig) -> list[Version]:
-    """The versions in use, of the training tiles and of what is validated and tested on, if they go together.
+    """Open the versions to train on, validate on and test on, and check that they fit the run and each other.
 
     Raises:
-        TileprobeError: one is missing or unfinished, lacks a feature, or holds the same tiles as the first or other
+        TileprobeError: one is missing or unfinished, lacks a feature, has the same tiles as the first, or other
             embeddings.
     """
     urls = filter(None, (config.cache, config.val_cache, config.test_cache))
     opened: list[Version] = [open_cache(url, allow_unsealed=config.allow_unsealed) for url in urls]
     first, *others = opened
-    if config.data.split_tiles:
-        _refuse_unlike_original(first)
+    size = first.provenance.image_size
+    if config.data.split_tiles and size != ORIGINAL_IMAGE_SIZE:
+        raise TrainError(
+            f"--like-original needs a cache of {ORIGINAL_IMAGE_SIZE} px and {first.url} is of {size} px: "
+            f"run `make extract IMAGE_SIZE={ORIGINAL_IMAGE_SIZE}`"
+        )
     for version in opened:
-        _check_features(config.features, version)
+        pooling = version.layout.pooling
+        lacking = [name for name in config.features.split("+") if name not in pooling]
+        if lacking:
+            raise TrainError(
+                f"--features {config.features}: choose from {', '.join(pooling)}, or extract with another --pooling: "
+                f"{version.url} holds no {', '.join(lacking)}"
+            )
     for version in others:
         _refuse_unlike_first(version, first)
     return opened
 
 
-def _check_features(features: str, version: Version) -> None:
-    """Refuse pooled arrays that the cache does not hold.
-
-    Raises:
-        TrainError: names those it holds.
-    """
-    there = version.layout.pooling
-    lacking = [name for name in features.split("+") if name not in there]
-    if lacking:
-        raise TrainError(
-            f"--features {features}: choose of {', '.join(there)}, or extract with another --pooling: {version.url} "
-            f"holds no {', '.join(lacking)}"
-        )
-
-
-def _refuse_unlike_original(version: Version) -> None:
-    size = version.provenance.image_size
-    if size != ORIGINAL_IMAGE_SIZE:
-        raise TrainError(
-            f"--like-original needs a cache of {ORIGINAL_IMAGE_SIZE} px and {version.url} is of {size} px: "
-            f"run `make extract IMAGE_SIZE={ORIGINAL_IMAGE_SIZE}`"
-        )
-
-
 def _refuse_unlike_first(other: Version, first: Version) -> None:
-    """Check that a validation or test set is of other tiles and the same embeddings as the training set."""
+    """Refuse a validation or test set with the tiles of the training set, or with embeddings of another kind."""
     if other.id == first.id:
-        raise TrainError(f"{other.url} holds the very tiles of {first.url}: a set to score on needs tiles of its own")
+        raise TrainError(f"{other.url} holds the same tiles as {first.url}: a validation or test set needs other tiles")
     differences = other.provenance.differences(first.provenance)
     if differences:
         raise ProvenanceError(
@@ -221,10 +208,10 @@ def _refuse_unlike_first(other: Version, first: Version) -> None:
 
 
 def _refuse_other_versions(opened: Sequence[Version], chosen: Sequence[str]) -> None:
-    """Check that this rank opened the very versions that rank 0 did, whose ids are `chosen`."""
+    """Check that this rank opened the versions that rank 0 did, whose ids are `chosen`."""
     for version, version_id in zip(opened, chosen, strict=True):
         if version.id != version_id:
             raise TrainError(
-                f"{version.url} holds version {version_id} for one rank and {version.id} for another: give every "
-                "node the same cache, or start again if it was extracted anew just now"
+                f"{version.url} holds version {version_id} for rank 0 and {version.id} for another rank: give "
+                "every node the same cache; if it was just extracted anew, start again"
             )

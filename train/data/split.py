@@ -1,4 +1,8 @@
-"""Which tiles train and which validate. Scenes stay whole: neighbouring tiles overlap, and a tile split leaks."""
+"""Split tiles into training and validation sides, or into folds, by whole scenes.
+
+Neighbouring tiles overlap, so a split by tile leaks. `share_out` deals scenes to sides such that every side has about
+its share of the tiles and of every class.
+"""
 
 import json
 from dataclasses import dataclass
@@ -14,10 +18,21 @@ from extract.tiles.scenes import MIN_SCENES
 from train.config import DataConfig
 from train.errors import SplitError
 
+_ROUNDS = 3
+"""Times each scene may change sides; after that the shares hardly change."""
+_ABSENT = 4.0
+"""Cost of a class that is absent on a side, times the side's share, next to squared differences of shares. Such a class
+cannot be learnt or measured there; learning counts for more."""
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """(n,) bool: rows that validate; the others train. `notes` are lines for the user."""
+    """A split of n rows.
+
+    Attributes:
+        val: (n,) bool, rows that validate; the others train.
+        notes: lines for the user.
+    """
 
     val: BoolArray
     notes: tuple[str, ...]
@@ -26,10 +41,10 @@ class Split:
 def split_rows(
     tiles: npt.NDArray[np.str_], scenes: npt.NDArray[np.str_], labels: BoolArray, config: DataConfig, seed: int
 ) -> Split:
-    """Split n tiles, of (n, C) `labels`, as `config` says.
+    """Split n tiles with (n, C) `labels`, as configured.
 
     Raises:
-        SplitError: fewer than 5 scenes, or a split file that does not cover the tiles.
+        SplitError: there are fewer than 5 scenes, or the split file does not cover the tiles.
     """
     if config.split_file:
         return _read_split(tiles, config.split_file)
@@ -37,27 +52,27 @@ def split_rows(
         val = np.zeros(len(tiles), bool)
         order = np.random.default_rng(seed).permutation(len(tiles))
         val[order[: round(config.val_fraction * len(tiles))]] = True
-        return Split(val, ("random split of tiles: neighbours leak, figures are for comparison only",))
+        return Split(val, ("random split of tiles: neighbouring tiles leak, so the figures are for comparison only",))
     _refuse_few_scenes(scenes, MIN_SCENES, "a split by scene")
     val = share_out(scenes, labels, np.array([config.val_fraction, 1 - config.val_fraction]), seed) == 0
     return Split(val, _describe_split(scenes, labels, val))
 
 
 def fold_rows(scenes: npt.NDArray[np.str_], labels: BoolArray, folds: int, seed: int) -> npt.NDArray[np.intp]:
-    """(n,) fold of each row, 0 to `folds` - 1: whole scenes, each with about its share of every class.
+    """Return the fold of each row, (n,), 0 to `folds` - 1: whole scenes, with about equal shares of every class.
 
     Raises:
-        SplitError: fewer scenes than folds, or than a split needs.
+        SplitError: there are fewer scenes than folds, or than a split needs.
     """
     check_folds(scenes, folds)
     return share_out(scenes, labels, np.full(folds, 1 / folds), seed)
 
 
 def check_folds(scenes: npt.NDArray[np.str_], folds: int) -> None:
-    """Refuse, before anything is trained, more folds than there are scenes for.
+    """Check, before any training, that there are enough scenes for the folds.
 
     Raises:
-        SplitError: fewer scenes than folds, or than a split needs.
+        SplitError: there are fewer scenes than folds, or than a split needs.
     """
     _refuse_few_scenes(scenes, max(folds, MIN_SCENES), f"--folds {folds}")
 
@@ -72,14 +87,14 @@ def _refuse_few_scenes(scenes: npt.NDArray[np.str_], needed: int, what: str) -> 
 
 
 def _describe_split(scenes: npt.NDArray[np.str_], labels: BoolArray, val: BoolArray) -> tuple[str, ...]:
-    """How many scenes a side has, how the classes are shared out, and whether there are scenes at all."""
+    """Describe the scenes and class shares of both sides, and warn if every tile is its own scene."""
     inside, names = np.unique(scenes[val]), np.unique(scenes)
     support = labels.sum(axis=0)
     shares = labels[val].sum(axis=0)[support > 0] / support[support > 0]
     notes = [f"split by scene: {len(names) - len(inside)} scenes train, {len(inside)} validate"]
     if len(shares):
         low, middle, high = np.quantile(shares, [0.1, 0.5, 0.9])
-        notes[0] += f"; of a class {middle:.0%} validate (median; {low:.0%} to {high:.0%} for 8 classes in 10)"
+        notes[0] += f"; of each class {middle:.0%} validate (median; {low:.0%} to {high:.0%} for 8 classes in 10)"
     if len(names) == len(scenes):
         notes.append("warning: every tile is a scene of its own: if tiles overlap, set --scene-regex")
     return tuple(notes)
@@ -98,7 +113,7 @@ def _read_split(tiles: npt.NDArray[np.str_], path: str) -> Split:
     if unknown:
         raise SplitError(
             f"{len(unknown):,} tiles are not in --split-file {path}, such as {', '.join(unknown[:3])}: "
-            "use the split of this cache, or split anew without the option"
+            "use the split of this cache, or leave the option out"
         )
     val = np.array([sides[str(tile)] == "val" for tile in tiles], bool)
     if val.all() or not val.any():
@@ -106,27 +121,19 @@ def _read_split(tiles: npt.NDArray[np.str_], path: str) -> Split:
     return Split(val, (f"split of {path}",))
 
 
-_ROUNDS = 3
-"""Times each scene may change sides; the shares hardly move after that."""
-
-_ABSENT = 4.0
-"""What a class costs that a side does not show, times that side's share, beside squared differences of shares: there it
-can be neither learnt nor measured, and learning counts for more."""
-
-
 def share_out(
     scenes: npt.NDArray[np.str_], labels: BoolArray, shares: npt.NDArray[np.float64], seed: int
 ) -> npt.NDArray[np.intp]:
-    """The side of each row, of K: whole scenes, each side with about its share of the tiles and of every class.
+    """Assign each row to one of K sides by whole scenes, so that a side has about its share of tiles and classes.
 
     Args:
-        scenes: (n,) scene of each row, of at least K scenes.
+        scenes: (n,) scene of each row, at least K different ones.
         labels: (n, C) bool.
-        shares: (K,) of each side, adding up to 1.
-        seed: of the order among scenes that are alike in their rarest class.
+        shares: (K,) share of each side, summing to 1.
+        seed: orders scenes whose rarest class has the same support.
 
     Returns:
-        (n,) integers 0..K-1; no side is empty. The order of the rows makes no difference.
+        (n,) integers 0..K-1; no side is empty. The result does not depend on the order of the rows.
     """
     names, scene_of, sizes = np.unique(scenes, return_inverse=True, return_counts=True)
     counts = np.zeros((len(names), labels.shape[1]), np.int64)
@@ -142,7 +149,7 @@ def share_out(
 def _assign(
     counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64], order: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.intp]:
-    """(S,) side of each scene, from (S, Q) counts, the last of which is its tiles."""
+    """Return the side of each scene, (S,), from counts (S, Q) of its classes and, in the last column, its tiles."""
     totals = counts.sum(axis=0)
     # Tiles weigh as much as all classes together.
     weights = np.append(np.ones(len(totals) - 1), max(1, len(totals) - 1))
@@ -151,7 +158,7 @@ def _assign(
     sides = np.full(len(counts), -1)
 
     def choose(scene: np.intp) -> int:
-        """The side where the scene costs least: only what it shows makes a difference."""
+        """Return the side where the scene costs least; only its own classes change the cost."""
         shown = np.flatnonzero(counts[scene])
         has, gained = held[:, shown], counts[scene, shown] / totals[shown]
         lacking = shares[:, None] - has / totals[shown]
@@ -167,5 +174,5 @@ def _assign(
             held[sides[scene]] += counts[scene]
         if np.array_equal(sides, before):
             break
-        absent[:, -1] = np.inf  # from here on no side is without a tile
+        absent[:, -1] = np.inf  # from here on no side may be left without a tile
     return sides

@@ -1,4 +1,4 @@
-"""Batches from tiles streamed end to end, through the same feed and transform as extraction."""
+"""Batches of tiles streamed through the same feed and transform as in extraction."""
 
 from collections.abc import Iterator, Sequence
 
@@ -18,22 +18,23 @@ from extract.tiles.source import Source
 from train.errors import TrainError
 from train.model.augment import NO_AUGMENTATION, Augmentation
 
-from .batches import Batch, share_epoch, split_evenly, take_share
+from .batches import StridedTiles, split_evenly
 from .labels import LabelledCache
 
 Index = npt.NDArray[np.int64]
 
 
-class StreamedTiles:
-    """n labelled rows of a cache, read from where the cache's tiles came from.
+class StreamedTiles(StridedTiles):
+    """n labelled rows of a cache, with pixels read from the tile source of the cache.
 
     Args:
-        cache: which tiles, and their labels; label files are not read again.
+        cache: the tiles and their labels; label files are not read again.
         feed: worker processes, shared by the sets of a run.
-        checkpoint: of the backbone; gives size, mean and std.
-        dtype: of the pixel values.
-        eval_batch: tiles per forward pass in evaluation, the cache's own batch size.
-        augmentation: of the tiles of an epoch; those that are evaluated are left as they are.
+        checkpoint: the backbone's; gives image size, mean and standard deviation.
+        ranks: share the rows.
+        dtype: dtype of the pixel values.
+        eval_batch: tiles per forward pass in evaluation, the batch size the cache was made with.
+        augmentation: applied in training, not in evaluation.
     """
 
     def __init__(
@@ -47,65 +48,45 @@ class StreamedTiles:
         eval_batch: int,
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
-        self.rows = cache.rows
+        super().__init__(cache.rows, ranks)
         self._table = cache.version.read_table()
-        self._labels = torch.from_numpy(cache.rows.labels)
         self._feed = feed
         self._transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
-        self._ranks = ranks
         self._dtype = dtype
         self._eval_batch = eval_batch
         self._augmentation = augmentation
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's share of every global batch, in an order that only seed and epoch decide."""
-        shares = share_epoch(
-            self.rows, self._ranks, batch_size=batch_size, seed=seed, epoch=epoch, first_step=first_step
-        )
-        # A rank without a row in the last, short batch still takes part in it, with nothing.
-        pixels = self._read([share for share, _ in shares])
-        for (share, size), plain in zip(shares, pixels, strict=True):
-            inputs = self._augment(plain, share, seed, epoch) if len(share) else plain
-            yield Batch(inputs, self._labels[share].to(self._ranks.device), share, size)
-
-    @property
-    def share(self) -> Tensor:
-        """(m,) int64, the rows that this rank evaluates: every world_size-th."""
-        return take_share(torch.arange(len(self)), self._ranks)
+    def _load_epoch(self, shares: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        mean, std = self._transform.mean, self._transform.std
+        for share, pixels in zip(shares, self._read(shares), strict=True):
+            if len(share):
+                pixels = self._augmentation.apply(pixels, share, seed=seed, epoch=epoch, mean=mean, std=std)
+            yield pixels, self._labels[share].to(self._ranks.device)
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Pixel values of the rows in `share`, unpadded, in as many batches on every rank."""
+        """Yield pixel values of the rows in `share`, unpadded, in the same number of batches on every rank."""
         return self._read(split_evenly(self.share, len(self), self._eval_batch, self._ranks))
 
-    def _read(self, batches: list[Tensor]) -> Iterator[Tensor]:
-        """Pixel values of batches of rows, which may be of none."""
+    def _read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield pixel values of batches of rows; a rank takes part with an empty batch where it has no row."""
+        size = self._transform.image_size
+        empty = torch.empty(0, 3, size, size, device=self._ranks.device, dtype=self._dtype)
         pixels = self.read_rows([self.rows.index[batch.numpy()] for batch in batches if len(batch)])
-        return (next(pixels) if len(batch) else self._no_pixels() for batch in batches)
+        return (next(pixels) if len(batch) else empty for batch in batches)
 
     def read_rows(self, batches: Sequence[Index]) -> Iterator[Tensor]:
-        """Pixel values (b, 3, S, S) of batches of rows of the table, in order."""
+        """Yield pixel values (b, 3, S, S) for batches of table rows, in order."""
         requests = (make_requests(self._table, batch.tolist(), labels=False) for batch in batches)
         for batch in self._feed.read(requests):
             refuse_changed(batch, self._table)
             yield self._transform(batch.images, device=self._ranks.device, dtype=self._dtype)
 
-    def _augment(self, pixels: Tensor, rows: Tensor, seed: int, epoch: int) -> Tensor:
-        mean, std = self._transform.mean, self._transform.std
-        return self._augmentation.apply(pixels, rows, seed=seed, epoch=epoch, mean=mean, std=std)
-
-    def _no_pixels(self) -> Tensor:
-        size = self._transform.image_size
-        return torch.empty(0, 3, size, size, device=self._ranks.device, dtype=self._dtype)
-
 
 def refuse_changed(batch: TileBatch, table: TileTable) -> None:
-    """A tile that could be embedded once must still be readable, else rows and labels would fall apart.
+    """Refuse a batch with an unreadable tile: each of them was embedded once, and a gap would misplace the labels.
 
     Raises:
-        TrainError: naming the tile and what happened to it.
+        TrainError: names the tile and what happened to it.
     """
     bad = np.flatnonzero(batch.status != Status.EMBEDDED)
     if len(bad):
@@ -114,10 +95,10 @@ def refuse_changed(batch: TileBatch, table: TileTable) -> None:
 
 
 def check_tiles_unchanged(source: Source, caches: Sequence[LabelledCache]) -> None:
-    """Compare the present listing with the tables of caches made from this source, for the rows in use.
+    """Check that every used row of caches made from this source still has the same tile and label file.
 
     Raises:
-        TrainError: tiles are gone or changed, counted and named.
+        TrainError: some are gone or changed; the message counts them and names a few.
     """
     listed = list_tiles(source, unlabelled=True).table
     position = {str(name): i for i, name in enumerate(listed.tile)}
@@ -140,6 +121,6 @@ def check_tiles_unchanged(source: Source, caches: Sequence[LabelledCache]) -> No
 
 
 def request_batches(table: TileTable, rows: range, batch_size: int) -> Iterator[list[TileRequest]]:
-    """Consecutive batches of `rows` of a table, tiles only."""
+    """Yield requests for consecutive batches of `rows` of a table, without labels."""
     for start in range(rows.start, rows.stop, batch_size):
         yield make_requests(table, range(start, min(start + batch_size, rows.stop)), labels=False)

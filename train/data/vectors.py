@@ -1,7 +1,7 @@
-"""A version's vectors, held on a device or left in the cache.
+"""The vectors of a cache version, held on a device or left in the cache.
 
-Either is filled by the one scan that also reads labels and checks digests: before training, the ranks of a job read a
-cache once between them. Each keeps the blocks of its share, and the exchange afterwards gives it those of the others.
+The scan that reads labels and checks digests also fills `HeldVectors` or `BlockVectors`. The ranks of a job share one
+scan: each keeps the blocks of its share, then all exchange what they kept.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ from .memory import StreamingMemory, choose_budget
 
 
 class HeldVectors:
-    """(N, F) float16 on a device, shared by all sets of a run; rows of blocks that were not kept mean nothing.
+    """(N, F) float16 vectors on a device, shared by all sets of a run; rows of blocks not kept are undefined.
 
     Args:
-        version: whose rows.
+        version: the version the rows belong to.
         features: pooled arrays, joined in this order.
-        device: where they live.
+        device: device that holds the vectors.
     """
 
     def __init__(self, version: Version, features: tuple[str, ...], device: torch.device) -> None:
@@ -40,34 +40,34 @@ class HeldVectors:
 
     @property
     def device(self) -> torch.device:
-        """Where they live."""
+        """The device that holds the vectors."""
         return self._vectors.device
 
     def keep(self, block: int, values: BlockValues) -> None:
-        """Take a block's vectors; any thread may."""
+        """Copy a block's vectors to the device; thread-safe for different blocks."""
         columns = self._vectors[self._layout.block_slice(block)].split(self._layout.width, dim=1)
         for column, name in zip(columns, self._features, strict=True):
             column.copy_(torch.from_numpy(values.pooled[name]))
 
     def exchange(self, shares: Sequence[slice], ranks: Ranks) -> None:
-        """Get the blocks that the other ranks kept, `shares[i]` those of rank i; all of them must call this."""
+        """Receive the blocks that other ranks kept, `shares[i]` from rank i; every rank must call this."""
         exchange(self._vectors, [self._layout.span(share) for share in shares], ranks)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """(len(rows), F) float16 copies of rows of the table; `rows` is int64 on the same device."""
+        """Return (len(rows), F) float16 copies of table rows; `rows` is int64 on the same device."""
         return self._vectors.index_select(0, rows)
 
 
 class BlockVectors:
-    """Vectors that stay in the cache and are read block by block, as often as they are needed.
+    """Vectors that stay in the cache and are read block by block in every epoch.
 
-    A commit's digest covers arrays that are not read again, so each block's vectors are compared with a digest of
-    themselves, taken when the whole block was found to agree with its commit.
+    A commit's digest also covers arrays that are not read again. So the scan, which checks whole blocks against their
+    commits, takes a digest of the vectors alone, and every later read is compared with that.
 
     Args:
-        version: whose blocks.
+        version: the version the blocks belong to.
         features: pooled arrays, joined in this order.
-        memory: how many blocks to read ahead, and how many rows to shuffle.
+        memory: number of blocks to read ahead and of rows to shuffle.
     """
 
     def __init__(self, version: Version, features: tuple[str, ...], memory: StreamingMemory) -> None:
@@ -80,31 +80,31 @@ class BlockVectors:
 
     @property
     def width(self) -> int:
-        """F, of the joined features."""
+        """F, the length of the joined features."""
         return self.layout.width * len(self._features)
 
     def keep(self, block: int, values: BlockValues) -> None:
-        """Remember what a block's vectors are; any thread may."""
+        """Keep the digest of a block's vectors; thread-safe for different blocks."""
         self._digests[block] = np.frombuffer(_digest([values.pooled[name] for name in self._features]), np.uint8)
 
     def exchange(self, shares: Sequence[slice], ranks: Ranks) -> None:
-        """Get the digests that the other ranks kept, `shares[i]` those of rank i; all of them must call this."""
+        """Receive the digests that other ranks kept, `shares[i]` from rank i; every rank must call this."""
         exchange(torch.from_numpy(self._digests), shares, ranks)
 
     def read(self, block: int) -> list[Float16Array]:
-        """A block's vectors: for each feature (rows of the block, D) float16, side by side F columns.
+        """Read a block's vectors, one (rows of the block, D) float16 array per feature.
 
         Raises:
-            IntegrityError: they cannot be read, or are not what they were when the block was kept.
+            IntegrityError: they cannot be read, or changed since the scan.
         """
         try:
             parts = self._read(block)
             if _digest(parts) != self._digests[block].tobytes():
-                raise IntegrityError("its vectors are not what they were when the run began")
+                raise IntegrityError("its vectors changed since the run began")
         except IntegrityError as error:
             raise IntegrityError(
-                f"block {block} of {self._url}: {error}: `python -m cache_schema verify {self._url}` says what is "
-                "wrong with it; the checkpoints are as they were"
+                f"block {block} of {self._url}: {error}: run `python -m cache_schema verify {self._url}` to see what "
+                "is wrong; the checkpoints are unaffected"
             ) from error
         return parts
 
@@ -114,15 +114,15 @@ Vectors = HeldVectors | BlockVectors
 
 @dataclass(frozen=True)
 class Residence:
-    """Where the vectors of a run's caches live.
+    """Decides whether the vectors of a run's caches are held in memory or stay in the cache.
 
     Attributes:
         features: pooled arrays, joined in this order.
-        device: of the vectors that are held.
+        device: device for vectors held in memory.
         size: bytes of all vectors.
         budget: bytes they may take.
-        batch_size: rows of a global batch at most.
-        held: whether they are held in memory, else they stay in the cache.
+        batch_size: largest number of rows in a global batch.
+        held: true if they are held in memory.
     """
 
     features: tuple[str, ...]
@@ -134,14 +134,14 @@ class Residence:
 
     @classmethod
     def choose(cls, config: TrainConfig, versions: Sequence[Version], device: torch.device) -> Self:
-        """Hold vectors where all of them fit. Fine-tuning looks at them once, so it never does."""
+        """Hold the vectors if all of them fit; never for fine-tuning, which reads them once."""
         features = tuple(config.features.split("+"))
         size = sum(version.layout.rows * version.layout.width * len(features) * 2 for version in versions)
         budget = config.memory_budget or choose_budget(device)
         return cls(features, device, size, budget, config.batch_size, held=not config.unfreeze and size <= budget)
 
     def place(self, version: Version) -> Vectors:
-        """Where one cache's vectors go, still empty.
+        """Make the empty container for the vectors of one version.
 
         Raises:
             TrainError: the budget is too small to stream them.
@@ -152,7 +152,7 @@ class Residence:
         return BlockVectors(version, self.features, memory)
 
     def describe(self, vectors: Vectors) -> str:
-        """A line for the user; `vectors` are those of the training rows."""
+        """Return a line for the user; `vectors` are those of the training rows."""
         if isinstance(vectors, HeldVectors):
             return f"vectors are held in memory: {format_bytes(self.size)}, the budget is {format_bytes(self.budget)}"
         return (

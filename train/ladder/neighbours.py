@@ -1,4 +1,4 @@
-"""A run without training, the lowest rung of a ladder: a tile shows what its nearest training tiles show."""
+"""The lowest rung of a ladder, a run without training: predict what the nearest training tiles show."""
 
 import time
 from dataclasses import replace
@@ -24,34 +24,31 @@ from train.runs.val_logits import save_val_logits
 
 
 def run_neighbours(config: TrainConfig) -> None:
-    """Score the ten nearest neighbours where a head of these settings would be scored, and leave a run directory.
+    """Score the ten nearest neighbours on the rows that a head of these settings is scored on, and write a run.
 
-    It holds what the other rungs' runs are compared by, and no checkpoint.
-
-    Raises:
-        TileprobeError: whatever a user can mend.
+    The run directory holds everything that rungs are compared by, but no checkpoint.
     """
     with stop_on_signals(), join_ranks(config.device, Asked.of("train neighbours", config)) as ranks:
         config = replace(config, memory_budget=config.memory_budget or agree_on_budget(ranks))
         sets = read_sets(config, ranks)
         if not can_look_up(sets.train, sets.val):
             raise TrainError(
-                "nearest neighbours need the vectors in memory, where they do not fit: give a larger --memory-budget, "
-                "or leave neighbours out of --rungs"
+                "nearest neighbours need the vectors in memory, and they do not fit: give a larger --memory-budget, or "
+                "leave neighbours out of --rungs"
             )
         run = open_run(config, None, sets).run
         for line in sets.notes:
             print(line, flush=True)
 
         def guess(cache: LabelledCache) -> FloatArray:
-            """(n, C) probabilities."""
+            """Return probabilities (n, C)."""
             found = find_neighbours(cache, sets.train, k=NEAREST, threshold=1.0, device=ranks.device, seed=config.seed)
             return found.vote(sets.train.rows.labels)
 
         started = time.perf_counter()
         probs = guess(sets.val)
         run.append_timing({"search_s": time.perf_counter() - started, **report_device_peak(ranks.device)})
-        # A share of 0 becomes -inf and comes back as 0; 0.5 becomes 0 and comes back as 0.5; ties stay ties.
+        # Exact both ways: a share of 0 becomes -inf and 0 again, 0.5 becomes 0 and 0.5 again, and ties stay ties.
         save_val_logits(run, sets.val.rows, torch.from_numpy(probs).logit())
         metrics = _score(probs, sets.val.rows, sets.counted, config.seed)
         if sets.test is not None:
@@ -62,7 +59,7 @@ def run_neighbours(config: TrainConfig) -> None:
 
 
 def _score(probs: FloatArray, rows: LabelledRows, counted: BoolArray, seed: int) -> Metrics:
-    """Figures at threshold 0.5 and intervals of the rows where `counted` (n,) is true."""
+    """Compute figures at threshold 0.5, and intervals, on the rows where `counted` (n,) is true."""
     probs, rows = probs[counted], rows.select(counted)
     metrics = compute_metrics(probs, rows.labels, rows.class_names, loss=None)
     if metrics["map_macro"] is None:

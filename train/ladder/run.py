@@ -1,11 +1,11 @@
-"""`make ladder`: every rung a run of the trainer, one after the other, and what the dearer ones gained.
+"""`make ladder`: run the trainer once per rung, and compare what the more expensive models gained.
 
-A rung is a process of its own, so that its time and its memory are its own. The ladder's directory holds
+Every rung is a separate process, so that its time and memory can be measured. The ladder's directory holds
 
-    ladder.json                     settings, what has become of each rung, and in the end the table
+    ladder.json                     settings, the state of each rung, and at the end the table
     ladder.png                      quality against cost
-    linear -> linear-001, …         the rungs' runs, and beside each what it printed, linear.log
-    lock                            held while a rung runs, even if the ladder itself was killed meanwhile
+    linear -> linear-001, …         the rungs' runs, each with a log of what it printed, linear.log
+    lock                            held while a rung runs, even if the ladder itself was killed
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ LADDER = "ladder.json"
 
 @dataclass(frozen=True)
 class LadderConfig:
-    """What the rungs are run with.
+    """Settings of a ladder.
 
     Attributes:
-        cache: of the training tiles.
-        rungs: as the user named them.
-        shared: options of every rung, the cache among them.
-        head: further options of the rungs on cached vectors.
-        finetune: further options of those that train layers.
+        cache: cache of the training tiles.
+        rungs: value of `--rungs`.
+        shared: command-line options of every rung, with the cache.
+        head: further options of rungs on cached vectors.
+        finetune: further options of rungs that train layers.
     """
 
     cache: str
@@ -65,37 +65,36 @@ class LadderConfig:
 
 
 def run_ladder(link: str, config: LadderConfig | None, nproc: int | None) -> None:
-    """Climb every rung, then print the table and what was gained.
+    """Run every rung, then print the table and what was gained.
 
     Args:
-        link: to the newest ladder, `runs/ladder` -> `runs/ladder-001`.
-        config: of a new ladder; None goes on with the newest, with its own settings.
-        nproc: ranks of a rung; None for one per GPU.
+        link: link to the newest ladder, `runs/ladder` -> `runs/ladder-001`.
+        config: settings of a new ladder; None resumes the newest one.
+        nproc: ranks per rung; None for one per GPU.
 
     Raises:
         TrainError: a rung failed; the table shows the others.
-        TileprobeError: whatever else a user can mend.
-        Stopped: SIGTERM or SIGINT came; finished rungs are kept, and the one under way saved what it could.
+        Stopped: SIGTERM or SIGINT came; finished rungs are kept, and the current one saved its state.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError("a ladder is one process that starts the ranks of its rungs: run it alone, with --nproc")
     if is_bucket(link):
-        raise TrainError(f"{link}: a ladder lies on this machine: choose a local RUN")
+        raise TrainError(f"{link}: a ladder must be on this machine: choose a local RUN")
     nproc = nproc or max(1, torch.cuda.device_count())
     ladder = Ladder.begin(link, config, nproc) if config else Ladder.reopen(link, nproc)
     with ladder.locked():
-        ladder.climb()
-        ladder.conclude()
+        ladder.run()
+        ladder.report()
 
 
 class Ladder:
-    """The rungs of one directory.
+    """A ladder in its directory.
 
     Args:
         run: the directory.
-        config: of all rungs.
-        records: one a rung, cheapest first.
-        nproc: ranks of a rung.
+        config: settings of all rungs.
+        records: one per rung, cheapest first.
+        nproc: ranks per rung.
     """
 
     def __init__(self, run: RunDirectory, config: LadderConfig, records: Sequence[Record], nproc: int) -> None:
@@ -103,11 +102,11 @@ class Ladder:
         self._lock: IO[str] | None = None
         self._child: int | None = None
         self._signal: int | None = None
-        self._told = False
+        self._forwarded = False
 
     @classmethod
     def begin(cls, link: str, config: LadderConfig, nproc: int) -> Self:
-        """A new ladder; nothing is written where the rungs or the cache are refused."""
+        """Create a new ladder; write nothing if the rungs or the cache are unusable."""
         depth = open_cache(config.cache, allow_unsealed="--allow-unsealed" in config.shared).provenance.depth
         rungs, notes = choose_rungs(config.rungs, depth)
         ladder = cls(RunDirectory.create(link), config, [Record(rung) for rung in rungs], nproc)
@@ -119,7 +118,7 @@ class Ladder:
 
     @classmethod
     def reopen(cls, link: str, nproc: int) -> Self:
-        """The newest ladder, to go on with."""
+        """Open the newest ladder to resume it."""
         if not Path(link, LADDER).is_file():
             raise TrainError(f"no ladder at {link}: start one without --resume, or check RUN")
         run = RunDirectory(Path(os.path.realpath(link)))
@@ -128,12 +127,12 @@ class Ladder:
             config = LadderConfig.from_json(stored["settings"])
             records = [Record.from_json(line) for line in stored["rungs"]]
         except (KeyError, TypeError) as error:
-            raise TrainError(f"{run}/{LADDER} is not of this release: {error}: start a new ladder") from error
+            raise TrainError(f"{run}/{LADDER} was written by another release: {error}: start a new ladder") from error
         return cls(run, config, records, nproc)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory. A rung inherits the lock: one that outlives its ladder still writes there."""
+        """Lock the directory. Rungs inherit the lock, since one that outlives its ladder still writes there."""
         with (self._run.path / "lock").open("w") as self._lock:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,11 +144,11 @@ class Ladder:
                 ) from error
             yield
 
-    def climb(self) -> None:
+    def run(self) -> None:
         """Run every rung that is not finished.
 
         Raises:
-            Stopped: a signal came.
+            Stopped: SIGTERM or SIGINT came.
         """
         self._count_lost_legs()
         done = [record for record in self._records if record.state == "finished"]
@@ -161,7 +160,7 @@ class Ladder:
                 if record.state == "finished":
                     continue
                 bar.set_description(record.rung.title)
-                self._climb(record)
+                self._run_rung(record)
                 if self._signal is not None:
                     break
                 bar.write(self._describe(record), file=sys.stdout)
@@ -177,13 +176,13 @@ class Ladder:
             )
             raise stop
 
-    def conclude(self) -> None:
+    def report(self) -> None:
         """Print and write the table of the finished rungs.
 
         Raises:
             TrainError: some rungs failed.
         """
-        # Not before: a process that starts another passes its own peak memory on to it.
+        # Imported late: a child process begins with the peak memory of its parent.
         from .table import summarise
 
         finished = [record for record in self._records if record.state == "finished"]
@@ -195,12 +194,12 @@ class Ladder:
         if failed:
             reasons = "; ".join(f"{record.rung.title}: {record.error}" for record in failed)
             raise TrainError(
-                f"{len(failed)} of {len(self._records)} rungs failed ({reasons}): see the logs in {self._run}, mend "
-                "what they name, and go on with --resume"
+                f"{len(failed)} of {len(self._records)} rungs failed ({reasons}): see the logs in {self._run}, fix "
+                "the cause, and go on with --resume"
             )
 
-    def _climb(self, record: Record) -> None:
-        """Run one rung to its end, in `record` for good."""
+    def _run_rung(self, record: Record) -> None:
+        """Run one rung to its end and store the outcome in its record."""
         if record.rung.unfreeze and not (self._run.path / MLP / "metrics.json").is_file():
             record.state, record.error = "failed", "not run, since there is no MLP head to start from"
             self._write()
@@ -222,10 +221,10 @@ class Ladder:
         self._write()
 
     def _follow(self, record: Record, command: Sequence[str], log: IO[bytes]) -> None:
-        """Start a process, wait for its end, and note what it took."""
+        """Start a process, wait for it, and record its time and memory."""
         assert self._lock is not None
         began, clock = time.time(), time.perf_counter()
-        # In a session of its own: Ctrl-C comes to the ladder alone, which tells the rung once.
+        # In a separate session, so that only the ladder receives Ctrl-C, and passes it on once.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -240,7 +239,7 @@ class Ladder:
         record.state = "running"
         record.legs.append(leg)
         self._write()
-        self._tell_child()  # of a signal that came while there was none to tell
+        self._signal_child()  # for a signal that came before the child existed
         _, code, usage = os.wait4(process.pid, 0)
         self._child = None
         leg.status = process.returncode = os.waitstatus_to_exitcode(code)
@@ -248,7 +247,7 @@ class Ladder:
         leg.peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def _make_command(self, rung: Rung) -> list[str]:
-        """The trainer's command line for one rung, which goes on with its run if there is one."""
+        """Make the trainer's command line for one rung, resuming its run if there is one."""
         config, place = self._config, self._run.path / rung.name
         options = ["--run-dir", os.path.relpath(place), *config.shared]
         if rung.unfreeze:
@@ -258,7 +257,7 @@ class Ladder:
             command = ["neighbours", *options, *config.head]
         else:
             command = ["head", "--head", "linear" if rung.name == LINEAR else "mlp", *options, *config.head]
-        # Neighbours are sought anew in seconds, and have nothing to resume.
+        # The search for neighbours takes seconds and cannot be resumed.
         if rung.name != NEIGHBOURS and (place / "config.json").is_file():
             command.append("--resume")
         return [*self._make_launch(rung), "-m", "train", *command]
@@ -269,7 +268,7 @@ class Ladder:
         return [sys.executable, "-m", "extract.launch", f"--nproc-per-node={self._nproc}", "--standalone"]
 
     def _count_lost_legs(self) -> None:
-        """A leg whose end the ladder did not live to see lasted until the last line of its log."""
+        """Take the last change of the log as the end of each leg that outlived the ladder."""
         for record in self._records:
             for leg in record.legs:
                 if leg.seconds is None:
@@ -287,20 +286,22 @@ class Ladder:
         self._run.write_json(LADDER, {"settings": settings, "rungs": records, **(results or {})})
 
     def _forward(self, number: int) -> None:
-        """Tell the rung under way to stop."""
+        """Stop the current rung."""
         self._signal = number
-        self._tell_child()
+        self._signal_child()
 
-    def _tell_child(self) -> None:
-        """Pass a signal on, once: a second one would end the trainer before it could save."""
-        if self._signal is not None and self._child is not None and not self._told:
-            self._told = True
+    def _signal_child(self) -> None:
+        """Pass a signal on, but only once: a second one would kill the trainer before it can save."""
+        if self._signal is not None and self._child is not None and not self._forwarded:
+            self._forwarded = True
             os.kill(self._child, signal.SIGTERM)
 
 
 def _explain(status: int | None, log: Path, start: int) -> str:
-    """Why a process failed, in one line: the signal that ended it, or from `start` bytes of its log on the last
-    `error: ` line, or else the last line that says anything."""
+    """Return one line on why a process failed.
+
+    That is the signal that ended it, or the last `error: ` line of its log after byte `start`, or its last line.
+    """
     if status is not None and status < 0:
         return f"ended by {signal.Signals(-status).name}"
     with log.open("rb") as stream:

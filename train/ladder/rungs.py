@@ -1,4 +1,4 @@
-"""The rungs of a ladder, from the cheapest model to the dearest, and what is known of each while it is climbed."""
+"""The rungs of a ladder, from the cheapest model to the most expensive, and the record kept of each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Rung:
 
     Attributes:
         name: `neighbours`, `linear`, `mlp` or `unfreeze-N`, also the name of its run.
-        title: for people.
-        unfreeze: last layers to train; 0 is the cached path.
+        title: name to show.
+        unfreeze: number of last layers to train; 0 trains on cached vectors.
     """
 
     name: str
@@ -30,31 +30,30 @@ class Rung:
 
 
 def choose_rungs(asked: str, depth: int) -> tuple[tuple[Rung, ...], tuple[str, ...]]:
-    """The rungs of `--rungs`, cheapest first, and a line for the user about each that was left out or merged.
+    """Parse `--rungs`; return the rungs, cheapest first, and a line for the user on each one left out or merged.
 
     Args:
         asked: `neighbours`, `linear`, `mlp`, numbers of layers and `all`, separated by commas.
-        depth: layers of the backbone.
+        depth: number of layers of the backbone.
 
     Raises:
-        TrainError: something else is asked for, nothing is left, or layers are to be trained without the MLP they
-            start from.
+        TrainError: a word is unknown, no rung is left, or the MLP that trained layers start from is missing.
     """
-    chosen: dict[int | str, str] = {}  # what to climb, by the word that asked for it first
+    chosen: dict[int | str, str] = {}  # rung to the word that named it first
     notes = []
     for word in filter(None, (part.strip() for part in asked.split(","))):
         key = word if word in _TITLES else _read_layers(word, depth, asked)
         if isinstance(key, int) and key > depth:
             notes.append(f"UNFREEZE={key} is left out: the backbone has {depth} layers")
         elif key in chosen:
-            notes.append(f"{word} is the same rung as {chosen[key]}: it is climbed once")
+            notes.append(f"{word} is the same rung as {chosen[key]}: it runs once")
         else:
             chosen[key] = word
     layers = sorted(key for key in chosen if isinstance(key, int))
     if not chosen:
         raise TrainError(f"--rungs {asked}: no rung is left ({'; '.join(notes) or 'none is named'}): try {RUNGS}")
     if layers and MLP not in chosen:
-        raise TrainError(f"--rungs {asked}: layers are trained from the MLP's head on: add {MLP}")
+        raise TrainError(f"--rungs {asked}: trained layers start from the MLP head: add {MLP}")
     cached = [Rung(name, title) for name, title in _TITLES.items() if name in chosen]
     trained = [Rung(f"unfreeze-{n}", f"UNFREEZE={n}{' (all)' if n == depth else ''}", n) for n in layers]
     return (*cached, *trained), tuple(notes)
@@ -65,21 +64,21 @@ def _read_layers(word: str, depth: int, asked: str) -> int:
         return depth
     if not (word.isascii() and word.isdigit() and int(word)):
         raise TrainError(
-            f"--rungs {asked}: {word} is no rung: choose of {', '.join(_TITLES)}, numbers of layers from 1, and all"
+            f"--rungs {asked}: {word} is no rung: choose from {', '.join(_TITLES)}, numbers of layers from 1, and all"
         )
     return int(word)
 
 
 @dataclass
 class Leg:
-    """A process that climbed a rung, or a part of it.
+    """A process that ran a rung, or a part of it.
 
     Attributes:
-        pid: of the process.
-        began: seconds since 1970.
-        seconds: it took, its start included; None while it runs, or where the ladder did not live to see its end.
-        status: it ended with; negative for a signal.
-        peak_bytes: most main memory of the process or the largest of those it started, whichever is more.
+        pid: process id.
+        began: start time, seconds since 1970.
+        seconds: duration, with start-up; None while it runs, or if the ladder itself died first.
+        status: exit status; negative for a signal.
+        peak_bytes: peak main memory of the process or of its largest child, whichever is more.
     """
 
     pid: int
@@ -91,13 +90,13 @@ class Leg:
 
 @dataclass
 class Record:
-    """What has become of a rung.
+    """The state of a rung.
 
     Attributes:
-        rung: which one.
-        state: how far it is.
+        rung: the rung.
+        state: whether it waits, runs, finished or failed.
         error: why it failed, in one line.
-        legs: processes that climbed it; more than one where the ladder was resumed.
+        legs: processes that ran it; more than one if the ladder was resumed.
     """
 
     rung: Rung
@@ -107,12 +106,12 @@ class Record:
 
     @property
     def wall_s(self) -> float:
-        """Seconds of all legs."""
+        """Total seconds of all legs."""
         return sum(leg.seconds or 0.0 for leg in self.legs)
 
     @property
     def peak_bytes(self) -> int:
-        """Main memory, of the leg that took most."""
+        """Peak main memory over all legs."""
         return max((leg.peak_bytes or 0 for leg in self.legs), default=0)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`python -m train evaluate`: a run scored on labelled tiles."""
+"""`python -m train evaluate`: score a run on labelled tiles."""
 
 import os
 from typing import Any
@@ -11,6 +11,7 @@ from cache_schema import RawLabels
 from extract.ranks.group import join_ranks
 from extract.ranks.same_job import Asked
 from train.data.labels import label_rows
+from train.data.sets import mark_counted
 from train.errors import TrainError
 from train.metrics.evaluation import describe_evaluation, evaluate_rows
 from train.model.augment import Views
@@ -21,16 +22,16 @@ from .trained_model import LoadedRun
 
 
 def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers: int | None) -> dict[str, Any] | None:
-    """Print the metrics of a run on labelled tiles: the same figures and per-class table as in training.
+    """Print the metrics of a run on labelled tiles, with the same figures and per-class table as training.
 
     Args:
-        run: its directory or link.
-        target: what to score it on; labels are read by the run's own rules.
+        run: directory of the run, or a link to it.
+        target: labelled tiles; the run's rules decide how labels are read.
         tta: `d4` averages each tile's logits over its eight symmetries.
         device, workers: as in training.
 
     Returns:
-        on the main rank the metrics, as in a run's metrics.json; and `run`, `tiles`, `notes`.
+        on the main rank the metrics, as in a run's metrics.json, and `run`, `tiles`, `notes`; None on other ranks.
     """
     with join_ranks(device, Asked.of("train evaluate", target, run=run, tta=tta)) as ranks:
         loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
@@ -49,10 +50,10 @@ def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[
     rows = label_rows(inference.table, raw, inference.status, data, reading=loaded.meta.reading)
     if rows.class_names != loaded.meta.class_names:
         raise TrainError(
-            f"{data.taxonomy} does not name the classes that {loaded.directory} was trained on: it has changed since, "
-            "so give it back as it was"
+            f"{data.taxonomy} does not name the classes that {loaded.directory} was trained on: it was changed since, "
+            "so restore it"
         )
-    counted = ~rows.empty if data.empty == "drop" else np.ones(len(rows), bool)
+    counted = mark_counted(rows, data.empty)
     if not counted.any():
         raise TrainError("no labelled tile shows a class of this run: there is nothing to score")
     evaluation = evaluate_rows(
@@ -72,7 +73,7 @@ def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[
 
 
 def _warn_of_training_tiles(loaded: LoadedRun, tiles: str, names: npt.NDArray[np.str_]) -> list[str]:
-    """A line for the user when some of the scored tiles are those the run was trained on."""
+    """Return a line for the user if the run was trained on some of the scored tiles."""
     trained_on = loaded.directory.read_json("config.json")["recorded"]["tiles"]
     if os.path.abspath(trained_on) != os.path.abspath(tiles):
         return []

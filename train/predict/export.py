@@ -1,14 +1,15 @@
-"""A run as files that need nothing of this package: a backbone that transformers opens, its head, and one ONNX graph.
+"""Export a run as files that need nothing of this package.
 
-    config.json, preprocessor_config.json, model.safetensors    the backbone; the size, mean and deviation of the run
-    head.safetensors, head.json                                 the head, and how its input and output are to be read
-    classifier.onnx                                             pixel values to logits, in one
-    sha256                                                      `sha256sum -c sha256`
+    config.json, preprocessor_config.json, model.safetensors    the backbone for transformers, with the run's image
+                                                                size, mean and standard deviation
+    head.safetensors, head.json                                 the head, and how to read its input and output
+    classifier.onnx                                             the whole classifier, pixel values to logits
+    sha256                                                      digests for `sha256sum -c sha256`
 
-A fine-tuned run's trained layers are put into the weights it started from, all in float32: they are float32 masters,
-and half precision would round away what small steps have changed, while what is stored in half precision loses nothing
-in float32. Whoever loads them chooses the precision to compute in. A head's run leaves the backbone as it is, so its
-files are copied, and a cache made from the copy is the cache that the head was trained on.
+The trained layers of a fine-tuned run are merged into the weights it started from, all in float32: half precision would
+round away small steps of the trained layers, while stored half-precision weights convert to float32 without loss. The
+reader chooses the precision to compute in. For a head's run the backbone files are copied unchanged, so a cache made
+from the export is the cache that the head was trained on.
 """
 
 import json
@@ -31,32 +32,32 @@ from extract.backbone.provenance import find_other_ingredients
 from extract.errors import BackboneError
 from extract.ranks.signals import stop_on_signals
 from train.errors import CheckpointError, TrainError
-from train.model.classifier import Classifier, Head
+from train.model.classifier import Classifier
 from train.runs.checkpoint import seal_directory, sync
 
 from .onnx import check_onnx, relative_difference, require_onnx, write_onnx
 from .trained_model import LoadedRun
 
 MAX_DIFFERENCE = 1e-5
-"""Of the logits of what was written, read again by the same code, over the largest of them or 1."""
+"""Tolerance of the logits after reading the export again, relative to the largest or 1."""
 
 _CPU = torch.device("cpu")
-_BILINEAR = 2  # as Pillow numbers it
+_BILINEAR = 2  # Pillow's number
 _PIXELS = 3  # random tiles to compare logits on
 
 
 def run_export(run: str, out: str | None, *, onnx: bool) -> None:
-    """Write the best epoch of a run as a directory of its own, and say what it is good for.
+    """Write the best epoch of a run as a self-contained directory, and print how to use it.
 
     Args:
-        run: its directory or link, or `gs://…`.
-        out: where to; None for `export` in the run. Nothing may be there yet.
+        run: directory of the run, a link to it, or a `gs://` URL.
+        out: directory to create; None for `export` in the run.
         onnx: whether to write the classifier as ONNX too.
 
     Raises:
-        TileprobeError: no run, or a damaged one; its backbone is gone or another; something is in the way; what was
-            written does not compute what the run does. Nothing is left then.
-        Stopped: SIGTERM or SIGINT came; nothing is left.
+        TileprobeError: the run is missing or damaged, its backbone is gone or changed, `out` exists, or the export does
+            not compute the same logits. Nothing is written then.
+        Stopped: SIGTERM or SIGINT came; nothing is written.
     """
     place = _choose_place(run, out)
     if onnx:
@@ -71,22 +72,22 @@ def run_export(run: str, out: str | None, *, onnx: bool) -> None:
 
 def _choose_place(run: str, out: str | None) -> Path:
     if out is not None and is_bucket(out):
-        raise TrainError(f"--out {out}: an export is a local directory, to be copied to a bucket afterwards")
+        raise TrainError(f"--out {out}: an export must be a local directory; copy it to a bucket afterwards")
     if out is None and is_bucket(run):
-        raise TrainError(f"{run} is in a bucket, and an export is a local directory: say where with --out")
-    # By its number: the link moves on to the next run.
+        raise TrainError(f"{run} is in a bucket, but an export is a local directory: name one with --out")
+    # Resolve the link, which moves on to the next run.
     place = Path(os.path.relpath(Path(run).resolve() / "export")) if out is None else Path(out)
     if place.exists() or place.is_symlink():
-        raise TrainError(f"{place} is there already and is not overwritten: choose another --out, or remove it")
+        raise TrainError(f"{place} exists and is not overwritten: choose another --out, or remove it")
     return place
 
 
 @contextmanager
 def _write_whole(out: Path) -> Iterator[Path]:
-    """A temporary directory, sealed and renamed to `out` at the end, and removed if it does not come to that.
+    """Provide a temporary directory that is sealed and renamed to `out` on success, and removed on failure.
 
     Raises:
-        TrainError: it cannot be written.
+        TrainError: the directory cannot be written.
     """
     temporary = out.with_name(out.name + ".tmp")
     try:
@@ -104,28 +105,28 @@ def _write_whole(out: Path) -> Iterator[Path]:
 
 
 def _find_checkpoint(loaded: LoadedRun) -> Checkpoint:
-    """The backbone as the run had it, with the size, mean and deviation that the run used.
+    """Find the run's backbone, with the image size, mean and standard deviation that the run used.
 
     Raises:
-        CheckpointError: it is not there, or another is.
+        CheckpointError: it is missing, or has changed.
     """
     run, name = loaded.directory, loaded.meta.backbone
     trained_on = run.read_provenance()
     try:
         checkpoint = find_checkpoint(name, trained_on.image_size)
     except BackboneError as error:
-        raise CheckpointError(f"{run} was trained on {name}, which must be where it was then: {error}") from error
+        raise CheckpointError(f"{run} was trained on {name}, which must still be there: {error}") from error
     differences = find_other_ingredients(trained_on, checkpoint)
     if differences:
         raise CheckpointError(
             f"{checkpoint.path} is not the backbone that {run} was trained on ({'; '.join(differences)}): "
-            "put that one back"
+            "restore the original"
         )
     return checkpoint
 
 
 def _export(loaded: LoadedRun, checkpoint: Checkpoint, directory: Path, *, onnx: bool) -> list[str]:
-    """Write every file but the digests; lines for the user."""
+    """Write every file except the digests, and return lines for the user."""
     classifier = loaded.make_classifier(_load(checkpoint), checkpoint.width, _CPU)
     size = checkpoint.image_size
     pixels = torch.randn(_PIXELS, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -135,13 +136,13 @@ def _export(loaded: LoadedRun, checkpoint: Checkpoint, directory: Path, *, onnx:
     save_file({name: tensor.contiguous() for name, tensor in classifier.head.state_dict().items()}, _head(directory))
     _write_json(directory / "head.json", _describe_head(loaded, find_checkpoint(str(directory))))
     if not loaded.meta.thresholds:
-        notes.append("the run was stopped before its end: temperature 1 and thresholds 0.5, not tuned ones")
-    del classifier  # before the next: a large model is not to be in memory twice
+        notes.append("the run was stopped before its end: temperature 1 and thresholds 0.5 are not tuned")
+    del classifier  # before the next one is loaded: a large model must not be in memory twice
     classifier = _read_again(loaded, directory)
     worst = relative_difference(_compute_logits(classifier, pixels), expected, of=expected)
     if not worst <= MAX_DIFFERENCE:
         raise TrainError(
-            f"what was written gives logits that differ from the run's by {worst:.1e} of the largest, more than "
+            f"the export gives logits that differ from the run's by {worst:.1e} of the largest, more than "
             f"{MAX_DIFFERENCE:.0e}: use the versions of constraints.txt"
         )
     if onnx:
@@ -165,20 +166,20 @@ def _compute_logits(classifier: Classifier, pixels: Tensor) -> Tensor:
 
 
 def _write_backbone(loaded: LoadedRun, checkpoint: Checkpoint, classifier: Classifier, directory: Path) -> str:
-    """config.json and the weights."""
+    """Write config.json and the weights, and return a line for the user."""
     run, meta = loaded.directory, loaded.meta
     if meta.unfreeze:
         assert classifier.backbone is not None
         classifier.backbone.save(directory)
         merged = sum(name.startswith("backbone.") for name in loaded.tensors)
-        return f"{run}, best epoch {meta.epoch}: {merged} trained tensors put into {checkpoint.name}, in float32"
+        return f"{run}, best epoch {meta.epoch}: {merged} trained tensors merged into {checkpoint.name}, in float32"
     for file in (checkpoint.path / "config.json", *checkpoint.path.glob("*.index.json"), *checkpoint.weight_files):
         shutil.copyfile(file, directory / file.name)
-    return f"{run}, best epoch {meta.epoch}: {checkpoint.name} as it was, since only the head was trained"
+    return f"{run}, best epoch {meta.epoch}: {checkpoint.name} unchanged, since only the head was trained"
 
 
 def _write_preprocessor(checkpoint: Checkpoint, directory: Path) -> None:
-    """The backbone's own, with what was done to every tile of the run in the place of what it says of that."""
+    """Write the backbone's preprocessor settings, replaced by the run's where the run used others."""
     settings = json.loads((checkpoint.path / "preprocessor_config.json").read_text())
     settings |= {
         "do_resize": True,
@@ -194,7 +195,7 @@ def _write_preprocessor(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def _describe_head(loaded: LoadedRun, exported: Checkpoint) -> dict[str, Any]:
-    """What someone needs to use the head: its input, shape and classes, and how to decide from its logits."""
+    """Describe the head for its user: input, shape, classes, and how to decide from its logits."""
     meta, decisions = loaded.meta, loaded.decisions
     return {
         "features": meta.features,
@@ -222,12 +223,11 @@ def _describe_head(loaded: LoadedRun, exported: Checkpoint) -> dict[str, Any]:
 
 
 def _read_again(loaded: LoadedRun, directory: Path) -> Classifier:
-    """The classifier from the written files alone; nothing in it is left to train."""
-    checkpoint, meta = find_checkpoint(str(directory)), loaded.meta
-    width = checkpoint.width * len(meta.features)
-    head = Head(width, len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
+    """Load the classifier from the written files alone, with nothing trainable."""
+    checkpoint = find_checkpoint(str(directory))
+    head = loaded.make_head(checkpoint.width)
     head.load_state_dict(load_file(_head(directory)))
-    return Classifier(head, _load(checkpoint), meta.features).eval().requires_grad_(False)
+    return Classifier(head, _load(checkpoint), loaded.meta.features).eval().requires_grad_(False)
 
 
 def _head(directory: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A trained model over a cache or over tiles: what is asked of it, and its logits row after row, in order."""
+"""Run a trained model over a cache or over tiles, and yield its logits row by row, in order."""
 
 import math
 import time
@@ -39,18 +39,19 @@ _STREAM_BATCH = 32
 _HEAD_ROWS = 8192
 
 _ROUND = 16
-"""Batches of each rank that rank 0 puts in order together: few enough to hold, enough for ranks not to wait often."""
+"""Batches per rank that rank 0 gathers and sorts at once: few enough to hold, enough that ranks rarely wait."""
 
 FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A model and what it is run on.
+    """A model and the rows it runs on.
 
     Attributes:
-        inputs: its rows.
-        version: whose vectors are read in the place of tiles; None streams.
+        model: the trained model.
+        inputs: the rows.
+        version: the version to read vectors from; None streams tiles.
     """
 
     model: TrainedModel
@@ -59,13 +60,12 @@ class Task:
 
     @classmethod
     def plan(cls, model: TrainedModel, target: Target, ranks: Ranks, *, labels: bool, tta: Views) -> "Task":
-        """Find what lies behind the target. A head on a cache of its own embeddings reads vectors; everything else
-        streams tiles.
+        """List the rows of the target. A head on a cache reads vectors; every other combination streams tiles.
 
         Raises:
-            TrainError: several views are asked for of vectors, which are of one.
-            ProvenanceError: the vectors are of another backbone, size or precision than the run's.
-            SourceError: there is nothing.
+            TrainError: --tta is set for a head on a cache, whose vectors are of one view.
+            ProvenanceError: the cache was made with another backbone, image size or precision than the run.
+            SourceError: there are no tiles.
         """
         if target.names:
             names, window, stride = target.names, target.window, target.stride
@@ -80,14 +80,14 @@ class Task:
             return cls(model, inputs)
         if tta != "one":
             raise TrainError(
-                f"--tta {tta} turns tiles, and {model.place} reads a cache's vectors: use --tiles, or leave --tta out"
+                f"--tta {tta} needs tiles, but {model.place} reads cached vectors: use --tiles, or leave --tta out"
             )
         ranks.run_everywhere(lambda: _check_provenance(model, version))
         return cls(model, inputs, version)
 
     @property
     def listed(self) -> Listed:
-        """The rows of a target that is one listing."""
+        """The rows of a target that is a single listing."""
         (part,) = self.inputs.parts
         assert isinstance(part, Listed)
         return part
@@ -95,14 +95,14 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """What a model says of n rows that follow each other.
+    """The logits of n consecutive rows.
 
     Attributes:
-        first: the first of them.
+        first: number of the first row.
         logits: (n, C) float32, NaN in rows without an embedding.
         label_ids: (n, 128) uint16, zeros where labels were not read.
         status: (n,) uint8, see `Status`.
-        problems: a line for each that could not be read.
+        problems: a line for each unreadable tile.
     """
 
     first: int
@@ -114,12 +114,12 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class Inference:
-    """What a model says of N tiles, on rank 0.
+    """The logits of N tiles.
 
     Attributes:
-        tiles: where they lie, `gs://bucket/prefix` or a directory.
+        tiles: location of the tiles, `gs://bucket/prefix` or a directory.
         table: the tiles.
-        logits, label_ids, status: as those of `Scored`.
+        logits, label_ids, status: see `Scored`.
     """
 
     tiles: str
@@ -132,7 +132,7 @@ class Inference:
 def infer(
     model: TrainedModel, target: Target, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views = "one"
 ) -> Inference | None:
-    """Logits of every tile of the target at once, on rank 0; None on the others. Raises what `Task.plan` does."""
+    """Return the logits of all tiles of the target on rank 0, None on the others; raise what `Task.plan` raises."""
     task = Task.plan(model, target, ranks, labels=labels, tta=tta)
     parts = [*score(task, ranks, Timing(), workers=workers, tta=tta)]
     if not ranks.is_main:
@@ -144,17 +144,19 @@ def infer(
 
 
 def score(task: Task, ranks: Ranks, timing: Timing, *, workers: int | None, tta: Views = "one") -> Iterator[Scored]:
-    """Logits of every row in order, on rank 0; nothing on the others, which must ask for it all the same.
+    """Yield the logits of every row in order on rank 0; the other ranks must iterate too, and get nothing.
 
     Args:
-        timing: is told where this rank's time goes.
-        workers: feed processes a rank.
+        task: model and rows.
+        ranks: share the rows.
+        timing: this rank's times are added to it.
+        workers: feed processes per rank.
         tta: `d4` averages each tile's logits over its eight symmetries.
     """
     if task.version:
         return _score_vectors(task.model, task.version, ranks, timing)
     size = max(1, min(_STREAM_BATCH, len(task.inputs)))
-    batches = sum(math.ceil(len(group) / size) for group in task.inputs.group())
+    batches = sum(math.ceil(rows / size) for _, rows, _ in task.inputs.group())
     return _put_in_order(_score_share(task, ranks, timing, size, workers=workers, tta=tta), batches, ranks)
 
 
@@ -171,7 +173,7 @@ def _check_provenance(model: TrainedModel, version: Version) -> None:
 
 @torch.inference_mode()
 def _score_vectors(model: TrainedModel, version: Version, ranks: Ranks, timing: Timing) -> Iterator[Scored]:
-    """The head over a cache, block by block, on rank 0: too little work to share out."""
+    """Run the head over a cache block by block, on rank 0 alone: there is too little work to share."""
     if not ranks.is_main:
         return
     meta, started = model.meta, time.perf_counter()
@@ -186,7 +188,7 @@ def _score_vectors(model: TrainedModel, version: Version, ranks: Ranks, timing: 
 
 
 def _read_block(version: Version, block: int) -> BlockValues:
-    """A block that cannot be trusted reads as pending."""
+    """Read a block; one that fails its check reads as pending."""
     try:
         return version.read_trusted(block)
     except IntegrityError:
@@ -197,7 +199,7 @@ def _read_block(version: Version, block: int) -> BlockValues:
 def _score_share(
     task: Task, ranks: Ranks, timing: Timing, size: int, *, workers: int | None, tta: Views
 ) -> Iterator[Scored]:
-    """This rank's batches end to end, as they come."""
+    """Stream this rank's batches through the model."""
     model, feeds = task.model, _open_feeds(task.inputs, ranks, workers)
     checkpoint = ranks.run_on_main(model.find_checkpoint)
     precision: Any = model.meta.precision
@@ -230,7 +232,7 @@ def _score_share(
 
 
 def _open_feeds(inputs: Inputs, ranks: Ranks, workers: int | None) -> dict[str, TileFeed]:
-    """A feed for each place. The first starts its workers now, while the model is being loaded."""
+    """Open a feed for each place, and start the workers of the first while the model is being loaded."""
     pinned, count = ranks.device.type == "cuda", ranks.choose_workers(workers)
     places = dict.fromkeys(part.place for part in inputs.parts)
     feeds = {place: TileFeed(open_source(place), workers=count, pin_memory=pinned) for place in places}
@@ -240,13 +242,12 @@ def _open_feeds(inputs: Inputs, ranks: Ranks, workers: int | None) -> dict[str, 
 
 
 def _read_share(inputs: Inputs, feeds: dict[str, TileFeed], ranks: Ranks, size: int) -> Iterator[TileBatch]:
-    """This rank's batches: every one of so many as there are ranks. A batch is of one place."""
+    """Yield every world_size-th batch, beginning at this rank; a batch comes from one place."""
     number = 0
-    for group in inputs.group():
+    for place, rows, requests in inputs.group():
         first = (ranks.rank - number) % ranks.world_size
-        batches = _cut(group.make_requests(), size)
-        yield from feeds[group.place].read(islice(batches, first, None, ranks.world_size))
-        number += math.ceil(len(group) / size)
+        yield from feeds[place].read(islice(_cut(requests, size), first, None, ranks.world_size))
+        number += math.ceil(rows / size)
 
 
 def _cut(requests: Iterator[Request], size: int) -> Iterator[list[Request]]:
@@ -255,7 +256,7 @@ def _cut(requests: Iterator[Request], size: int) -> Iterator[list[Request]]:
 
 
 def _put_in_order(mine: Iterator[Scored], batches: int, ranks: Ranks) -> Iterator[Scored]:
-    """The ranks' batches in the order of their rows, on rank 0."""
+    """Gather the batches of all ranks on rank 0, and yield them in the order of their rows."""
     if ranks.world_size == 1:
         yield from mine
         return
@@ -264,14 +265,14 @@ def _put_in_order(mine: Iterator[Scored], batches: int, ranks: Ranks) -> Iterato
         dist.gather_object([*islice(mine, _ROUND)], parts if ranks.is_main else None, dst=0)
         if ranks.is_main:
             yield from sorted(chain.from_iterable(parts), key=lambda part: part.first)
-    next(mine, None)  # has no more, but notes the time of its last batch
+    next(mine, None)  # no batch is left, but this records the time of the last one
 
 
 def describe_views(tta: Views) -> list[str]:
-    """A line for the user when several views of each tile were averaged."""
+    """Return a line for the user if several views of each tile were averaged."""
     if tta == "one":
         return []
     return [
         f"--tta {tta}: mean logits of {SYMMETRIES} flips and rotations of each tile; temperature and thresholds were "
-        "fitted on one"
+        "fitted on a single view"
     ]

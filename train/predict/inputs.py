@@ -1,11 +1,11 @@
-"""What a user names to be read, file by file: images, directories, buckets, and rasters that are cut into windows."""
+"""Find and read the inputs of a prediction: images, directories, buckets, and rasters cut into windows."""
 
 import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from extract.tiles.raster import LonLat, Window
 
 LARGEST_TILE = 2048
-"""Pixels a side. A GeoTIFF larger than this is a raster, not a tile: squeezed into one, its objects would vanish."""
+"""Pixels per side. A larger GeoTIFF is cut as a raster: resized to one tile, its objects would vanish."""
 WINDOW = 512
-"""Pixels a side of a window where none are asked for."""
+"""Default pixels per side of a window."""
 _RASTER_SUFFIXES = (".tif", ".tiff")
-_OUTLINED_TOGETHER = 256
+_RINGS_AT_ONCE = 256
 _HERE = "."
-"""Place of all local files: they are named as from the working directory."""
+"""Place of all local files, which are named relative to the working directory."""
 
 
 class Described(NamedTuple):
-    """What a row of predictions is of.
+    """The tile or window that a row of predictions describes.
 
     Attributes:
-        tile: its name; of a window, the raster's and the place in the grid.
-        window: where it lies in its raster, None for a tile.
-        ring: the window's outline as (longitude, latitude), None for a tile or without georeferencing.
+        tile: name of the tile; for a window, name of the raster and position in the grid.
+        window: position in the raster; None for a tile.
+        ring: outline of the window as (longitude, latitude); None for a tile or without georeferencing.
     """
 
     tile: str
@@ -49,19 +49,19 @@ class Described(NamedTuple):
 
 
 class Part(Protocol):
-    """Some of what is read, in its order."""
+    """A part of the inputs, in order."""
 
     @property
     def place(self) -> str:
-        """Where its tiles' names are read from: `gs://bucket/prefix` or a directory."""
+        """Location that tile names are relative to: `gs://bucket/prefix` or a directory."""
 
     def __len__(self) -> int: ...
 
     def make_requests(self, first: int) -> Iterator[Request]:
-        """A request for each tile or window, the first one for row `first`."""
+        """Yield a request for each tile or window; rows count up from `first`."""
 
     def describe(self, rings: bool) -> Iterator[Described]:
-        """What each row is of; outlines only if `rings`."""
+        """Describe each row, with outlines only if `rings`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +69,10 @@ class Listed:
     """Tiles of one listing.
 
     Attributes:
-        place: where they are.
+        place: location of the tiles.
         table: the tiles.
-        prefix: what to put before their names to show them.
-        labels: whether their labels are read, too.
+        prefix: put before tile names when they are shown.
+        labels: whether to read label files too.
     """
 
     place: str
@@ -95,7 +95,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Files:
-    """Local image files in the order they were named, with their sizes in bytes."""
+    """Local image files in the order given, with their sizes in bytes."""
 
     paths: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -122,9 +122,9 @@ class Scene:
 
     Attributes:
         path: the GeoTIFF.
-        height, width: its pixels.
-        georeferenced: whether its windows have a place on the Earth.
-        size, stride: of the windows, in pixels.
+        height, width: pixels of the raster.
+        georeferenced: whether it has a coordinate reference system.
+        size, stride: side and step of the windows, in pixels.
     """
 
     path: str
@@ -143,24 +143,21 @@ class Scene:
 
         return count_windows(self.height, self.width, self.size, self.stride)
 
-    def _requests(self, first: int = 0) -> Iterator[WindowRequest]:
+    def make_requests(self, first: int = 0) -> Iterator[WindowRequest]:
         from extract.tiles.raster import windows
 
         for row, window in enumerate(windows(self.height, self.width, self.size, self.stride), start=first):
             yield WindowRequest(row, self.path, window)
 
-    def make_requests(self, first: int) -> Iterator[Request]:
-        return self._requests(first)
-
     def describe(self, rings: bool) -> Iterator[Described]:
         from extract.tiles.raster import Raster
 
+        requests = self.make_requests()
         if not rings or not self.georeferenced:
-            yield from (Described(request.tile, request.window) for request in self._requests())
+            yield from (Described(request.tile, request.window) for request in requests)
             return
-        requests = self._requests()
         with Raster(self.path) as raster:
-            while some := list(islice(requests, _OUTLINED_TOGETHER)):
+            while some := list(islice(requests, _RINGS_AT_ONCE)):
                 outlines = raster.wgs84_rings([request.window for request in some])
                 assert outlines is not None
                 for request, ring in zip(some, outlines, strict=True):
@@ -169,11 +166,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that is read, part after part.
+    """All inputs of a prediction.
 
     Attributes:
-        parts: rows are numbered through them.
-        notes: lines for the user: what each name was taken for.
+        parts: rows are numbered through all parts, in order.
+        notes: lines for the user on what each name stands for.
     """
 
     parts: tuple[Part, ...]
@@ -182,54 +179,37 @@ class Inputs:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def group(self) -> list["Group"]:
-        """The requests of all rows in their order; neighbours that are read from one place come together."""
-        groups, first = [], 0
-        for place, neighbours in groupby(self.parts, lambda part: part.place):
-            parts = tuple(neighbours)
-            groups.append(Group(place, parts, first))
-            first += len(groups[-1])
-        return groups
+    def group(self) -> Iterator[tuple[str, int, Iterator[Request]]]:
+        """Yield place, number of rows and requests of consecutive parts in one place, which one feed can read."""
+        first = 0
+        for place, group in groupby(self.parts, lambda part: part.place):
+            parts = tuple(group)
+            *starts, end = accumulate(map(len, parts), initial=first)
+            requests = (part.make_requests(start) for part, start in zip(parts, starts, strict=True))
+            yield place, end - first, chain.from_iterable(requests)
+            first = end
 
     def describe(self, *, rings: bool) -> Iterator[Described]:
-        """What each row is of, in order."""
+        """Describe each row, in order."""
         for part in self.parts:
             yield from part.describe(rings)
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Parts that one feed can read, and the row that the first of them begins with."""
-
-    place: str
-    parts: tuple[Part, ...]
-    first: int
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def make_requests(self) -> Iterator[Request]:
-        first = self.first
-        for part in self.parts:
-            yield from part.make_requests(first)
-            first += len(part)
-
-
 def find_inputs(names: Sequence[str], window: int | None, stride: int | None) -> Inputs:
-    """What lies behind names: image files, directories, `gs://bucket/prefix`, GeoTIFFs.
+    """Find the inputs behind names: image files, directories, `gs://bucket/prefix`, GeoTIFFs.
 
-    A directory or bucket is what lies below its `images/`, or else everything in it. A local `.tif` is a raster when
-    `window` is given, or one of its sides has more than `LARGEST_TILE` pixels; in a bucket it is always a tile.
+    A directory or bucket stands for everything below its `images/`, or else everything in it. A local `.tif` is a
+    raster if `window` is given or one of its sides exceeds `LARGEST_TILE` pixels; in a bucket it is always a tile.
 
     Args:
         names: as the user gave them; rows keep their order.
-        window: pixels a side of the windows that rasters are cut into, None for 512.
-        stride: pixels from one window to the next, None for the window's own size.
+        window: pixels per side of the windows that rasters are cut into; None means 512.
+        stride: pixels from one window to the next; None means the window size.
 
     Raises:
-        ConfigError: a window or stride that cannot work.
-        SourceError: nothing there, no images, or a file that is none.
-        RasterError: a raster that cannot be opened.
+        ConfigError: the window or stride is out of range.
+        SourceError: a name does not exist, holds no images, or is no image.
+        RasterError: a raster cannot be opened.
     """
     grid = _Grid.check(window, stride)
     found: list[_Found] = []
@@ -240,12 +220,12 @@ def find_inputs(names: Sequence[str], window: int | None, stride: int | None) ->
 
 
 _Found = tuple[Sequence[Part], str]
-"""Parts, and a line that says what they are."""
+"""Parts, and a line for the user that describes them."""
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Windows in pixels, and whether every GeoTIFF is to be cut."""
+    """Size and stride of windows in pixels, and whether to cut every GeoTIFF or only large ones."""
 
     size: int
     stride: int
@@ -262,11 +242,11 @@ class _Grid:
         return cls(size, step, window is not None)
 
     def cuts(self, path: str) -> bool:
-        """Whether a local file is a raster."""
+        """Return whether a local file is a raster to cut."""
         return path.lower().endswith(_RASTER_SUFFIXES) and (self.everything or _is_large(path))
 
     def lay(self, path: str) -> Scene:
-        """The windows of a raster."""
+        """Open a raster and lay the windows over it."""
         from extract.tiles.raster import Raster
 
         with Raster(path) as raster:
@@ -274,7 +254,7 @@ class _Grid:
 
 
 def _is_large(path: str) -> bool:
-    """Whether a TIFF has more pixels a side than a tile, by its header; what cannot be opened is not."""
+    """Return whether a TIFF's header says it is larger than a tile; false for a file that cannot be opened."""
     from extract.tiles.raster import Raster
 
     try:
@@ -284,7 +264,7 @@ def _is_large(path: str) -> bool:
                 return max(image.size) > LARGEST_TILE
     except Image.DecompressionBombError:
         return True
-    # Pillow's plugins raise what they please; of many bands, say, it knows nothing where GDAL does.
+    # Pillow's plugins raise all kinds of errors, and files with many bands, for example, only GDAL reads.
     except Exception:
         try:
             with Raster(path) as raster:
@@ -294,12 +274,12 @@ def _is_large(path: str) -> bool:
 
 
 def _find_files(paths: tuple[str, ...], grid: _Grid) -> Iterator[_Found]:
-    """Named files; tiles that follow each other are one part."""
+    """Yield the parts of named files; consecutive tiles make one part."""
     for path in paths:
         if not Path(path).is_file():
             raise SourceError(f"no file or directory {show_name(path)}: check INPUT")
         if not path.lower().endswith(IMAGE_SUFFIXES):
-            raise SourceError(f"{show_name(path)} is no image: PNG, JPEG and TIFF files are read: check INPUT")
+            raise SourceError(f"{show_name(path)} is not a PNG, JPEG or TIFF image: check INPUT")
     for cut, group in groupby(paths, grid.cuts):
         files = tuple(group)
         what = show_name(files[0]) if len(files) == 1 else f"{len(files):,} files"
@@ -311,7 +291,7 @@ def _find_files(paths: tuple[str, ...], grid: _Grid) -> Iterator[_Found]:
 
 
 def _find_place(name: str, grid: _Grid) -> _Found:
-    """A bucket, or a directory."""
+    """List a bucket or a directory."""
     source = open_source(name)
     listing = list_images(source)
     table, scenes = listing.table, list[Scene]()

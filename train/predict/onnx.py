@@ -1,7 +1,7 @@
-"""A whole classifier as one ONNX graph, and onnxruntime's word that it computes what torch does.
+"""Write a whole classifier as one ONNX graph, and check with onnxruntime that it computes the same logits as torch.
 
-The exporter is torch's present one (`dynamo=True`, the default since 2.9); the older one, over TorchScript, is
-deprecated. The packages are the `onnx` extra: nothing else needs them.
+The exporter is torch's current one (`dynamo=True`, the default since 2.9); the TorchScript exporter is deprecated.
+The packages come with the `onnx` extra.
 """
 
 import logging
@@ -16,16 +16,16 @@ from train.errors import TrainError
 from train.model.classifier import Classifier, join_features
 
 MAX_DIFFERENCE = 1e-4
-"""Of logits, over the largest of them or 1: float32 sums in another order, through all layers."""
+"""Tolerance of the logits, relative to the largest or 1: all layers sum float32 values in another order."""
 INLINE_BYTES = 2_000_000_000
-"""A protobuf file ends at 2 GiB: the weights of a larger model go to a file of their own, `classifier.onnx.data`."""
+"""Protobuf files are limited to 2 GiB: weights of a larger model go to a separate file, `classifier.onnx.data`."""
 
 
 def require_onnx() -> None:
-    """Look for the packages before any work is done.
+    """Check that the ONNX packages are installed, before any work is done.
 
     Raises:
-        TrainError: one is not installed.
+        TrainError: one is missing.
     """
     try:
         import onnx  # noqa: F401
@@ -39,7 +39,7 @@ def require_onnx() -> None:
 
 
 class _PixelsToLogits(nn.Module):
-    """The classifier without its case for a rank that has no rows, at which tracing would fix the batch's length."""
+    """The classifier without its branch for empty batches, with which tracing would fix the batch size."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ def write_onnx(classifier: Classifier, path: Path, pixels: Tensor, *, inline_byt
     """Write `pixel_values` (B, 3, S, S) float32 -> `logits` (B, C) float32, for any B of at least 1.
 
     Args:
-        classifier: with a float32 backbone, in eval mode, on the CPU.
-        path: of the file.
-        pixels: (2 or more, 3, S, S) float32 to trace with; S becomes the graph's own.
-        inline_bytes: more weights than this go to a file beside it.
+        classifier: has a float32 backbone, is in eval mode and on the CPU.
+        path: file to write.
+        pixels: (2 or more, 3, S, S) float32 to trace with; S is fixed in the graph.
+        inline_bytes: if the weights are larger, they go to a file next to it.
 
     Raises:
         TrainError: the exporter cannot express this model.
@@ -66,7 +66,7 @@ def write_onnx(classifier: Classifier, path: Path, pixels: Tensor, *, inline_byt
     size = sum(parameter.numel() * parameter.element_size() for parameter in classifier.parameters())
     log = logging.getLogger("torch.onnx")
     level = log.level
-    log.setLevel(logging.ERROR)  # it names the parts of torchvision that are not installed
+    log.setLevel(logging.ERROR)  # it warns about parts of torchvision that are not installed
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -81,7 +81,7 @@ def write_onnx(classifier: Classifier, path: Path, pixels: Tensor, *, inline_byt
             )
             assert program is not None
             for node in program.model.graph.all_nodes():
-                node.metadata_props.clear()  # stack traces with paths of this machine, more than half of a small file
+                node.metadata_props.clear()  # stack traces with paths of this machine: over half of a small file
             program.save(path, external_data=size > inline_bytes)
     except torch.onnx.OnnxExporterError as error:
         raise TrainError(
@@ -96,25 +96,25 @@ def check_onnx(path: Path, pixels: Tensor, expected: Tensor, *, batches: Sequenc
     """Run the file with onnxruntime in batches of several lengths and compare with torch.
 
     Args:
-        path: what `write_onnx` wrote.
+        path: file written by `write_onnx`.
         pixels: (N, 3, S, S) float32.
-        expected: (N, C) float32, torch's logits of them.
-        batches: how many of the N to run at once, from the first on, one length after the other.
+        expected: (N, C) float32, torch's logits for them.
+        batches: batch sizes to try, each on the first of the N tiles.
 
     Returns:
-        the largest difference of a logit, over the largest logit or 1.
+        the largest difference of a logit, relative to the largest logit or 1.
 
     Raises:
-        TrainError: it is more than `MAX_DIFFERENCE`, or onnxruntime refuses the file.
+        TrainError: the difference exceeds `MAX_DIFFERENCE`, or onnxruntime cannot run the file.
     """
     import onnxruntime
 
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = [session.run(["logits"], {"pixel_values": pixels[:length].numpy()})[0] for length in batches]
-    except Exception as error:  # of a dozen kinds without a base of their own
+    except Exception as error:  # a dozen kinds without a common base class
         raise TrainError(
-            f"onnxruntime {onnxruntime.__version__} refuses {path.name} ({_first_line(error)}): "
+            f"onnxruntime {onnxruntime.__version__} cannot run {path.name} ({_first_line(error)}): "
             "use the versions of constraints.txt, or export with --no-onnx"
         ) from error
     worst = max(relative_difference(torch.from_numpy(logits), expected[: len(logits)], of=expected) for logits in found)
@@ -127,7 +127,7 @@ def check_onnx(path: Path, pixels: Tensor, expected: Tensor, *, batches: Sequenc
 
 
 def relative_difference(found: Tensor, expected: Tensor, *, of: Tensor) -> float:
-    """The largest absolute difference, over the largest absolute value in `of` or 1; NaN where a value is."""
+    """Return the largest absolute difference over the largest absolute value in `of` or 1; NaN if any value is."""
     return float((found - expected).abs().max() / of.abs().max().clamp(min=1))
 
 

@@ -1,10 +1,11 @@
-"""How predictions are written: a row for each tile as CSV, an object as JSON lines, a polygon as GeoJSON."""
+"""Output formats of predictions: a CSV row, a JSON line or a GeoJSON polygon per tile."""
 
 import csv
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, ClassVar, NamedTuple, TextIO
 
 import numpy as np
 
@@ -18,7 +19,7 @@ _BOUNDS = ("left", "top", "right", "bottom")
 
 
 class Record(NamedTuple):
-    """A row; `probs` in every digit of a float32, so that comparing with thresholds gives the decisions."""
+    """A row; `probs` have all digits of a float32, so that comparing them with the thresholds gives the decisions."""
 
     described: Described
     status: Status
@@ -27,7 +28,7 @@ class Record(NamedTuple):
 
     @property
     def bounds(self) -> dict[str, int]:
-        """Where the window begins and ends in its raster, in pixels; nothing for a tile."""
+        """Edges of the window in its raster, in pixels; empty for a tile."""
         window = self.described.window
         if window is None:
             return {}
@@ -36,39 +37,46 @@ class Record(NamedTuple):
 
 
 def make_record(described: Described, status: Status, probs: Any, preds: Any, names: tuple[str, ...]) -> Record:
-    """A row from (C,) float32 probabilities, NaN where there are none, and (C,) bool decisions."""
+    """Make a row from (C,) float32 probabilities, NaN for an unreadable tile, and (C,) bool decisions."""
     cells = ["" if math.isnan(p) else f"{p:.9g}" for p in probs.tolist()]
     return Record(described, status, cells, [names[c] for c in np.flatnonzero(preds)])
 
 
 @dataclass(frozen=True)
 class Table:
-    """What all rows have in common: class names, views, and whether there are windows among them."""
+    """What all rows share: class names, views, and whether any row is a window."""
 
     names: tuple[str, ...]
     tta: Views
     windows: bool
 
     @property
-    def used(self) -> dict[str, str]:
+    def options(self) -> dict[str, str]:
+        """Further columns that are the same in every row."""
         return {} if self.tta == "one" else {"tta": self.tta}
 
 
-class Format(Protocol):
-    rings: bool
-    """Whether it wants the outline of windows."""
+class Format(ABC):
+    """Writes predictions to a stream; making one writes what comes before the first row.
+
+    Attributes:
+        rings: whether it needs the outlines of windows.
+    """
+
+    rings: ClassVar[bool] = True
 
     def __init__(self, stream: TextIO, table: Table) -> None:
-        """Write what comes first."""
+        self._stream, self._table = stream, table
 
+    @abstractmethod
     def write(self, record: Record) -> None:
         """Write a row."""
 
-    def end(self) -> None:
-        """Write what comes last."""
+    def end(self) -> None:  # noqa: B027
+        """Write what comes after the last row."""
 
 
-class _Csv:
+class _Csv(Format):
     """A row per tile: name, status, decided classes, then the calibrated probability of every class.
 
     Before the classes come a column `tta` if several views were averaged, and the edges of windows if there are any.
@@ -77,26 +85,19 @@ class _Csv:
     rings = False
 
     def __init__(self, stream: TextIO, table: Table) -> None:
-        self._writer, self._table = csv.writer(stream), table
+        super().__init__(stream, table)
+        self._writer = csv.writer(stream)
         self._bounds = _BOUNDS if table.windows else ()
-        self._writer.writerow(["tile", "status", "preds", *table.used, *self._bounds, *table.names])
+        self._writer.writerow(["tile", "status", "preds", *table.options, *self._bounds, *table.names])
 
     def write(self, record: Record) -> None:
         start = [record.described.tile, record.status.name.lower(), ";".join(record.decided)]
         bounds = [record.bounds.get(name, "") for name in self._bounds]
-        self._writer.writerow([*start, *self._table.used.values(), *bounds, *record.probs])
-
-    def end(self) -> None:
-        pass
+        self._writer.writerow([*start, *self._table.options.values(), *bounds, *record.probs])
 
 
-class _JsonLines:
-    """An object per tile: tile, status, preds (names), probs (by name), and of a window its edges and outline."""
-
-    rings = True
-
-    def __init__(self, stream: TextIO, table: Table) -> None:
-        self._stream, self._table = stream, table
+class _JsonLines(Format):
+    """An object per tile: tile, status, preds (names), probs (by name), and for a window its edges and outline."""
 
     def write(self, record: Record) -> None:
         value = {**_begin_object(record, self._table), "probs": _read_probs(record, self._table)}
@@ -104,20 +105,16 @@ class _JsonLines:
             value |= {"window": record.bounds, "ring": record.described.ring}
         self._stream.write(_dump(value) + "\n")
 
-    def end(self) -> None:
-        pass
 
-
-class _GeoJson:
-    """RFC 7946: a polygon per window, with the columns of the CSV as its properties."""
-
-    rings = True
+class _GeoJson(Format):
+    """A polygon per window, with the columns of the CSV as its properties (RFC 7946)."""
 
     def __init__(self, stream: TextIO, table: Table) -> None:
         taken = {"tile", "status", "reason", "preds", "tta", *_BOUNDS} & set(table.names)
         if taken:
-            raise TrainError(f"a class is called {min(taken)!r}, as a property of GeoJSON is: write .jsonl instead")
-        self._stream, self._table, self._rows = stream, table, 0
+            raise TrainError(f"a class has the name of a GeoJSON property, {min(taken)!r}: write .jsonl instead")
+        super().__init__(stream, table)
+        self._rows = 0
         stream.write('{"type": "FeatureCollection", "features": [')
 
     def write(self, record: Record) -> None:
@@ -142,7 +139,7 @@ def _begin_object(record: Record, table: Table) -> dict[str, Any]:
         "status": record.status.name.lower(),
         **({} if read else {"reason": record.status.reason}),
         "preds": record.decided if read else None,
-        **table.used,
+        **table.options,
     }
 
 

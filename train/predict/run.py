@@ -1,4 +1,4 @@
-"""`predict`: what a model says of each tile, written row by row while it is computed."""
+"""`python -m train predict`: write a model's probabilities and decisions for each tile as they are computed."""
 
 import csv
 import os
@@ -36,26 +36,28 @@ _MAX_NAMED = 10
 def run_prediction(
     run: str, target: Target, out: str, *, tta: Views, device: str, workers: int | None
 ) -> dict[str, Any] | None:
-    """Write probabilities and decisions for every tile, and the thresholds used beside them.
+    """Write probabilities and decisions for every tile to `out`, and the thresholds to a file next to it.
+
+    Both files are written completely or not at all.
 
     Args:
-        run: a run's directory, link or `gs://` address, or an export's directory.
-        target: what to run on.
-        out: `.csv`, `.jsonl` or `.geojson`; it and its thresholds are there whole, or not at all.
+        run: a run's directory, link or `gs://` URL, or an export's directory.
+        target: the tiles.
+        out: a `.csv`, `.jsonl` or `.geojson` file.
         tta: `d4` averages each tile's logits over its eight symmetries.
         device, workers: as in training.
 
     Returns:
-        on the main rank the summary for a program.
+        on the main rank the summary as JSON values; None on other ranks.
 
     Raises:
-        TileprobeError: whatever a user can mend, the outcome that no tile could be read among it; nothing is left.
-        Stopped: SIGTERM or SIGINT came; nothing is left.
+        TileprobeError: something the user can fix, including that no tile was readable.
+        Stopped: SIGTERM or SIGINT came.
     """
     started = time.perf_counter()
     path = _check_out(out)
     asked = Asked.of("train predict", target, run=run, out=out, tta=tta)
-    with stop_on_signals(), join_ranks(device, asked) as ranks, _tell_of_stop(ranks):
+    with stop_on_signals(), join_ranks(device, asked) as ranks, _report_stop(ranks):
         model = ranks.run_on_main(lambda: open_model(run))
         task = Task.plan(model, target, ranks, labels=False, tta=tta)
         ranks.run_on_main(lambda: _prepare(task.inputs, path))
@@ -76,7 +78,7 @@ def run_prediction(
 
 
 @contextmanager
-def _tell_of_stop(ranks: Ranks) -> Iterator[None]:
+def _report_stop(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
@@ -88,18 +90,18 @@ def _tell_of_stop(ranks: Ranks) -> Iterator[None]:
 def _check_out(out: str) -> Path:
     path = Path(DEFAULT_OUT if out == "-" else out)
     if "://" in out:
-        raise TrainError(f"--out {out}: predictions are a local file, to be copied to a bucket afterwards")
+        raise TrainError(f"--out {out}: predictions must be a local file; copy it to a bucket afterwards")
     if path.suffix not in FORMATS:
-        raise TrainError(f"--out {out}: its suffix chooses the format: .csv, .jsonl or .geojson")
+        raise TrainError(f"--out {out}: the suffix must be .csv, .jsonl or .geojson")
     return path
 
 
 def _prepare(inputs: Inputs, out: Path) -> None:
-    """Find out before an hour is spent that what was asked for cannot be written.
+    """Check before any work that `out` can be written in its format.
 
     Raises:
-        TrainError: GeoJSON of what has no place on the Earth; `out` cannot be written.
-        RasterError: coordinates that cannot be turned into longitude and latitude.
+        TrainError: GeoJSON is asked for inputs without geographic coordinates, or `out` cannot be written.
+        RasterError: coordinates cannot be converted to longitude and latitude.
     """
     remedy = f"write .csv or .jsonl instead of {out.name}"
     for part in inputs.parts:
@@ -109,7 +111,7 @@ def _prepare(inputs: Inputs, out: Path) -> None:
             raise TrainError(f"{tile} is a tile, which has no outline: cut GeoTIFFs with --window PIXELS, or {remedy}")
         if out.suffix == ".geojson" and first.ring is None:
             raise TrainError(f"{show_name(first.tile)} is of a raster without coordinate reference system: {remedy}")
-    with _explain_refusal(out):
+    with _explain_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _temporary(out).touch()
         _temporary(out).unlink()
@@ -121,9 +123,9 @@ class Summary:
 
     Attributes:
         out, thresholds: the files.
-        tiles: rows.
-        unreadable: of them, by reason.
-        positives: (C,) decisions for each class.
+        tiles: number of rows.
+        unreadable: number of rows without a prediction, by reason.
+        positives: (C,) positive decisions per class.
         problems: the first few lines about unreadable tiles.
     """
 
@@ -141,7 +143,7 @@ class Summary:
         self.problems += part.problems[: _MAX_NAMED - len(self.problems)]
 
     def describe(self, names: tuple[str, ...]) -> list[str]:
-        """Lines for the user."""
+        """Return lines for the user."""
         skipped = self.unreadable.total()
         lines = [f"{self.tiles:,} tiles -> {self.out} (probabilities and decisions; thresholds in {self.thresholds})"]
         if skipped:
@@ -150,11 +152,11 @@ class Summary:
             lines += [f"  {show_name(problem)}" for problem in self.problems]
         order = np.argsort(-self.positives, kind="stable")
         found = [f"{names[c]} {self.positives[c]:,}" for c in order.tolist() if self.positives[c]]
-        lines.append(f"decided for: {show_first(found, limit=_MAX_NAMED) or 'no class of any tile'}")
+        lines.append(f"positive: {show_first(found, limit=_MAX_NAMED) or 'no class on any tile'}")
         return lines
 
     def collect(self, names: tuple[str, ...], timings: list[Timing], elapsed: float) -> dict[str, Any]:
-        """The same for a program."""
+        """Return the summary as JSON values."""
         seconds = max(timing.wall_s for timing in timings)
         return {
             "tiles": self.tiles,
@@ -177,10 +179,10 @@ def _describe_time(timings: list[Timing], ranks: Ranks, workers: int | None, ela
 
 
 def _predict(task: Task, out: Path, ranks: Ranks, timing: Timing, *, tta: Views, workers: int | None) -> Summary | None:
-    """Compute and write, on rank 0; on the others compute."""
+    """Compute on all ranks, and write on rank 0."""
     parts = score(task, ranks, timing, workers=workers, tta=tta)
     if not ranks.is_main:
-        for _ in parts:  # all of them go to rank 0
+        for _ in parts:  # yields nothing: all parts go to rank 0
             pass
         return None
     summary = Summary(out, out.with_name(f"{out.stem}-thresholds.csv"))
@@ -197,36 +199,36 @@ def _write_rows(
 ) -> None:
     decisions, names = task.model.decisions, task.model.meta.class_names
     windows = any(isinstance(part, Scene) for part in task.inputs.parts)
-    with _explain_refusal(summary.out):
+    with _explain_errors(summary.out):
         rows = FORMATS[summary.out.suffix](stream, Table(names, tta, windows))
     described = task.inputs.describe(rings=rows.rings)
     for part in parts:
         begun = time.perf_counter()
         probs, preds = decisions.calibrate(part.logits), decisions.decide(part.logits)
-        with _explain_refusal(summary.out):
+        with _explain_errors(summary.out):
             for status, p, decided in zip(part.status.tolist(), probs, preds, strict=True):
                 rows.write(make_record(next(described), Status(status), p, decided, names))
         summary.note(part, preds)
         timing.write_s += time.perf_counter() - begun
-    with _explain_refusal(summary.out):
+    with _explain_errors(summary.out):
         rows.end()
 
 
 def _describe_nothing(summary: Summary) -> str:
     ((reason, _),) = summary.unreadable.most_common(1)
     first = show_name(summary.problems[0].replace(": quarantined: ", " ")) if summary.problems else reason
-    return f"none of {summary.tiles:,} tiles could be read, so nothing is written ({first}): check what was named"
+    return f"none of {summary.tiles:,} tiles could be read, so nothing is written ({first}): check the inputs"
 
 
 @contextmanager
 def _write_whole(path: Path) -> Iterator[TextIO]:
-    """A temporary file that takes the place of `path` at the end, and goes if it does not come to that."""
+    """Provide a temporary file that is renamed to `path` on success, and removed on failure."""
     temporary = _temporary(path)
-    with _explain_refusal(path):
+    with _explain_errors(path):
         stream = temporary.open("w", newline="", encoding="utf-8")
     try:
         yield stream
-        with _explain_refusal(path):
+        with _explain_errors(path):
             stream.flush()
             os.fsync(stream.fileno())
             temporary.rename(path)
@@ -241,7 +243,7 @@ def _temporary(path: Path) -> Path:
 
 
 @contextmanager
-def _explain_refusal(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

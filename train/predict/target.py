@@ -30,6 +30,6 @@ class Target:
 
     def __post_init__(self) -> None:
         if (self.tiles is not None) + (self.cache is not None) + bool(self.names) != 1:
-            raise TrainError("give either --tiles or --cache, or to predict, files and directories instead (INPUT)")
+            raise TrainError("give either --tiles or --cache, or for predict files and directories (INPUT)")
         if not self.names and (self.window, self.stride) != (None, None):
-            raise TrainError("--window and --stride cut GeoTIFFs that are named one by one (INPUT): leave them out")
+            raise TrainError("--window and --stride apply to GeoTIFFs given as INPUT only: leave them out")

@@ -1,4 +1,4 @@
-"""What was trained, ready to be used: the best epoch of a run, or an export of one that stands alone."""
+"""Load a trained model: the best epoch of a run, or an export."""
 
 import json
 from dataclasses import dataclass
@@ -24,11 +24,13 @@ from train.runs.directory import RunDirectory
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """What its tensors belong to, and the classifier without its backbone.
+    """The trained tensors of a model and their metadata; the backbone is loaded separately.
 
     Attributes:
-        place: the directory it was loaded from.
-        amp: whether its trained layers compute under autocast; None where the device multiplies bf16.
+        place: directory it was loaded from.
+        meta: what the tensors belong to.
+        tensors: trained tensors by name.
+        amp: whether trained layers compute under autocast; None means wherever the device multiplies bf16.
     """
 
     place: str
@@ -38,29 +40,33 @@ class TrainedModel:
 
     @property
     def decisions(self) -> Decisions:
-        """Fitted on the run's validation rows; untuned for a run that was stopped before its end."""
+        """Temperature and thresholds fitted on the validation rows; untuned if the run was stopped before its end."""
         if not self.meta.thresholds:
             return Decisions.untuned(len(self.meta.class_names))
         return Decisions(self.meta.temperature, np.asarray(self.meta.thresholds, np.float32))
 
     def find_checkpoint(self) -> Checkpoint:
-        """The backbone it was trained on.
+        """Find the backbone it was trained on.
 
         Raises:
-            CheckpointError: what lies there now has other weights.
+            CheckpointError: the backbone found has other weights.
         """
         checkpoint = find_checkpoint(self.meta.backbone, self.meta.image_size)
         if checkpoint.hash_weights() != self.meta.weights_sha256:
             raise CheckpointError(f"{checkpoint.path} is not the backbone this run was trained on: its weights differ")
         return checkpoint
 
+    def make_head(self, width: int) -> Head:
+        """Make an untrained head for a backbone of `width`."""
+        meta = self.meta
+        return Head(width * len(meta.features), len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
+
     def make_classifier(self, backbone: Backbone | None, width: int, device: torch.device) -> Classifier:
-        """The classifier with its trained tensors, in eval mode."""
+        """Make the classifier with its trained tensors, in eval mode."""
         meta = self.meta
         if backbone is not None and meta.unfreeze:
             backbone.unfreeze_last(meta.unfreeze)
-        head = Head(width * len(meta.features), len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
-        classifier = Classifier(head, backbone, meta.features).to(device)
+        classifier = Classifier(self.make_head(width), backbone, meta.features).to(device)
         load_tensors(classifier, self.tensors)
         return classifier.eval()
 
@@ -81,46 +87,46 @@ class LoadedRun(TrainedModel):
 
 @dataclass(frozen=True, eq=False)
 class LoadedExport(TrainedModel):
-    """What `export` wrote. It computes as its run: frozen layers in the run's precision, trained ones from float32."""
+    """An export. It computes as its run did: frozen layers in the run's precision, trained ones from float32."""
 
     @classmethod
     def load(cls, directory: Path) -> Self:
-        """Read an export after checking its digests; nothing else than the directory is needed.
+        """Load an export after checking its digests; it needs nothing but its directory.
 
         Raises:
-            CheckpointError: it is damaged, incomplete, or another release's.
+            CheckpointError: it is damaged, incomplete, or was written by another release.
         """
         try:
-            # The ONNX graph is left out: it is as large as the rest, and is not read.
+            # The ONNX graph is not checked: it is as large as everything else, and is not read.
             check_digests(directory, ["head.json", "head.safetensors"], ignore="classifier.onnx*")
             head = json.loads((directory / "head.json").read_text())
             meta, amp = _read_meta(head, directory), head["trained"].get("amp")
             tensors = {f"head.{name}": tensor for name, tensor in load_file(directory / "head.safetensors").items()}
         except CheckpointError as error:
-            raise CheckpointError(f"{error}: copy the export again, or make it anew (`make export`)") from error
+            raise CheckpointError(f"{error}: copy the export again, or run `make export` again") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(
-                f"{directory} cannot be read as an export ({type(error).__name__}: {error}): `make export` anew"
+                f"{directory} cannot be read as an export ({type(error).__name__}: {error}): run `make export` again"
             ) from error
         loaded = cls(str(directory), meta, tensors, amp)
         return cls(loaded.place, meta, loaded._read_masters(), amp) if meta.unfreeze else loaded
 
     def find_checkpoint(self) -> Checkpoint:
-        """The export itself; its weights' digest was checked when it was loaded."""
+        """Find the backbone in the export itself, whose digests were checked when it was loaded."""
         return find_checkpoint(self.place, self.meta.image_size)
 
     def _read_masters(self) -> dict[str, torch.Tensor]:
-        """The trained tensors in float32, as a run holds them: loaded in half precision they would be rounded."""
+        """Read the trained tensors in float32, as in a run; loading in half precision would round them."""
         checkpoint, device = self.find_checkpoint(), torch.device("cpu")
         backbone = Backbone.load(checkpoint, precision="float32", device=device)
         return self.make_classifier(backbone, checkpoint.width, device).trained_tensors()
 
 
 def open_model(run: str) -> TrainedModel:
-    """A run, by its directory, link or `gs://` address, or an export of one.
+    """Open a run, given its directory, link or `gs://` URL, or an export, given its directory.
 
     Raises:
-        TileprobeError: neither is there, or it is damaged.
+        TileprobeError: there is neither, or it is damaged.
     """
     place = Path(run)
     if is_bucket(run) or not place.is_dir():
@@ -129,14 +135,14 @@ def open_model(run: str) -> TrainedModel:
         return LoadedExport.load(place)
     if not any((place / name).exists() for name in ("best", "split.json", "history.jsonl")):
         raise TrainError(
-            f"{run} is neither a run nor an export of one: RUN is what `make train-head`, `make finetune` or "
+            f"{run} is neither a run nor an export of one: give a RUN that `make train-head`, `make finetune` or "
             "`make export` wrote"
         )
     return LoadedRun.load(run)
 
 
 def _read_meta(head: dict[str, Any], directory: Path) -> CheckpointMeta:
-    """What head.json says, as a checkpoint of a run would."""
+    """Convert head.json to the metadata of a run's checkpoint."""
     trained = head["trained"]
     return CheckpointMeta(
         epoch=trained["epoch"],

@@ -1,4 +1,4 @@
-"""`python -m train sweep`: a grid of configurations trained together, ranked, and the winner left as a run."""
+"""`python -m train sweep`: train a grid of configurations together, rank them, and write the winner as a run."""
 
 import csv
 import sys
@@ -33,13 +33,13 @@ from .training import Folds, SweepPass, plan_passes
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What training left.
+    """Results of training.
 
     Attributes:
         results: heads that can be ranked.
-        failed: those that diverged.
-        stop: the signal that ended it early.
-        epochs: that the heads were trained for.
+        failed: configurations whose head diverged.
+        stop: the signal that ended training early, if any.
+        epochs: epochs that the heads were trained for.
     """
 
     results: list[HeadResult]
@@ -49,16 +49,16 @@ class Outcome:
 
 
 def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
-    """Train every configuration with every seed, rank them, and leave a run directory with the winner in it.
+    """Train every configuration with every seed, rank them, and make a run directory with the winner.
 
     Args:
-        base: what all share; its seed is the first one, and that of the split.
-        grid: what differs.
-        seeds: how many, counted up from the first.
+        base: settings that all share; its seed is the first one, and decides the split.
+        grid: settings that differ.
+        seeds: number of seeds, counted up from the first.
 
     Raises:
-        TileprobeError: whatever a user can mend.
-        Stopped: SIGTERM or SIGINT came; what was complete by then is ranked and written.
+        TileprobeError: something the user can fix.
+        Stopped: SIGTERM or SIGINT came; complete heads are ranked and written first.
     """
     if seeds < 1:
         raise TrainError(f"--seeds {seeds}: at least 1")
@@ -72,31 +72,31 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
             sets = read_sets(base, ranks)
             if not isinstance(sets.train.vectors, HeldVectors):
                 raise TrainError(
-                    "a sweep looks at the vectors many times over and needs them in memory, where they do not "
-                    "fit: give a larger --memory-budget, or fewer --features"
+                    "a sweep needs the vectors in memory, and they do not fit: give a larger --memory-budget, or "
+                    "fewer --features"
                 )
             base = replace(base, batch_size=choose_batch_size(len(sets.train.rows), base.batch_size))
             start = open_run(base, None, sets)
             run = start.run
             for line in (*sets.notes, *start.notes):
                 print(line, flush=True)
-            if not base.val_cache:  # another seed would make another split
+            if not base.val_cache:  # otherwise every seed would make its own split
                 base = replace(base, data=replace(base.data, split_file=run.split_file))
             Sweep(grid.expand(base), numbers, sets, tuple(used), run, ranks).run()
         except Stopped as stop:
             ranked = run is not None and (run.path / "sweep.json").exists()
-            what = f"{run}/sweep.json ranks what was complete" if ranked else "nothing was complete yet"
+            what = f"{run}/sweep.json ranks the complete heads" if ranked else "no head was complete yet"
             print(f"stopped by {stop}: {what}", file=sys.stderr, flush=True)
             raise
 
 
 def _refuse_several(world_size: int) -> None:
     if world_size > 1:
-        raise TrainError(f"a sweep is one process, not {world_size}: leave NPROC unset")
+        raise TrainError(f"a sweep runs in one process, not {world_size}: leave NPROC unset")
 
 
 class Sweep:
-    """A sweep on sets that are read, with all `features` that it uses, into a run directory that is there."""
+    """A sweep on sets that hold all `features` in use, written to an existing run directory."""
 
     def __init__(
         self,
@@ -116,14 +116,14 @@ class Sweep:
             raise TrainError("no validation tile shows any class: nothing can be ranked; give a larger VAL_CACHE")
 
     def run(self) -> None:
-        """Train, rank, and write what the winner leaves."""
+        """Train and rank the heads, and write the ranking and the winner's run."""
         outcome = self._train()
         ranked = rank_configurations(outcome.results, outcome.failed)
         if not ranked and outcome.stop is not None:
             raise outcome.stop
         if not ranked:
             raise TrainError(
-                "a head of every configuration diverged: lower --lrs, or run `python -m train head`, which names tiles"
+                "a head of every configuration diverged: lower --lrs, or see on which tiles with `python -m train head`"
             )
         honest = cross_fit(ranked, self._folds.support)
         self._write(ranked, honest, outcome)
@@ -166,7 +166,7 @@ class Sweep:
         return Outcome(results, failed, None, epochs)
 
     def _collect(self, finished: SweepPass, results: list[HeadResult], failed: list[TrainConfig]) -> None:
-        """Take a pass's results; the winner's tensors will be those of the first seed, so the others need none."""
+        """Collect a pass's results, with tensors of the first seed only, since the winner's run uses that seed."""
         found, lost = finished.collect(keep=finished.seed == self._seeds[0])
         results += found
         failed += lost
@@ -192,7 +192,7 @@ class Sweep:
             writer.writerows(lines)
 
     def _finish(self, winner: Ranked) -> None:
-        """Make the directory a run of the winning configuration with the first seed: not the luckiest of its seeds."""
+        """Complete the run with the winner's head of the first seed, not of its luckiest seed."""
         head = winner.heads[0]
         config = head.config
         assert head.tensors is not None
@@ -201,30 +201,30 @@ class Sweep:
         write_settings(self._run, config, self._sets.train.version)
         save_checkpoint(self._run.best, {f"head.{name}": tensor for name, tensor in head.tensors.items()}, best)
         classifier = Classifier(self._make_head(config), None, meta.features).to(self._ranks.device)
-        own = read_sets(config, self._ranks)  # with its features alone
+        own = read_sets(config, self._ranks)  # with the winner's features only
         finish_run(config, self._run, own, classifier, lambda cache: open_cached_tiles(cache, self._ranks), self._ranks)
 
     def _describe(self, ranked: Sequence[Ranked], honest: dict[str, float] | None, outcome: Outcome) -> list[str]:
-        """What to make of the winner, and the command that trains it alone."""
+        """Return lines on how good the winner is, and the command that trains it alone."""
         lines = []
         if outcome.failed:
             lines.append(
-                f"warning: {len(outcome.failed)} heads diverged, so that {len(self._configs) - len(ranked)} "
-                "configurations are not ranked: lower --lrs; sweep.json names them"
+                f"warning: {len(outcome.failed)} heads diverged, so {len(self._configs) - len(ranked)} configurations "
+                "are not ranked: lower --lrs; sweep.json names them"
             )
         if outcome.stop is not None:
             lines.append(
-                f"stopped by {outcome.stop}: ranked are {len(outcome.results)} heads of "
-                f"{len(self._configs) * len(self._seeds)}, after {outcome.epochs} of {self._configs[0].epochs} epochs"
+                f"stopped by {outcome.stop}: {len(outcome.results)} of {len(self._configs) * len(self._seeds)} heads "
+                f"are ranked, after {outcome.epochs} of {self._configs[0].epochs} epochs"
             )
-        tried = f"the best of {len(ranked)} is chosen for its luck too, so its figures above flatter it"
+        tried = f"the best of {len(ranked)} was chosen partly by luck, so its figures above are too high"
         if honest is None:
-            lines.append(f"{tried}; with a single validation scene there is no telling by how much")
+            lines.append(f"{tried}; with a single validation scene there is no way to tell by how much")
         else:
             lines.append(
-                f"{tried}: epoch and configuration chosen on other scenes than those that score them give weighted F1 "
+                f"{tried}: when epoch and configuration are chosen on other scenes than those scored, weighted F1 is "
                 f"{honest['f1_weighted']:.4f}, macro F1 {honest['f1_macro']:.4f} "
-                f"(for {ranked[0].mean('f1_weighted'):.4f} and {ranked[0].mean('f1_macro'):.4f})"
+                f"(instead of {ranked[0].mean('f1_weighted'):.4f} and {ranked[0].mean('f1_macro'):.4f})"
             )
         return [
             *lines,

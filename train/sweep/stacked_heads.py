@@ -1,7 +1,7 @@
-"""Many heads of one shape, trained as one: stacked parameters, one matrix product for the layer that sees the inputs.
+"""Train many heads of one shape as one: stacked parameters, and one matrix product for the layer that sees the inputs.
 
-Every member trains as it would alone. It sees the same batches, has its own loss, rate and decay, and, if it has a
-hidden layer, the dropout it would draw alone: those draws depend on seed and epoch only, so one mask serves all.
+Every member trains exactly as it would alone: on the same batches, with its own loss, rate and decay, and with the same
+dropout. Dropout draws depend on seed and epoch only, so one mask serves all members.
 """
 
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ class StackedHeads:
     """M heads of one shape.
 
     Attributes:
-        tensors: as in a head's `state_dict`, with a first dimension of M.
+        tensors: the tensors of a head's `state_dict`, each with a first dimension of M.
     """
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
 
     def __call__(self, inputs: Tensor, mask: Tensor | None = None, *, amp: bool = False) -> Tensor:
-        """Logits of all members for the same inputs.
+        """Compute the logits of all members for the same inputs.
 
         Args:
             inputs: (B, D) float32.
-            mask: (B, H), what dropout multiplies the hidden layer of each member by; None outside training.
-            amp: autocast to bf16; not for scores, which would tie.
+            mask: (B, H), multiplies the hidden layer of every member (dropout); None outside training.
+            amp: autocast to bf16; leave it off when scoring, since bf16 logits tie.
 
         Returns:
             (M, B, C).
@@ -51,16 +51,17 @@ class StackedHeads:
 
 
 class Stack:
-    """M configurations of one shape and seed with their optimiser; they differ in loss, rate and decay alone.
+    """M configurations of one shape and seed with their optimiser; they differ in loss, rate and decay only.
 
     Attributes:
         configs: the members.
-        features, hidden: what they share; `hidden` is 0 for linear heads.
-        heads: their present parameters.
+        features, hidden: shared by all members; `hidden` is 0 for linear heads.
+        heads: the current parameters.
 
     Args:
-        configs: those of one loss beside each other.
-        head: what all start from.
+        configs: the members, grouped by loss.
+        head: initial parameters of every member.
+        device: where to train.
         amp: autocast to bf16 in training.
     """
 
@@ -75,18 +76,18 @@ class Stack:
         self.heads = StackedHeads(stacked)
         self._amp = amp
         self._losses = [(loss, len(list(group))) for loss, group in groupby(configs, TrainConfig.make_loss)]
-        # The optimiser sees the slices of each member as tensors of their own.
+        # The optimiser sees each member's slices as separate tensors.
         self._slices = {name: tensor.detach().unbind() for name, tensor in stacked.items()}
         self._optimizer = _make_optimizer(configs, list(zip(*self._slices.values(), strict=True)))
 
     def train_step(self, inputs: Tensor, labels: Tensor, mask: Tensor | None, scale: float) -> None:
-        """One step of every member.
+        """Train every member for one step.
 
         Args:
             inputs: (B, D) float32.
             labels: (B, C) bool.
-            mask: (B, H), as for `StackedHeads`.
-            scale: of every member's learning rate.
+            mask: (B, H), see `StackedHeads`.
+            scale: multiplies every member's learning rate.
         """
         logits = self.heads(inputs, mask if self.hidden else None, amp=self._amp)
         parts = logits.split([members for _, members in self._losses])
@@ -103,7 +104,7 @@ class Stack:
 
 
 def _make_optimizer(configs: Sequence[TrainConfig], members: Sequence[tuple[Tensor, ...]]) -> torch.optim.AdamW:
-    """torch's own fused AdamW; members of one rate and decay share a parameter group, and with it a kernel."""
+    """Make a fused AdamW; members with the same rate and decay share a parameter group, and so a kernel."""
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for config, tensors in zip(configs, members, strict=True):
         groups.setdefault((config.lr, config.weight_decay), []).extend(tensors)

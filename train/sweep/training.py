@@ -1,4 +1,4 @@
-"""A sweep's training: in a pass over the data each batch is read once, and every head of the pass trains on it."""
+"""Train the heads of a sweep in passes: each batch of a pass is read once, and every head of the pass trains on it."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +26,10 @@ from .ranking import KEYS, CountArray, FloatArray, HeadResult, assign_folds, cho
 from .stacked_heads import Stack, StackedHeads
 
 STATE_BYTES = 2 << 30
-"""What the heads of a pass may take together, with gradients, moments and best epochs; more heads take turns."""
+"""Memory of all heads of a pass, with gradients, moments and best epochs; further heads train in further passes."""
 ACTIVATION_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
-"""What the widest layer of a stack may take: on a CPU its share of the cache, on a GPU enough to fill it."""
-_COPIES = 6  # parameters, gradients, two moments, the best epoch's and those that take their place
+"""Memory of the widest layer of a stack: fits in a CPU's cache, and is enough to keep a GPU busy."""
+_COPIES = 6  # parameters, gradients, two moments, best epoch's parameters and their replacement
 
 Members = tuple[TrainConfig, ...]
 MakeHead = Callable[[TrainConfig], Head]
@@ -38,16 +38,16 @@ MakeHead = Callable[[TrainConfig], Head]
 def plan_passes(
     configs: Sequence[TrainConfig], seeds: Sequence[int], make_head: MakeHead, device: torch.device
 ) -> list[list[Members]]:
-    """Which heads train together: per pass its stacks, per stack its members.
+    """Decide which heads train together; return for each pass its stacks, and for each stack its members.
 
-    Heads of one seed see the same batches, so a pass is of one seed. A stack is of one shape, and in it those of the
-    same loss are neighbours.
+    A pass has one seed, since heads of one seed see the same batches. A stack has one shape, with members grouped by
+    loss.
 
     Args:
-        configs: of the first seed.
-        seeds: that each of them is trained with.
-        make_head: gives a fresh head; called once a shape, on the meta device.
-        device: that they will train on.
+        configs: configurations with the first seed.
+        seeds: seeds to train each configuration with.
+        make_head: makes an initial head; called once per shape, on the meta device.
+        device: where they will train.
     """
     passes: list[list[Members]] = [[]]
     room = STATE_BYTES
@@ -79,7 +79,7 @@ def _order(config: TrainConfig) -> tuple[str, int, str]:
 
 
 def _split(members: Members, most: int) -> list[Members]:
-    """As few stacks as hold at most `most` members each, about equal in size."""
+    """Split members into as few stacks of at most `most` as possible, of about equal size."""
     size = math.ceil(len(members) / math.ceil(len(members) / most))
     return [members[start : start + size] for start in range(0, len(members), size)]
 
@@ -89,9 +89,9 @@ class Folds:
     """Validation rows in folds of scenes.
 
     Attributes:
-        weights: (n, K) float32 on the device: 1 in the fold of a row, and nowhere for a row that does not count.
+        weights: (n, K) float32 on the device: 1 in the row's fold; all 0 for a row left out of the main figures.
         labels: (n, C) bool on the device.
-        support: (K, C) positives.
+        support: (K, C) number of positives.
     """
 
     weights: Tensor
@@ -100,7 +100,7 @@ class Folds:
 
     @classmethod
     def make(cls, val: ValidationSet, seed: int, device: torch.device) -> "Folds":
-        """Folds of the validation rows that count."""
+        """Assign the rows of the main figures to folds."""
         fold = assign_folds(val.rows.scenes[val.counted], seed)
         weights = np.zeros((len(val.rows), int(fold.max()) + 1), np.float32)
         weights[np.flatnonzero(val.counted), fold] = 1
@@ -110,13 +110,13 @@ class Folds:
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """How the M members of a stack did so far.
+    """Results of the M members of a stack so far.
 
     Attributes:
         history: per epoch (M, K, 2, C) counts, see `score_counts`.
         sound: (M,) bool, members whose logits were always finite.
-        value: (M,) their highest weighted F1.
-        tensors: of that epoch, stacked.
+        value: (M,) highest weighted F1.
+        tensors: stacked parameters of that epoch.
     """
 
     history: tuple[CountArray, ...]
@@ -130,7 +130,7 @@ class Progress:
         return cls((), np.ones(members, bool), np.full(members, -np.inf), {})
 
     def after(self, counts: CountArray, finite: BoolArray, heads: StackedHeads, support: CountArray) -> "Progress":
-        """The same one epoch later; members that were never as good leave their tensors."""
+        """Return the results after one more epoch; members at a new best keep their current tensors."""
         sound = self.sound & finite
         value, _ = score_counts(counts.sum(axis=1), support.sum(axis=0))
         better = (value > self.value) & sound
@@ -141,24 +141,26 @@ class Progress:
 
 
 def _choose(chosen: BoolArray, new: Tensor, old: Tensor) -> Tensor:
-    """(M, …) with the chosen members from `new`; never `new` itself, which goes on changing."""
+    """Take the chosen members (M, …) from `new` and the others from `old`; always a copy: `new` keeps changing."""
     where = torch.from_numpy(chosen).to(new.device).view(-1, *[1] * (new.dim() - 1))
     return torch.where(where, new, old.detach())
 
 
 class SweepPass:
-    """Trains the heads of one seed, epoch by epoch, each batch in all of them.
+    """Trains the heads of one seed, epoch by epoch, all of them on each batch.
 
     Attributes:
-        progress: of each stack, as of the last epoch that was closed in all of them.
+        members: number of heads.
+        progress: of each stack, as of the last finished epoch.
 
     Args:
-        stacks: the members of each.
-        train: rows with all `joined` features.
-        val: the same of the validation rows.
-        folds: of the validation rows.
+        stacks: the members of each stack.
+        train: training rows with all `joined` features.
+        val: validation rows with the same features.
+        folds: folds of the validation rows.
         joined: names of the pooled arrays, in the order of the inputs' columns.
-        make_head: what the members of a shape and seed start from.
+        make_head: makes the initial head of a shape and seed.
+        amp: autocast to bf16 in training.
     """
 
     def __init__(
@@ -185,11 +187,11 @@ class SweepPass:
 
     @property
     def epochs(self) -> int:
-        """How many are closed."""
+        """Number of finished epochs."""
         return len(self.progress[0].history)
 
     def train(self, bar: "tqdm[Any]") -> None:
-        """Train every epoch; `progress` is whole whenever a signal comes."""
+        """Train every epoch; `progress` stays consistent if a signal interrupts."""
         while self.epochs < self._config.epochs:
             self._train_epoch(bar)
             counted = self._count()
@@ -208,7 +210,7 @@ class SweepPass:
             scale = scale_learning_rate(step, config.epochs * steps, config.warmup)
             mask = None
             if hidden and config.dropout:
-                # The very draw that the dropout of a single head of that width makes.
+                # The same draw as the dropout of a single head of that width.
                 shape, dtype = (len(batch.inputs), hidden), torch.bfloat16 if self._amp else torch.float32
                 mask = draw_dropout(shape, config.dropout, device=batch.inputs.device, dtype=dtype)
             views = self._take_features(batch.inputs)
@@ -217,14 +219,14 @@ class SweepPass:
             bar.update(batch.global_size * self.members)
 
     def _take_features(self, inputs: Tensor) -> dict[str, Tensor]:
-        """By feature choice the (B, F) float32 columns out of all."""
+        """Return the (B, F) float32 columns for each choice of features."""
         parts = dict(zip(self._joined, inputs.float().chunk(len(self._joined), dim=1), strict=True))
         choices = {stack.features for stack in self._stacks}
         return {choice: join_features(parts, tuple(choice.split("+"))) for choice in choices}
 
     @torch.inference_mode()
     def _count(self) -> list[tuple[CountArray, BoolArray]]:
-        """Per stack (M, K, 2, C) hits and decisions by fold, and (M,) whether all logits are finite."""
+        """Count hits and decisions by fold, (M, K, 2, C) per stack, and check that all logits are finite, (M,)."""
         totals: list[Tensor] = [torch.zeros(())] * len(self._stacks)
         finite: list[Tensor] = [torch.ones((), dtype=torch.bool)] * len(self._stacks)
         for rows, views in self._iterate_val():
@@ -241,7 +243,7 @@ class SweepPass:
         ]
 
     def _iterate_val(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Validation rows and their features, never more at once than a batch of training has."""
+        """Yield validation rows and their features, at most a training batch at once."""
         start = 0
         for share in self._val.tiles.iterate_share():
             for inputs in share.split(self._config.batch_size):
@@ -249,7 +251,7 @@ class SweepPass:
                 start += len(inputs)
 
     def collect(self, *, keep: bool) -> tuple[list[HeadResult], list[TrainConfig]]:
-        """The heads that trained soundly, with their tensors if they are to be kept, and those that did not."""
+        """Return the results of sound heads, with tensors if `keep`, and the configurations of those that diverged."""
         results, failed = [], []
         for stack, progress in zip(self._stacks, self.progress, strict=True):
             history = np.stack(progress.history)
@@ -257,28 +259,17 @@ class SweepPass:
                 if not progress.sound[m]:
                     failed.append(config)
                     continue
-                tensors = {name: tensor[m].cpu().clone() for name, tensor in progress.tensors.items()}
-                results.append(self._collect_head(stack, m, progress.tensors, history[:, m], tensors if keep else None))
+                best = {name: tensor[m : m + 1] for name, tensor in progress.tensors.items()}
+                figures = self._score(StackedHeads(best), stack.features)
+                weighted, _ = score_counts(history[:, m].sum(axis=1), self._folds.support.sum(axis=0))
+                others, own = choose_epochs(history[:, m], self._folds.support)
+                tensors = {name: tensor[0].cpu().clone() for name, tensor in best.items()} if keep else None
+                results.append(HeadResult(config, int(weighted.argmax()) + 1, figures, others, own, tensors))
         return results, failed
-
-    def _collect_head(
-        self,
-        stack: Stack,
-        m: int,
-        best: dict[str, Tensor],
-        history: CountArray,
-        tensors: dict[str, Tensor] | None,
-    ) -> HeadResult:
-        support = self._folds.support
-        heads = StackedHeads({name: tensor[m : m + 1] for name, tensor in best.items()})
-        weighted, _ = score_counts(history.sum(axis=1), support.sum(axis=0))
-        others, own = choose_epochs(history, support)
-        figures = self._score(heads, stack.features)
-        return HeadResult(stack.configs[m], int(weighted.argmax()) + 1, figures, others, own, tensors)
 
     @torch.inference_mode()
     def _score(self, heads: StackedHeads, features: str) -> dict[str, float]:
-        """Figures of a single head on the rows that count."""
+        """Score a single head on the rows of the main figures."""
         val = self._val
         logits = torch.cat([heads(views[features])[0].cpu() for _, views in self._iterate_val()])
         probs: npt.NDArray[np.float32] = logits.sigmoid().numpy()[val.counted]

@@ -139,7 +139,7 @@ def test_two_ranks_read_each_chunk_once_between_them(both: tuple[Path, Path], in
         ("nan", f"array cls of row {6 * 256 + 3} is not finite"),
         ("cut", "256 rows of"),
         ("unknown", r"% of all label lines are ignored: 256 malformed"),
-        ("apart", r"apart-1 holds version \w+ for one rank and \w+ for another: give every node the same cache"),
+        ("apart", r"apart-1 holds version \w+ for rank 0 and \w+ for another rank: give every node the same cache"),
         ("lacking", "no cache at .*lacking-1: run `make extract` first"),
     ],
 )

@@ -21,7 +21,7 @@ def damage(path: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], tuple[object, ...], str]] = {
     "no file": (lambda here: None, ("none.png",), "no file or directory none.png: check INPUT"),
-    "no image": (lambda here: (here / "a.txt").write_text(""), ("a.txt",), "a.txt is no image: PNG, JPEG and TIFF"),
+    "no image": (lambda here: (here / "a.txt").write_text(""), ("a.txt",), "a.txt is not a PNG, JPEG or TIFF image"),
     "text as image": (
         lambda here: (here / "a.png").write_text("x"),
         ("a.png",),
@@ -44,14 +44,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[object, ...], str]] = {
         ("a.tif", "--window", 64),
         "gdal_translate -ot Byte",
     ),
-    "suffix": (lambda here: None, ("odd", "--out", "p.parquet"), "chooses the format: .csv, .jsonl or .geojson"),
-    "out in a bucket": (lambda here: None, ("odd", "--out", "gs://b/p.csv"), "a local file, to be copied to a bucket"),
+    "suffix": (lambda here: None, ("odd", "--out", "p.parquet"), "the suffix must be .csv, .jsonl or .geojson"),
+    "out in a bucket": (lambda here: None, ("odd", "--out", "gs://b/p.csv"), "a local file; copy it to a bucket"),
     "out in a file": (lambda here: (here / "f").write_text(""), ("odd", "--out", "f/p.csv"), "choose another --out"),
     "window": (lambda here: None, ("odd", "--window", 0), "--window 0: choose 1 to 8,192 pixels a side"),
     "gaps": (lambda here: None, ("odd", "--window", 64, "--stride", 65), "--stride 65: choose 1 to the window, 64"),
-    "nothing": (lambda here: None, (), "give either --tiles or --cache, or to predict, files and directories"),
+    "nothing": (lambda here: None, (), "give either --tiles or --cache, or for predict files and directories"),
     "both": (lambda here: None, ("odd", "--tiles", "odd"), "give either --tiles or --cache"),
-    "window of tiles": (lambda here: None, ("--tiles", "odd", "--window", 64), "cut GeoTIFFs that are named"),
+    "window of tiles": (lambda here: None, ("--tiles", "odd", "--window", 64), "apply to GeoTIFFs given as INPUT"),
     "a checkpoint": (
         lambda here: None,
         ("odd", "--run-dir", "checkpoint"),

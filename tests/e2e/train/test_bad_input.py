@@ -45,7 +45,7 @@ def test_training_without_a_cache_names_extraction(tmp_path: Path, python_env: d
         ("head", ("--split-file", "nowhere.json"), "nowhere.json is not a split.json"),
         ("head", ("--taxonomy", "nowhere.csv"), "cannot read the class list nowhere.csv"),
         ("head", ("--exclude", "77"), "--exclude 77: class ids of 0 to 59"),
-        ("head", ("--features", "mean"), "--features mean: choose of cls, patch_mean"),
+        ("head", ("--features", "mean"), "--features mean: choose from cls, patch_mean"),
         ("head", ("--val-fraction", "1.5"), "--val-fraction 1.5"),
         ("head", ("--lr", "-1"), "--lr -1.0: above 0"),
         ("head", ("--lr", "1e30", "--epochs", "2"), "lower --lr"),

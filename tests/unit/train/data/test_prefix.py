@@ -203,5 +203,5 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, version: Any,
     assert done.returncode == 0, done.stderr
     message, missing = done.stdout.splitlines()[-2:]
     assert message.startswith(f"cannot write the prefix cache in {tmp_path}")
-    assert message.endswith("--cache-prefix; what it holds is kept")
+    assert message.endswith("--cache-prefix; its contents are kept")
     assert missing == "0"

@@ -103,6 +103,6 @@ def test_the_line_for_the_user_says_what_is_repeated() -> None:
     labels = np.zeros((400, len(NAMES)), bool)
     labels[:, 0], labels[:4, 1] = True, True
     assert describe_repeats(labels, NAMES, 0.04) == (
-        "repeat factor 0.04: 4 of 400 tiles are shown more than once, an epoch has some 404; b, on 4, 2.0 x"
+        "repeat factor 0.04: 4 of 400 tiles are shown more than once, an epoch has about 404; b, on 4, 2.0 x"
     )
     assert "a higher --repeat-factor would repeat some" in describe_repeats(labels, NAMES, 0.001)

@@ -15,12 +15,12 @@ CACHED = ["neighbours", "linear", "mlp"]
     [
         (24, [1, 3, 6, 24], ()),
         (7, [1, 3, 6, 7], ()),
-        (6, [1, 3, 6], ("all is the same rung as 6: it is climbed once",)),
+        (6, [1, 3, 6], ("all is the same rung as 6: it runs once",)),
         (4, [1, 3, 4], ("UNFREEZE=6 is left out: the backbone has 4 layers",)),
         (
             3,
             [1, 3],
-            ("UNFREEZE=6 is left out: the backbone has 3 layers", "all is the same rung as 3: it is climbed once"),
+            ("UNFREEZE=6 is left out: the backbone has 3 layers", "all is the same rung as 3: it runs once"),
         ),
     ],
 )
@@ -37,19 +37,19 @@ def test_the_default_rungs_of_a_depth(depth: int, layers: list[int], notes: tupl
 def test_rungs_are_climbed_cheapest_first_and_once() -> None:
     rungs, said = choose_rungs(" 3, mlp,1 ,linear,03,mlp", 6)
     assert [rung.name for rung in rungs] == ["linear", "mlp", "unfreeze-1", "unfreeze-3"]
-    assert said == ("03 is the same rung as 3: it is climbed once", "mlp is the same rung as mlp: it is climbed once")
+    assert said == ("03 is the same rung as 3: it runs once", "mlp is the same rung as mlp: it runs once")
 
 
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ("mlp,0", "0 is no rung: choose of neighbours, linear, mlp, numbers of layers from 1, and all"),
+        ("mlp,0", "0 is no rung: choose from neighbours, linear, mlp, numbers of layers from 1, and all"),
         ("mlp,-1", "-1 is no rung"),
         ("mlp,²", "² is no rung"),
         ("MLP", "MLP is no rung"),
         ("", "no rung is left (none is named): try neighbours,linear,mlp,1,3,6,all"),
         ("9", "no rung is left (UNFREEZE=9 is left out: the backbone has 4 layers)"),
-        ("linear,3", "layers are trained from the MLP's head on: add mlp"),
+        ("linear,3", "trained layers start from the MLP head: add mlp"),
     ],
 )
 def test_what_cannot_be_climbed_is_refused(asked: str, message: str) -> None:
