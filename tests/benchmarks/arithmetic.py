@@ -27,7 +27,7 @@ ONE_REQUEST_BYTES = 8 * 2**20
 CLASS_A_USD, CLASS_B_USD = 0.005 / 1000, 0.0004 / 1000
 STORAGE_USD_GB_MONTH = 0.020
 
-# Measured, see README.md; the product is of an H100, its efficiency that of the forward pass on a CPU, taken over.
+# Measured, see README.md in this folder. The product is an H100's; the efficiency is a CPU's.
 MATMUL_FLOPS, EFFICIENCY = 798e12, 0.80
 TILE_FLOP = {"vitl16 at 224": 125.5e9, "vitl16 at 512": 727e9, "vit7b16 at 224": 2.72e12, "vit7b16 at 512": 14.5e12}
 TILE_BYTES = 340_000
