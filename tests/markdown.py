@@ -1,4 +1,4 @@
-"""The texts that users read, and what in them can be run."""
+"""Read the Markdown texts for users: their blocks, prose and sections."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("README.md", "extract/README.md", "train/README.md", "cache_schema/README.md")
+PACKAGES = ("cache_schema", "extract", "train")
+TEXTS = (
+    "README.md",
+    "extract/README.md",
+    "train/README.md",
+    "cache_schema/README.md",
+    "tests/benchmarks/README.md",
+)
 _FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language ("" where none is named), its text, and where it begins."""
+    """A fenced block: its language ("" if none is named), its text, and where it begins."""
 
     language: str
     text: str
@@ -26,12 +33,12 @@ def read_blocks(name: str) -> list[Block]:
 
 
 def read_prose(name: str) -> str:
-    """A text without its fenced blocks."""
+    """Return a text without its fenced blocks."""
     return _FENCE.sub("", (ROOT / name).read_text())
 
 
 def read_section(name: str, title: str) -> str:
-    """What stands below a heading, up to the next one of its level or above."""
+    """Return the text below a heading of level 1 or 2, up to the next such heading."""
     text = (ROOT / name).read_text()
     found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,2}} |\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, f"{name} has no section {title}"

@@ -1,12 +1,12 @@
-"""tileprobe by kubetorch: an extraction, or a training, on the GPUs of several pods, started from where this file lies.
+"""Run an extraction or a training on the GPUs of several pods with kubetorch, started from this machine.
 
-Copy this file beside the project, edit the settings below, and with a kubeconfig of a cluster that has kubetorch
-(`pip install 'kubetorch[client]'` here, its controller there):
+Copy this file into the project's directory and edit the settings below. You need a kubeconfig of a cluster with
+kubetorch's controller, and `pip install 'kubetorch[client]'` here. Then:
 
     python on_kubetorch.py extract run --tiles gs://BUCKET/xview_tiled/train --cache gs://BUCKET/cache/train-vitl16-512
     python on_kubetorch.py train finetune --cache gs://BUCKET/cache/train-vitl16-512 --run-dir gs://BUCKET/runs/finetune
 
-kubetorch brings up the pods and says to each who its peers are; torchrun does the rest, as everywhere.
+kubetorch starts the pods and tells each one its peers; torchrun does the rest, as on any cluster.
 """
 
 import sys
@@ -17,12 +17,12 @@ from typing import Any
 NAME = "tileprobe"
 PROJECT = Path.cwd()
 NODES, GPUS = 2, 8
-SERVICE_ACCOUNT = "tileprobe"  # bound to a Google account that may use the bucket: workload identity, no key
+SERVICE_ACCOUNT = "tileprobe"  # bound to a Google account with access to the bucket: workload identity, no key
 PORT = 29400
 
 
 def work(arguments: list[str]) -> int:
-    """On each pod: one rank per GPU, under a launcher that meets those of the other pods; its exit status.
+    """Run one rank per GPU of this pod, in a job with the other pods, and return the launcher's exit status.
 
     Args:
         arguments: a module and its arguments, such as `["extract", "run", "--tiles", …]`.
@@ -31,7 +31,7 @@ def work(arguments: list[str]) -> int:
     import subprocess
     import sys
 
-    # kubetorch's names for one process a pod: RANK is the pod's, WORLD_SIZE the number of pods.
+    # With one process per pod, kubetorch's RANK is the pod's number and WORLD_SIZE the number of pods.
     nodes, node, first = (os.environ[name] for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR"))
     meet = ["--rdzv-backend=static", f"--node-rank={node}", f"--rdzv-endpoint={first}:{PORT}", f"--rdzv-id={first}"]
     launch = [sys.executable, "-m", "extract.launch", f"--nnodes={nodes}", *meet]
@@ -39,10 +39,10 @@ def work(arguments: list[str]) -> int:
 
 
 def describe_compute(secrets: Sequence[str] = ()) -> Any:
-    """The pods, as a `kubetorch.Compute` of NODES workers with one process each; nothing is started.
+    """Describe the pods as a `kubetorch.Compute` of NODES workers with one process each, without starting them.
 
     Args:
-        secrets: names of kubetorch's secrets; they are looked up in the cluster at once.
+        secrets: names of kubetorch's secrets, which kubetorch looks up in the cluster immediately.
     """
     import kubetorch as kt
 
@@ -55,7 +55,7 @@ def describe_compute(secrets: Sequence[str] = ()) -> Any:
         gpus=GPUS,
         image=image,
         service_account_name=SERVICE_ACCOUNT,
-        shared_memory_limit="16Gi",  # tiles on their way from the feed to the ranks
+        shared_memory_limit="16Gi",  # tiles passed from the feed to the ranks
         secrets=list(secrets),
         launch_timeout=1200,
     ).distribute("pytorch", workers=NODES, num_proc=1)

@@ -1,4 +1,4 @@
-"""python -m tests.benchmarks: every figure a ratio of things run side by side; `make bench` starts it."""
+"""Measure speed and memory: `python -m tests.benchmarks`, or `make bench`; README.md in this folder has results."""
 
 import tempfile
 from importlib import import_module
@@ -9,8 +9,7 @@ import click
 from .measure import format_table, write_figures
 
 AREAS = {area: f"tests.benchmarks.{area}" for area in ("extract", "head", "finetune", "scale")}
-"""Per area a module with `MEASURES`: by short name, functions that take a working directory's `Fixtures` and return
-figures."""
+"""Module of each area. Its `MEASURES` maps short names to functions that take `Fixtures` and return figures."""
 RESULTS = Path("runs", "bench")
 
 
@@ -18,7 +17,7 @@ RESULTS = Path("runs", "bench")
 @click.option("--area", type=click.Choice(list(AREAS)), help="One area.  [default: all]")
 @click.option("--only", help="One measure of the area by its short name; writes no file.")
 def main(area: str | None, only: str | None) -> None:
-    """Measure, print a table per area, and write runs/bench/AREA.json. A missed bound is no error."""
+    """Measure, print a table per area, and write runs/bench/AREA.json. A missed bound is not an error."""
     from .fixtures import Fixtures
 
     RESULTS.mkdir(parents=True, exist_ok=True)

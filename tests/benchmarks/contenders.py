@@ -1,4 +1,4 @@
-"""What takes turns with an extraction, each in a process of its own: its parts alone, and the hardware's ceiling."""
+"""Measure the parts of an extraction and the limit of the hardware, each in a separate process."""
 
 import os
 import time
@@ -33,7 +33,7 @@ _LISTING_PAGE = 1000
 
 
 class FeedRun(NamedTuple):
-    """A feed without a model behind it. Core-milliseconds a tile are those of all its processes together."""
+    """Result of a feed without a model. Core-milliseconds per tile are summed over all its processes."""
 
     tiles_per_s: float
     core_ms: float
@@ -45,7 +45,7 @@ class TableCost(NamedTuple):
 
 
 def time_forward(checkpoint: Path, image_size: int, precision: Precision, batch: int) -> float:
-    """Seconds a tile, warm."""
+    """Return seconds per tile after a warm-up."""
     backbone = _load(checkpoint, image_size, precision)
     pixels = torch.rand(batch, 3, image_size, image_size, dtype=backbone.dtype)
     with torch.inference_mode():
@@ -56,7 +56,7 @@ def time_forward(checkpoint: Path, image_size: int, precision: Precision, batch:
 
 
 def compare_with_ceiling(checkpoint: Path, image_size: int, precision: Precision, batch: int) -> dict[str, list[float]]:
-    """FLOP/s of the `forward` pass and of a `matmul` that takes about as long, in turns."""
+    """Return FLOP/s of the `forward` pass and of a `matmul` of about the same duration, run in turns."""
     backbone = _load(checkpoint, image_size, precision)
     pixels = torch.rand(batch, 3, image_size, image_size, dtype=backbone.dtype)
     a, b, product = (torch.rand(MATMUL, MATMUL, dtype=DTYPES[precision]) for _ in range(3))
@@ -83,9 +83,9 @@ def compare_with_ceiling(checkpoint: Path, image_size: int, precision: Precision
 def embed_in_memory(
     checkpoint: Path, image_size: int, precision: Precision, batch: int, tiles: Sequence[Path]
 ) -> float:
-    """Tiles per second of transform and forward pass, over tiles that are decoded beforehand.
+    """Return tiles per second of transform and forward pass on tiles decoded in advance.
 
-    Its first batch is as cold as an extraction's.
+    The first batch is as cold as in an extraction.
     """
     backbone = _load(checkpoint, image_size, precision)
     found = find_checkpoint(str(checkpoint), image_size)
@@ -99,7 +99,7 @@ def embed_in_memory(
 
 
 def run_feed(url: str, workers: int) -> FeedRun:
-    """The feed alone, after a first pass that starts its workers and opens their connections."""
+    """Measure the feed alone, after a first pass that starts its workers and opens their connections."""
     from extract.tiles.batch import make_requests
     from extract.tiles.feed import TileFeed
     from extract.tiles.listing import list_tiles
@@ -117,7 +117,7 @@ def run_feed(url: str, workers: int) -> FeedRun:
 
 
 def run_parts(server: str, bucket: str, prefix: str, tiles: Sequence[Path]) -> tuple[float, float]:
-    """Core-milliseconds a tile of libspng alone in one thread, and of obstore's GET alone with 8 in flight."""
+    """Return core-milliseconds per tile: libspng in one thread, and obstore's GET with 8 in flight."""
     encoded = [tile.read_bytes() for tile in tiles]
     store = GCSStore(
         bucket,
@@ -140,7 +140,7 @@ def run_parts(server: str, bucket: str, prefix: str, tiles: Sequence[Path]) -> t
 
 
 def build_tile_table(tiles: int) -> TableCost:
-    """Peak growth of memory and time from listing pages to the tile table; the pages' making is not counted."""
+    """Measure memory growth and time from listing pages to tile table, without creating the pages."""
     from extract.tiles.listing import build_table
     from extract.tiles.source import ListedPage
 
@@ -169,18 +169,18 @@ def build_tile_table(tiles: int) -> TableCost:
 
 
 def _load(checkpoint: Path, image_size: int, precision: Precision) -> Backbone:
-    """A backbone on the CPU, with as many threads as an extraction's only rank has."""
+    """Load a backbone on the CPU, with the thread count of a single-rank extraction."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     return Backbone.load(find_checkpoint(str(checkpoint), image_size), precision=precision, device=CPU)
 
 
 def _exhaust(batches: Iterable[Sized]) -> int:
-    """How many tiles there were."""
+    """Consume the feed and return the number of tiles."""
     return sum(len(batch) for batch in batches)
 
 
 def _time_cores(work: Callable[[], None]) -> float:
-    """Milliseconds of this process's cores that `work` takes, after a first time."""
+    """Return this process's CPU milliseconds for `work`, after one warm-up call."""
     work()
     started = time.process_time()
     for _ in range(_PASSES):

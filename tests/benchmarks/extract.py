@@ -1,4 +1,4 @@
-"""Measures of extraction: what it adds to the bare forward pass, and what the way it replaces takes."""
+"""Measure extraction against its bare forward pass and against the original script."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from .measure import Bound, Figure, divide_rounds, run_rounds
 from .processes import pin_to, run_apart
 
 RUN_S = 12.0
-"""About how long one run of vitl16 computes, whatever the processor; there are some 30 of them."""
+"""Approximate seconds that one run of vitl16 computes on any processor; there are some 30 runs."""
 TABLE_TILES = 10_000_000
 
 _FEW_SMALL_TILES = 2_000
@@ -23,20 +23,22 @@ _RANK_TILES = 1_536  # six blocks, three for each of two ranks
 
 @dataclass(frozen=True)
 class Load:
-    """How many tiles one run embeds, a whole number of batches."""
+    """Number of tiles per run, a whole number of batches."""
 
     batch: int
     tiles: int
 
 
 def choose_load(tile_s: float, seconds: float = RUN_S, most: int = TILES) -> Load:
-    """What computes for about `seconds`, in batches of 32, or of the largest power of two of which two still fit: with
-    a single batch, fetching and computing would have nothing to overlap.
+    """Choose a load that computes for about `seconds`.
+
+    Batches have 32 tiles, or the largest power of two that allows two batches: with a single batch, fetching could not
+    overlap with computing.
 
     Args:
-        tile_s: seconds a tile.
-        seconds: how long.
-        most: tiles there are.
+        tile_s: seconds per tile.
+        seconds: target duration.
+        most: number of tiles available.
     """
     batch = contenders.BATCH
     while batch > 1 and 2 * batch * tile_s > seconds:
@@ -45,7 +47,7 @@ def choose_load(tile_s: float, seconds: float = RUN_S, most: int = TILES) -> Loa
 
 
 def measure_ceiling(fixtures: Fixtures) -> list[Figure]:
-    """What the forward pass makes of the processor."""
+    """Measure how well the forward pass uses the processor."""
     precision = choose_precision(contenders.CPU)
     batch = choose_load(_time_tile(fixtures, 224, precision)).batch
     flops = run_apart(contenders.compare_with_ceiling, fixtures.vitl16, 224, precision, batch)
@@ -61,7 +63,7 @@ def measure_ceiling(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_whole_224(fixtures: Fixtures) -> list[Figure]:
-    """The whole command against the forward pass alone and against the original's epoch."""
+    """Compare the whole command with the forward pass alone and with the original's epoch."""
     precision = choose_precision(contenders.CPU)
     tile_s = _time_tile(fixtures, 224, precision)
     load = choose_load(tile_s)
@@ -81,7 +83,7 @@ def measure_whole_224(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_whole_512(fixtures: Fixtures) -> list[Figure]:
-    """The whole command against the forward pass alone, at the size the satellite backbones were trained at."""
+    """Compare the whole command with the forward pass alone, at the satellite backbones' training size."""
     precision = choose_precision(contenders.CPU)
     load = choose_load(_time_tile(fixtures, 512, precision))
     fixtures.serve(load.tiles)
@@ -90,10 +92,10 @@ def measure_whole_512(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_feed(fixtures: Fixtures) -> list[Figure]:
-    """The feed against the least it has to do, and against the original's.
+    """Compare the feed with its unavoidable work and with the original's feed.
 
-    A worker of ours decodes on every core that is its share, one of the original's on one. With a worker a core, both
-    have as many workers and as many cores.
+    One of our workers decodes on all cores of its share; a worker of the original uses one core. With one worker per
+    core, both have the same number of workers and cores.
     """
     bucket = fixtures.serve(TILES)
     server, prefix = os.environ["STORAGE_EMULATOR_HOST"], bucket.prefix(TILES)
@@ -129,7 +131,7 @@ def measure_feed(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_many_blocks(fixtures: Fixtures) -> list[Figure]:
-    """What grows with the bucket: memory, and the blocks to write."""
+    """Measure what grows with the bucket: memory, and blocks to write."""
     backbone, many, few = fixtures.tiny, fixtures.small_tiles, fixtures.first_small_tiles(_FEW_SMALL_TILES)
     watched = run_rounds(
         "many blocks",
@@ -161,7 +163,7 @@ def measure_many_blocks(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_table(fixtures: Fixtures) -> list[Figure]:
-    """Absolute figures: a bucket of that size has to fit any machine."""
+    """Measure the tile table in absolute figures, since a bucket of that size must fit any machine."""
     cost = run_apart(contenders.build_tile_table, TABLE_TILES)
     name = f"tile table for {TABLE_TILES // 10**6} M tiles"
     detail = "from listing pages of tiles and labels to the table; making the pages up is not counted"
@@ -172,7 +174,7 @@ def measure_table(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_ranks(fixtures: Fixtures) -> list[Figure]:
-    """What a second core brings."""
+    """Measure the gain of a second core."""
     name = "two ranks on two cores against one rank pinned to one core (local directory, small backbone), tiles/s"
     bound = Bound(">=", 1.7)
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -203,13 +205,13 @@ MEASURES: Mapping[str, Callable[[Fixtures], list[Figure]]] = {
 
 @cache
 def _time_tile(fixtures: Fixtures, image_size: int, precision: Precision) -> float:
-    """Seconds a tile of a first forward pass; a batch of about as many patches at every size."""
+    """Return seconds per tile of a first forward pass; every size has about the same patches per batch."""
     batch = max(1, round(4 * (224 / image_size) ** 2))
     return run_apart(contenders.time_forward, fixtures.vitl16, image_size, precision, batch)
 
 
 def _choose_original_load(tile_s: float) -> Load:
-    """Batches of 32, as it had them, unless a single one takes too long."""
+    """Choose batches of 32, as in the original, unless a single batch takes too long."""
     batch_s = original.BATCH * tile_s
     if batch_s > 1.5 * RUN_S:
         return choose_load(tile_s)
@@ -219,7 +221,7 @@ def _choose_original_load(tile_s: float) -> Load:
 def _pair_with_memory(
     fixtures: Fixtures, image_size: int, precision: Precision, load: Load
 ) -> dict[str, Callable[[], float]]:
-    """The command from the bucket, and its forward pass over the same tiles in memory."""
+    """Run the command on the bucket, and its forward pass on the same tiles in memory."""
     paths = fixtures.tiles.paths(load.tiles)
     url = f"gs://{BUCKET}/{fixtures.tiles.prefix(load.tiles)}"
     options = ("--image-size", image_size, "--batch-size", load.batch)

@@ -1,4 +1,4 @@
-"""Measures of fine-tuning: what a step costs beside a forward pass and beside the original's, and where epochs go."""
+"""Measure fine-tuning: a step against a forward pass and the original's step, and the parts of an epoch."""
 
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -15,12 +15,12 @@ STEP_BATCH = 8
 MEMORY_BATCH = 32
 EPOCH_TILES = 32
 _MEMORY_ROUNDS = 3
-"""Of what hardly varies from one process to the next."""
+"""Rounds for figures that hardly vary between processes."""
 _NO_BF16 = "this processor has no bf16 instructions: autocast would take hundreds of times as long as float32"
 
 
 def measure_step(fixtures: Fixtures) -> list[Figure]:
-    """A training step over the forward pass it contains, and over the original's step."""
+    """Compare a training step with the forward pass in it and with the original's step."""
     precision, bf16 = choose_precision(CPU), multiplies_bf16(CPU)
     autocasts = [False, True] if bf16 else [False]
     seconds = run_apart(tuners.compare_steps, fixtures.vitl16, precision, STEP_BATCH, autocasts)
@@ -41,7 +41,7 @@ def measure_step(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_memory(fixtures: Fixtures) -> list[Figure]:
-    """Peak memory of a process that trains, weights and libraries included."""
+    """Measure the peak memory of a training process, including weights and libraries."""
     precision = choose_precision(CPU)
 
     def run(way: str) -> int:
@@ -60,7 +60,7 @@ def measure_memory(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_epochs(fixtures: Fixtures) -> list[Figure]:
-    """What the feed adds to an epoch, and what the prefix cache takes from it."""
+    """Measure what the feed adds to an epoch and what the prefix cache saves."""
     bucket = fixtures.serve(EPOCH_TILES)
     cache = str(fixtures.directory / "finetune-cache")
     tiles = f"gs://{BUCKET}/{bucket.prefix(EPOCH_TILES)}"

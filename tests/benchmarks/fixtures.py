@@ -1,4 +1,4 @@
-"""What measures share, made on first use in a directory that goes with the run: tiles, a bucket, checkpoints."""
+"""Create shared test data (tiles, a bucket, checkpoints) on first use, in a directory deleted after the run."""
 
 import os
 import re
@@ -29,7 +29,7 @@ T = TypeVar("T")
 PROJECT_ROOT = Path(__file__).parents[2]
 BUCKET = "tileprobe-bench"
 WORKERS = 1
-"""Feed processes beside a model, on either side of every comparison: on two cores, computing leaves one."""
+"""Feed processes next to a model, the same on both sides of a comparison: on two cores, computing leaves one."""
 VITL16 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -39,20 +39,20 @@ VITL16 = {
     "patch_size": 16,
     "image_size": 224,
 }
-"""The shape of facebook/dinov3-vitl16-pretrain-sat493m, to be filled with random weights."""
+"""Configuration of facebook/dinov3-vitl16-pretrain-sat493m, for random weights."""
 TILES = 128
-"""Tiles of 512 px in the bucket."""
+"""Number of 512 px tiles in the bucket."""
 SMALL_TILES = 20_000
 
 _TILE_SIZE, _SMALL_SIZE = 512, 48
 _TILES_A_SCENE = 4
-_PNG_LEVEL = 6  # zlib's own default, and what most tools write
+_PNG_LEVEL = 6  # zlib's default, which most tools use
 _SUMMARY = re.compile(r"([\d,]+) tiles in ([\d.]+) s\b.*\bwrite ([\d.]+) %")
 
 
 class ExtractRun(NamedTuple):
-    """What `extract run` said of itself: tiles per second between its first request and its last block, and the share
-    of that time for which computing waited for a write."""
+    """Summary of `extract run`: tiles per second between its first request and its last block, and the share of that
+    time in which computing waited for a write."""
 
     tiles_per_s: float
     write_share: float
@@ -60,23 +60,23 @@ class ExtractRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tiles behind the storage server, and the same files on disk."""
+    """Tiles served by the storage server, and the same files on disk."""
 
     directory: Path
     names: tuple[str, ...]
-    """Without folder and suffix, sorted."""
+    """Sorted names without folder and suffix."""
 
     def prefix(self, tiles: int) -> str:
-        """Where in the bucket the first so many tiles are."""
+        """Return the prefix in the bucket of the first `tiles` tiles."""
         return f"first-{tiles}"
 
     def paths(self, tiles: int) -> list[Path]:
-        """Files of the first so many tiles."""
+        """Return the files of the first `tiles` tiles."""
         return [self.directory / "images" / f"{name}.png" for name in self.names[:tiles]]
 
 
 class Fixtures:
-    """A working directory and what lies in it. Leaving the context stops the server."""
+    """Working directory with test data. Leaving the context stops the server."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -91,13 +91,13 @@ class Fixtures:
 
     @cached_property
     def vitl16(self) -> Path:
-        """A checkpoint of vitl16's architecture, float32, 1.2 GB."""
+        """Checkpoint with vitl16's architecture, float32, 1.2 GB."""
         click.echo("preparing a vitl16 checkpoint with random weights", err=True)
         return run_apart(make_checkpoint, self.directory / "vitl16", **VITL16)
 
     @cached_property
     def tiny(self) -> Path:
-        """A checkpoint whose forward pass takes next to nothing."""
+        """Checkpoint whose forward pass takes almost no time."""
         return run_apart(make_checkpoint, self.directory / "tiny", image_size=32)
 
     @cached_property
@@ -110,9 +110,9 @@ class Fixtures:
             return Bucket(directory, tuple(sorted(name for scene in names for name in scene)))
 
     def serve(self, *amounts: int) -> Bucket:
-        """Serve the first so many tiles, per amount under a prefix of its own, until the run ends.
+        """Serve the first tiles until the run ends, with a separate prefix for each number of tiles.
 
-        Processes started from here on find the server through `STORAGE_EMULATOR_HOST`.
+        Processes started later find the server through `STORAGE_EMULATOR_HOST`.
         """
         root = self.directory / f"bucket-{'-'.join(map(str, amounts))}"
         for amount in set(amounts):
@@ -129,17 +129,17 @@ class Fixtures:
         return make_small_tiles(self.directory / "small", SMALL_TILES)
 
     def first_small_tiles(self, tiles: int) -> Path:
-        """A directory of the first so many of them."""
+        """Return a directory with the first `tiles` of them."""
         names = sorted(path.stem for path in (self.small_tiles / "images").iterdir())[:tiles]
         return _link_first(self.small_tiles, self.directory / f"small-{tiles}", names)
 
     def extract(self, tiles: str | Path, backbone: str | Path, *options: str | int, nproc: int = 1) -> ExtractRun:
-        """Run the command a user runs, under torchrun, into a new cache."""
+        """Run the user's command under torchrun, into a new cache."""
         run, _ = self._extract(tiles, backbone, *options, nproc=nproc, wait=subprocess.Popen.wait)
         return run
 
     def extract_watched(self, tiles: str | Path, backbone: str | Path) -> tuple[ExtractRun, PeakMemory]:
-        """The same with an eye on its memory; without torchrun, which would be another process to tell apart."""
+        """Run the same command and watch its memory; without torchrun, which would be an extra process."""
         return self._extract(tiles, backbone, nproc=None, wait=watch_memory)
 
     def _extract(
@@ -155,7 +155,7 @@ class Fixtures:
         command = extract_command(*where, "--workers", str(WORKERS), *map(str, options), nproc=nproc)
         log = self.directory / "extract.log"
         with log.open("w") as output:
-            # In the working directory: the note of the cache written last must not be a benchmark's.
+            # Run in the working directory, so that `cache/last` of the user stays unchanged.
             environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
             process = subprocess.Popen(
                 command, cwd=self.directory, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
@@ -168,10 +168,10 @@ class Fixtures:
 
 
 def read_run(output: str) -> ExtractRun:
-    """From the summary's `128 tiles in 12.3 s: …; waiting: fetch 1.2 %, …, write 0.0 %`.
+    """Parse the summary line `128 tiles in 12.3 s: …; waiting: fetch 1.2 %, …, write 0.0 %`.
 
     Raises:
-        ValueError: there is no such line.
+        ValueError: the line is missing.
     """
     summary = _SUMMARY.search(output)
     if not summary:
@@ -181,7 +181,7 @@ def read_run(output: str) -> ExtractRun:
 
 
 def make_small_tiles(directory: Path, tiles: int) -> Path:
-    """Random tiles of 48 px and their labels in a new directory."""
+    """Write random 48 px tiles and their labels into a new directory."""
     _make_folders(directory)
     rng = np.random.default_rng(0)
     for number in range(tiles):
@@ -207,7 +207,7 @@ def _link_first(source: Path, target: Path, names: Iterable[str]) -> Path:
 
 
 def _write_scene(directory: Path, number: int) -> list[str]:
-    """The four tiles of a scene and their labels; gives their names."""
+    """Write the four tiles of a scene and their labels; return their names."""
     names = []
     for row, column, tile in cut_tiles(draw_scene(DEMO, number), _TILE_SIZE):
         names.append(f"{number:04d}_{row}_{column}")
@@ -218,7 +218,7 @@ def _write_scene(directory: Path, number: int) -> list[str]:
 
 
 def _format_label(box: Box) -> str:
-    """A YOLO line; as for real tiles, centre and size are shares of the tile's side."""
+    """Format a YOLO line; centre and size are fractions of the tile's side."""
     centre_x, centre_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
     shares = (value / _TILE_SIZE for value in (centre_x, centre_y, box.x1 - box.x0, box.y1 - box.y0))
     return f"{box.label_id} {' '.join(f'{share:.6f}' for share in shares)}\n"

@@ -1,4 +1,4 @@
-"""Measures of the head's trainer on cached vectors: what its loop adds to a bare step, and what other ways take."""
+"""Measure the head's trainer on cached vectors, against a bare step and against other ways to train."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from .processes import pin_to, run_apart
 
 ROWS, WIDTH, CLASSES = 48_000, 1024, 60
 LARGE_ROWS = 2**19
-"""With two pooled arrays of 1,024 these are 2 GiB."""
+"""Two pooled arrays of width 1,024 make 2 GiB."""
 BUDGET = 256 * 2**20
 
 _BY_ROWS = 2 * trainers.BATCH
@@ -36,7 +36,7 @@ _WHOLE_EPOCHS = 50
 
 
 def measure_step(fixtures: Fixtures) -> list[Figure]:
-    """What the loop adds to forward, loss, backward and update."""
+    """Measure what the loop adds to forward, loss, backward and update."""
     speeds = run_apart(trainers.compare_epoch_with_steps, _plant(fixtures), _make_directory(fixtures), ROUNDS)
     epoch, steps = speeds["epoch"], speeds["steps"]
     return [
@@ -51,7 +51,7 @@ def measure_step(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_other_ways(fixtures: Fixtures) -> list[Figure]:
-    """The same vectors and head, row by row and by scikit-learn."""
+    """Train the same head on the same vectors row by row and with scikit-learn."""
     vectors = _plant(fixtures)
     speeds = run_rounds(
         "other ways to train the head",
@@ -79,7 +79,7 @@ def measure_other_ways(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_streaming(fixtures: Fixtures) -> list[Figure]:
-    """Vectors that do not fit against vectors that do."""
+    """Compare vectors streamed from disk with vectors held in memory."""
     vectors = _plant_large(fixtures)
 
     def run(budget: int) -> trainers.HeadRun:
@@ -107,7 +107,7 @@ def measure_streaming(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_whole(fixtures: Fixtures) -> list[Figure]:
-    """Tiles in a bucket to a trained head, against the backbone in every epoch."""
+    """Compare extraction plus head training with running the backbone in every epoch."""
     checkpoint = Path(find_checkpoint("demo", original.IMAGE_SIZE).path)
     root = _plant_bucket(fixtures)
     names = tuple(sorted(path.stem for path in (root / "tiles" / "images").iterdir()))
@@ -143,7 +143,7 @@ def measure_whole(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_ranks(fixtures: Fixtures) -> list[Figure]:
-    """What a second core brings."""
+    """Measure the gain of a second core."""
     name, bound = "two ranks on two cores against one rank pinned to one core, head, tiles/s", Bound(">=", 1.6)
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
@@ -174,7 +174,7 @@ _numbers = count(1)
 
 
 def _make_directory(fixtures: Fixtures) -> Path:
-    """A new name below the working directory."""
+    """Create a new directory below the working directory."""
     return fixtures.directory / f"head-{next(_numbers)}"
 
 
@@ -191,7 +191,7 @@ def _plant_large(fixtures: Fixtures) -> Path:
 
 
 def _plant_bucket(fixtures: Fixtures) -> Path:
-    """A directory to serve: `tiles/` with each of some tiles under several names."""
+    """Create a directory to serve: `tiles/` with some tiles, each under several names."""
     made, root = fixtures.directory / "planted", fixtures.directory / "planted-bucket"
     plant_tiles(made, scenes=_TILES // 16, per_scene=16, seed=0, size=_TILE_SIZE)
     for kind in ("images", "labels"):
@@ -203,7 +203,7 @@ def _plant_bucket(fixtures: Fixtures) -> Path:
 
 
 def _run_head(vectors: Path, run: Path, *options: object, ranks: int = 1) -> float:
-    """The command a user runs, under torchrun; tiles per second of its median epoch."""
+    """Run the user's command under torchrun; return tiles per second of its median epoch."""
     launch = [sys.executable, "-m", "extract.launch", "--standalone", f"--nproc-per-node={ranks}"]
     fixed = ("--cache", vectors, "--run-dir", run, "--device", "cpu", "--empty", "keep")
     environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}

@@ -1,4 +1,4 @@
-"""A sweep against the same configurations trained one after the other."""
+"""Compare a sweep with the same configurations trained one after the other."""
 
 import time
 from dataclasses import replace
@@ -31,7 +31,7 @@ BOUNDS: dict[HeadName, float] = {"mlp": 1.2, "linear": 3.0}
 
 
 def measure_sweep(fixtures: Fixtures) -> list[Figure]:
-    """64 configurations of either head: reading batches, training, and scoring every epoch; set-up is left out."""
+    """Measure 64 configurations of each head: reading batches, training, and scoring every epoch, without set-up."""
     cache = plant_cache(str(fixtures.directory / "sweep-cache"), ROWS, width=WIDTH, classes=CLASSES)
     base = TrainConfig(
         cache=cache,
@@ -47,7 +47,7 @@ def measure_sweep(fixtures: Fixtures) -> list[Figure]:
 
 
 def _compare(base: TrainConfig, head: HeadName, sets: Sets, ranks: Ranks) -> Figure:
-    """In each round the sweep of all, and a share of the single runs, which stands for all of them."""
+    """Run, in each round, the whole sweep and a sample of the single runs."""
     lrs, decays, losses = GRID
     configs = Grid(lrs=lrs, weight_decays=decays, losses=losses, features="cls", heads=head).expand(base)
     train = open_cached_tiles(sets.train, ranks)

@@ -1,7 +1,7 @@
-"""Figures that hold on any machine: ratios of things run side by side, their bounds, and how they are shown.
+"""Compute ratios that can be compared between machines, check their bounds, and format them.
 
-A machine is never as fast twice, least of all one that is shared. So contenders take turns, A B A B …, each turn gives
-one ratio, and the median of the ratios counts.
+The speed of a machine varies, most of all if it is shared. Contenders therefore take turns, A B A B …; each pair of
+turns gives one ratio, and the figure is the median of the ratios.
 """
 
 import json
@@ -15,13 +15,13 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 ROUNDS = 5
-"""Turns that every contender takes."""
+"""Number of turns per contender."""
 _NAME_COLUMNS = 72
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a figure has to reach: `Bound(">=", 0.9)`."""
+    """Required value of a figure: `Bound(">=", 0.9)`."""
 
     sense: Literal[">=", "<="]
     limit: float
@@ -38,11 +38,11 @@ class Figure:
     """One row of the table.
 
     Attributes:
-        name: what over what.
-        bound: what it has to reach.
-        values: one per round; none where this machine cannot run it, and then `detail` says why.
-        unit: of the values.
-        detail: what was run, and how large.
+        name: numerator over denominator, in words.
+        bound: the required value.
+        values: one per round; empty if this machine cannot run it, and then `detail` says why.
+        unit: unit of the values.
+        detail: what was run, and its size.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Figure:
 
     @property
     def value(self) -> float | None:
-        """The median."""
+        """Median of the values."""
         return median(self.values) if self.values else None
 
     @property
     def met(self) -> bool:
-        """False too where there is no value."""
+        """Whether the bound is met; False if there is no value."""
         return self.value is not None and self.bound.is_met(self.value)
 
     def to_json(self) -> dict[str, Any]:
@@ -76,10 +76,10 @@ class Figure:
 
 
 def run_rounds(title: str, contenders: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, list[Any]]:
-    """Let the contenders take turns; a progress bar names the one that is running.
+    """Run the contenders in turns; a progress bar names the current one.
 
     Returns:
-        per contender what it returned, one per round.
+        the results of each contender, one per round.
     """
     results: dict[str, list[Any]] = {name: [] for name in contenders}
     with tqdm(total=rounds * len(contenders), desc=title, unit="run") as bar:
@@ -92,12 +92,12 @@ def run_rounds(title: str, contenders: Mapping[str, Callable[[], Any]], rounds: 
 
 
 def divide_rounds(over: Sequence[float], under: Sequence[float]) -> tuple[float, ...]:
-    """One ratio per round, of what ran side by side."""
+    """Divide the results of each round."""
     return tuple(a / b for a, b in zip(over, under, strict=True))
 
 
 def format_table(title: str, figures: Iterable[Figure]) -> str:
-    """Per figure its median, range and bound, whether it met that, and the detail below it."""
+    """Format a table: median, range, bound, whether it was met, and the detail below."""
     rows = [(title, "median", "min - max", "bound", "")]
     for figure in figures:
         value, values = figure.value, figure.values
@@ -116,6 +116,6 @@ def format_table(title: str, figures: Iterable[Figure]) -> str:
 
 
 def write_figures(path: Path, figures: Iterable[Figure]) -> None:
-    """A JSON list: `name`, `value` (null where it could not run), `bound`, `met`, and what helps to read them."""
+    """Write a JSON list with `name`, `value` (null if it could not run), `bound`, `met` and details."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([figure.to_json() for figure in figures], indent=2) + "\n")

@@ -1,5 +1,5 @@
-"""The way this project replaces, as its users had it: a Dataset that fetches, decodes and resizes one tile at a time, a
-DataLoader, and the backbone's forward pass in every epoch. Nothing of the project is used, or made worse, here.
+"""Train as the original script did: a Dataset that fetches, decodes and resizes one tile at a time, a DataLoader, and
+the backbone's forward pass in every epoch. This module does not use the project's code, and adds no slowdown.
 """
 
 import io
@@ -42,7 +42,7 @@ class TileDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Pixels (3, 224, 224) float32, normalised; (128,) float32, 1 for each label id that occurs."""
-        if self._bucket is None:  # a client of its own in every worker
+        if self._bucket is None:  # one client per worker
             self._bucket = storage.Client(project="bench", credentials=AnonymousCredentials()).bucket(self._bucket_name)
         name = self._names[index]
         tile = self._bucket.blob(f"{self._prefix}/images/{name}.png").download_as_bytes()
@@ -63,7 +63,7 @@ def make_loader(
 
 
 def run_feed(bucket: str, prefix: str, names: tuple[str, ...], workers: int) -> float:
-    """Tiles per second without a model, after a first pass that starts the workers and opens their connections."""
+    """Return tiles per second without a model, after a pass that starts the workers and their connections."""
     loader = make_loader(bucket, prefix, names, workers=workers)
     for _ in loader:
         pass
@@ -83,9 +83,9 @@ def run_epoch(
     batch: int,
     autocast: bool,
 ) -> float:
-    """Tiles per second of an epoch's forward passes in float32, or under bfloat16 autocast.
+    """Return tiles per second of an epoch's forward passes in float32 or bfloat16 autocast.
 
-    The clock starts when the first batch is there: its wait is nothing in an epoch of hours.
+    The clock starts at the first batch, because waiting for it is negligible in an epoch of hours.
     """
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
@@ -101,8 +101,7 @@ def run_epoch(
 
 
 def make_step(checkpoint: Path, unfreeze: int, *, classes: int, autocast: bool) -> Callable[[Tensor, Tensor], None]:
-    """A training step of the last layers and a head: one module in float32, of which the first layers are told that
-    they need no gradient."""
+    """Make a training step of the last layers and a head, in float32, with `requires_grad` off for the first layers."""
     logging.disable_progress_bar()
     vit = AutoModel.from_pretrained(checkpoint, dtype=torch.float32).train()
     vit.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Processes of their own for what is measured, and what the system knows of them (Linux, `/proc`)."""
+"""Run measured code in separate processes, and read their memory and CPU time (Linux, `/proc`)."""
 
 import os
 import subprocess
@@ -20,21 +20,21 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes resident at most: of the process that was started, and of the largest one of its tree."""
+    """Peak resident bytes of the started process, and of the largest process in its tree."""
 
     main: int
     largest: int
 
 
 def run_apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a module's function in a fresh process: no warm caches, no threads, no memory of another contender."""
+    """Call a module's function in a new process, without warm caches, threads or memory of other contenders."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
 
 
 @contextmanager
 def pin_to(cores: Sequence[int]) -> Iterator[None]:
-    """Processes started meanwhile run on these cores only."""
+    """Restrict processes started in this context to these cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -44,7 +44,7 @@ def pin_to(cores: Sequence[int]) -> Iterator[None]:
 
 
 def read_cpu_seconds(root: int) -> float:
-    """User and system time so far of a process and of all that descend from it and are alive, to a hundredth."""
+    """Return user plus system seconds of a process and its living descendants, to a hundredth."""
     ticks = 0
     for pid in _list_tree(root):
         stat = _read_stat(pid)
@@ -53,7 +53,7 @@ def read_cpu_seconds(root: int) -> float:
 
 
 def read_memory(pid: int | str, field: str) -> int:
-    """Bytes of `VmRSS` (resident now) or `VmHWM` (at most so far); 0 for a process that is gone."""
+    """Return bytes of `VmRSS` (resident now) or `VmHWM` (peak so far); 0 if the process has ended."""
     try:
         status = Path("/proc", str(pid), "status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -62,7 +62,7 @@ def read_memory(pid: int | str, field: str) -> int:
 
 
 def watch_memory(process: subprocess.Popen[str]) -> PeakMemory:
-    """Wait for a process to end. The system keeps each one's peak, so a late look misses nothing but short lives."""
+    """Wait for a process to end, polling peaks. The system keeps peaks, so only short-lived processes are missed."""
     peaks: dict[int, int] = {}
     while process.poll() is None:
         for pid in _list_tree(process.pid):
@@ -72,21 +72,21 @@ def watch_memory(process: subprocess.Popen[str]) -> PeakMemory:
 
 
 def _list_tree(root: int) -> list[int]:
-    """A process and its descendants."""
+    """Return a process and its descendants."""
     children: dict[int, list[int]] = {}
     for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdecimal()):
         if stat := _read_stat(pid):
             children.setdefault(int(stat[1]), []).append(pid)
     found = [root]
-    for pid in found:  # grows meanwhile
+    for pid in found:  # `found` grows during the loop
         found += children.get(pid, [])
     return found
 
 
 def _read_stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on (proc_pid_stat(5)); none for a process that is gone."""
+    """Return the fields of /proc/PID/stat from the third on (proc_pid_stat(5)); none if the process has ended."""
     try:
-        # The second one, the command's name, may hold spaces and brackets.
+        # The second field, the command's name, may contain spaces and brackets.
         return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []

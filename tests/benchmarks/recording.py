@@ -1,4 +1,4 @@
-"""A real extraction, watched batch by batch: what the simulator draws its costs from."""
+"""Record a real extraction batch by batch; the simulator samples its costs from the result."""
 
 import os
 import time
@@ -18,7 +18,7 @@ from .schedule import Costs
 
 
 class _Moment(NamedTuple):
-    """Of one batch its worker's seconds, and what the rank had waited and computed before it."""
+    """One batch: its worker's seconds, and the rank's waiting and computing time before it."""
 
     fetch_s: float
     decode_s: float
@@ -28,11 +28,11 @@ class _Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Recording:
-    """What one rank did.
+    """Record of one rank.
 
     Attributes:
-        costs: of its batches and blocks.
-        wall_s: as its summary counts, from the first request to the last block.
+        costs: costs of its batches and blocks.
+        wall_s: seconds from the first request to the last block, as in its summary.
     """
 
     costs: Costs
@@ -40,9 +40,9 @@ class Recording:
 
 
 def record_extraction(tiles: Path, backbone: Path, cache: Path, workers: int, cores: tuple[int, ...]) -> Recording:
-    """Extract with one rank, in this process, on `cores`; to be called in a process of its own, which it changes."""
+    """Extract with one rank on `cores`. Call it in a separate process, because it patches classes."""
     os.sched_setaffinity(0, cores)
-    os.chdir(cache.parent)  # the note of the cache written last must not be a benchmark's
+    os.chdir(cache.parent)  # so that `cache/last` of the user stays unchanged
     moments: list[_Moment] = []
     timings: list[Timing] = []
     writes: list[float] = []
@@ -64,6 +64,6 @@ def record_extraction(tiles: Path, backbone: Path, cache: Path, workers: int, co
     feed = np.diff([*(moment.feed_s for moment in moments), timing.feed_s])
     device = np.diff([*(moment.device_s for moment in moments), timing.device_s])
     fetch, decode = (np.array([getattr(moment, name) for moment in moments]) for name in ("fetch_s", "decode_s"))
-    # The first wait is for the workers to start, too.
+    # The first wait includes the start of the workers.
     start = max(0.0, float(feed[0] - fetch[0] - decode[0]))
     return Recording(Costs(fetch, decode, device, np.array(writes), start), timing.wall_s)

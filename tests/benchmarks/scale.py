@@ -1,4 +1,4 @@
-"""Measures of scale: the simulator against a real run of two ranks, what it says of up to 1,024, and a second host."""
+"""Measure scale: the simulator against a real run of two ranks, its results for up to 1,024, and a second host."""
 
 import itertools
 import os
@@ -25,22 +25,21 @@ from .schedule import RESTARTS, Costs, Outcome, Restart, Samples, Setting, simul
 
 ROUNDS = 3
 RUN_TILES = 1_792
-"""Seven blocks: an odd number, so that one of two ranks has a block more."""
+"""Seven blocks: an odd number, so that one of two ranks gets one more."""
 BATCH = 32
 _SEEDS = 20
 
 GPU_WORKERS = 8
 ROUND_TRIP_S = 0.05
-"""Of a request to a bucket: the latency that `extract/tiles/source.py` was laid out for; not measured here."""
+"""Latency of a request to a bucket, as assumed in `extract/tiles/source.py`; not measured here."""
 UPLOAD_BYTES_S = 1e8
-"""Of one request to a bucket: an assumption."""
+"""Upload speed of one request to a bucket: an assumption."""
 START_S, BACK_S = 30.0, 60.0
-"""From a rank's start to its first request, and from a kill to that start: assumptions."""
+"""Seconds from a rank's start to its first request, and from a kill to that start: assumptions."""
 
 
 def measure_prediction(fixtures: Fixtures) -> list[Figure]:
-    """Costs from two jobs of one rank that know nothing of each other, a core each; from them the makespan of one job
-    of two ranks is predicted, and then it is run."""
+    """Predict the makespan of a job of two ranks from two separate jobs of one rank, one core each; then run it."""
     tiles, backbone = _make_tiles(fixtures), _make_backbone(fixtures)
     setting = Setting(RUN_TILES, block_rows=256, batch=BATCH, ranks=2, workers=WORKERS)
     runs = {
@@ -73,7 +72,7 @@ def measure_prediction(fixtures: Fixtures) -> list[Figure]:
 
 
 def measure_simulation(fixtures: Fixtures) -> list[Figure]:
-    """Up to 1,024 H100s, with the spread of what was recorded here."""
+    """Simulate up to 1,024 H100s, with the spread recorded on this machine."""
     (recording,) = _record(fixtures, _make_tiles(fixtures), _make_backbone(fixtures), jobs=1)
     recorded = recording.costs
     return [*_simulate_many_ranks(recorded), *_simulate_preemption(recorded), _simulate_cold_bucket(recorded)]
@@ -83,7 +82,7 @@ MEASURES = {"prediction": measure_prediction, "simulation": measure_simulation, 
 
 
 def _simulate_many_ranks(recorded: Costs) -> list[Figure]:
-    """Nothing is preempted, and the bucket is warm."""
+    """Simulate many ranks without preemption, on a warm bucket."""
     model = "vitl16 at 512"
     whole = Setting(100_000_000, 4096, batch=256, ranks=1024, workers=GPU_WORKERS)
     settings = {
@@ -115,7 +114,7 @@ def _simulate_many_ranks(recorded: Costs) -> list[Figure]:
 
 
 def _simulate_preemption(recorded: Costs) -> list[Figure]:
-    """64 ranks of the large model, each killed at random times, once in so many hours."""
+    """Simulate 64 ranks of the large model, each killed at random times at a given rate."""
     model = "vit7b16 at 512"
     base = Setting(20_000_000, 4096, batch=64, ranks=64, workers=GPU_WORKERS, back_s=BACK_S)
     ideal = base.tiles / tiles_per_s(model) / base.ranks
@@ -155,7 +154,7 @@ def _simulate_preemption(recorded: Costs) -> list[Figure]:
 
 
 def _simulate_cold_bucket(recorded: Costs) -> Figure:
-    """Reads and writes start at Google's initial rates and double every 20 minutes."""
+    """Simulate a cold bucket: Google's initial rates, doubling every 20 minutes."""
     setting = Setting(20_000_000, 4096, batch=256, ranks=64, workers=GPU_WORKERS)
     costs = scale_costs(recorded, setting, "vitl16 at 512")
     warm = simulate(setting, costs)
@@ -172,7 +171,7 @@ def _simulate_cold_bucket(recorded: Costs) -> Figure:
 
 
 def _ranks_s(outcome: Outcome) -> float:
-    """Of all ranks, since they started."""
+    """Return the seconds of all ranks since they started."""
     return len(outcome.finish) * (outcome.makespan - START_S)
 
 
@@ -190,7 +189,7 @@ def _describe_idle(outcome: Outcome) -> str:
 
 
 def pool_costs(parts: Sequence[Costs]) -> Costs:
-    """The samples of all of them, and their mean start."""
+    """Pool the samples of all recordings, and average their start."""
     pooled = (
         np.concatenate([getattr(part, kind) for part in parts]) for kind in ("fetch", "decode", "device", "write")
     )
@@ -202,14 +201,14 @@ def _predict(setting: Setting, costs: Costs) -> float:
 
 
 def scale_costs(recorded: Costs, setting: Setting, model: str) -> Costs:
-    """Spreads as recorded, means of an H100's rank that reads from a bucket and writes to one.
+    """Keep the recorded spreads, and set the means to those of an H100 that reads from and writes to a bucket.
 
-    A tile and its label are fetched one after the other, 32 of them at a time; a worker decodes on a core; a block's
-    chunks are written side by side, and then its commit.
+    A tile and its label are fetched one after the other, 32 at a time. A worker decodes on one core. A block's chunks
+    are written in parallel, then its commit.
     """
 
     def move(samples: Samples, mean: float) -> Samples:
-        """What delayed a batch of a millisecond does not grow with the batch."""
+        """Shift the mean: a delay of a batch does not grow with the batch."""
         return np.maximum(samples - samples.mean() + mean, 0.0)
 
     batch, vectors = setting.batch, setting.block_rows * Cache(setting.tiles).vector_bytes + CHECKSUM_BYTES
@@ -228,7 +227,7 @@ def _make_tiles(fixtures: Fixtures) -> Path:
 
 
 def _make_backbone(fixtures: Fixtures) -> Path:
-    """About 0.9 GFLOP a tile: a block takes a second or two, and computing is what a rank does most."""
+    """Make a backbone of about 0.9 GFLOP per tile: a block takes a second or two, mostly computing."""
     path = fixtures.directory / "mid"
     if not path.exists():
         shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
@@ -237,7 +236,7 @@ def _make_backbone(fixtures: Fixtures) -> Path:
 
 
 def _record(fixtures: Fixtures, tiles: Path, backbone: Path, *, jobs: int) -> list[Recording]:
-    """So many jobs of one rank at a time, each with its feed's worker on a core and with a cache of its own."""
+    """Record `jobs` single-rank jobs in parallel, each with its feed worker on one core and a separate cache."""
     cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
 
     def run(core: int) -> Recording:

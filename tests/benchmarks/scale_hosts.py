@@ -1,4 +1,4 @@
-"""What a second host brings: two namespaces of this machine, a core each, joined by a virtual cable, against one."""
+"""Measure the gain of a second host: two network namespaces, one core each, against one."""
 
 import json
 import os
@@ -22,24 +22,24 @@ from .processes import run_apart
 
 HOSTS = 2
 ROUNDS = 2
-"""A run takes some 15 s, of which half is starting."""
+"""A run takes some 15 s, half of it start-up."""
 _BACKBONE = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3}
 _TILES, _SIZE = 4096, 96
 _HEAD_ROWS, _HEAD_WIDTH, _HEAD_BATCH = 88_000, 1024, 4096
 _TRAINED_SCENES, _TRAINED_SIZE, _TRAINED_BATCH = 75, 96, 64
-"""Either trainer has more than the 20 batches an epoch below which it would halve them."""
+"""Each trainer has more than 20 batches per epoch; with fewer it would halve the batch size."""
 _TIMEOUT_S = 300
 
 
 class _Job(NamedTuple):
-    """One command: its tiles per second over so many hosts, and what it was run on."""
+    """One command: how to run it on a number of hosts, and what it runs on."""
 
     run: Callable[[Sequence[Host]], float]
     detail: str
 
 
 def measure_hosts(fixtures: Fixtures) -> list[Figure]:
-    """Each command over two hosts and over one, in turns."""
+    """Run each command on two hosts and on one, in turns."""
     obstacle = "this machine has one core" if len(os.sched_getaffinity(0)) < HOSTS else find_obstacle()
     if obstacle:
         return [_describe(what, bound, (), obstacle) for what, (_, bound) in _JOBS.items()]
@@ -93,13 +93,13 @@ _JOBS: Mapping[str, tuple[Callable[[Fixtures], _Job], float]] = {
     "train-head": (_prepare_head, 0.85),
     "finetune": (_prepare_finetune, 0.85),
 }
-"""Per command what prepares it, and the least share of twice one host's speed."""
+"""By command: its preparation, and the required share of twice one host's speed."""
 _numbers = count()
-"""For names and ports, none used twice."""
+"""Counter for unique names and ports."""
 
 
 def _train(fixtures: Fixtures, target: str, cache: str, options: Sequence[object], hosts: Sequence[Host]) -> float:
-    """Tiles per second of its median epoch, validation apart; the first, which is cold, does not count."""
+    """Return tiles per second of the median epoch, without validation and without the cold first epoch."""
     run = fixtures.directory / f"hosts-run-{next(_numbers)}"
     _make(fixtures, hosts, target, {"CACHE": cache, "RUN": run}, *options)
     _, *steady = map(json.loads, (run / "timings.jsonl").read_text().splitlines())
@@ -109,10 +109,10 @@ def _train(fixtures: Fixtures, target: str, cache: str, options: Sequence[object
 def _make(
     fixtures: Fixtures, hosts: Sequence[Host], target: str, variables: Mapping[str, object], *options: object
 ) -> str:
-    """The make target that a user runs, on all these hosts at once; returns what was said on the first."""
+    """Run the user's make target on all these hosts at once; return the output of the first."""
     meet = {"RDZV": f"{hosts[0].name}:{29_500 + next(_numbers)}", "NNODES": len(hosts)} if len(hosts) > 1 else {}
     common = {"PYTHON": sys.executable, "VENV": "", "ARGS": " ".join(map(str, ("--device", "cpu", *options)))}
-    # What a make that has started this one hands down would change this one.
+    # Variables inherited from an outer make would change this one.
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     env["PYTHONPATH"] = str(PROJECT_ROOT)
     started: list[tuple[subprocess.Popen[str], Path]] = []

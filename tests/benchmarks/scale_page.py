@@ -1,4 +1,4 @@
-"""The tables of extract/SCALE.md: `python -m tests.benchmarks.scale_page` writes them anew."""
+"""Compute the tables of extract/SCALE.md; `python -m tests.benchmarks.scale_page` writes them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,7 +37,7 @@ def _tabulate(columns: Row, rows: Sequence[Row]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three figures, in words a table has room for: `19,535`, `1.17 M`, `2 B`."""
+    """Format a number with three significant digits, short enough for a table: `19,535`, `1.17 M`, `2 B`."""
     for scale, unit in ((1e9, " B"), (1e6, " M")):
         if value >= scale:
             return f"{value / scale:.3g}{unit}"
@@ -71,7 +71,7 @@ def _by_size(title: str, columns: dict[str, Callable[[int], str]]) -> str:
 
 
 def make_tables() -> dict[str, str]:
-    """Per name the Markdown that stands between `<!-- NAME -->` and `<!-- end -->` in the page."""
+    """Return by name the Markdown between `<!-- NAME -->` and `<!-- end -->` in the page."""
     pace = {model: tiles_per_s(model) for model in TILE_FLOP}
     held = {rows: rows * 1024 * POOLED_DTYPE.itemsize for rows in SIZES}
     labels = LABEL_ID_COLUMNS // 8 + STATUS_DTYPE.itemsize + CLASSES
@@ -114,7 +114,7 @@ def make_tables() -> dict[str, str]:
                 ["GETs a second", *(_number(2 * rate) for rate in pace.values())],
                 ["bytes a second", *(_bytes(rate * TILE_BYTES) for rate in pace.values())],
                 ["cores that decode tiles", *(_number(rate * DECODE_S) for rate in pace.values())],
-                ["as many ask 5,000 GETs a second", *(_number(READS_PER_S / 2 / rate) for rate in pace.values())],
+                ["GPUs that reach 5,000 GETs a second", *(_number(READS_PER_S / 2 / rate) for rate in pace.values())],
                 ["seconds to compute a block of 256", *(_number(256 / rate) for rate in pace.values())],
                 ["of 4,096", *(_number(4096 / rate) for rate in pace.values())],
             ],
@@ -137,7 +137,7 @@ def make_tables() -> dict[str, str]:
 
 
 def fill_page(text: str) -> str:
-    """The page with its tables made anew; the text between them stays."""
+    """Return the page with new tables; the text between them stays."""
     for name, table in make_tables().items():
         start, end = f"<!-- {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(start)

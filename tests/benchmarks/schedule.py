@@ -1,13 +1,13 @@
-"""A discrete-event simulation of how an extraction shares out its blocks, over any number of ranks.
+"""Simulate, as discrete events, how an extraction shares its blocks among any number of ranks.
 
-It replays what the code does, batch by batch. A rank draws block numbers from the counter all ranks share, as its feed
-asks for batches (`extract/run.py`, `_BlockDraw`). The DataLoader behind `extract/tiles/feed.py` keeps two batches per
-worker asked for, `_Batches` draws one more per worker, and a worker fetches its next batch while it decodes the present
-one. A finished block is written in a thread while the next is computed, and waits for the one before it
-(`extract/writer.py`). What a killed rank had not committed is drawn again.
+The simulation follows the code batch by batch. A rank draws block numbers from the shared counter when its feed
+requests batches (`extract/run.py`, `_BlockDraw`). The DataLoader behind `extract/tiles/feed.py` keeps two requested
+batches per worker, `_Batches` draws one more per worker, and a worker fetches its next batch while it decodes the
+current one. A finished block is written in a thread while the next is computed, after the block before it
+(`extract/writer.py`). Uncommitted blocks of a killed rank are drawn again.
 
-Between the events of one rank its times follow from each other, so an event is only what other ranks may feel: a batch
-taken, with which blocks are drawn and reads asked for, a commit, a kill, a return.
+Between events, the times of one rank follow from each other. Only what affects other ranks is an event: taking a batch
+(which draws blocks and requests reads), a commit, a kill, a return.
 """
 
 import heapq
@@ -27,16 +27,16 @@ Restart = Literal["rank", "job"]
 RESTARTS: tuple[Restart, ...] = ("job", "rank")
 Samples = npt.NDArray[np.float64]
 _DRAWS = 4096
-"""Samples drawn at a time, since drawing one costs more than all else that is done for a batch."""
+"""Samples drawn at a time, because drawing one costs more than all other work for a batch."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of which each batch or block gets one at random, with replacement.
+    """Samples of seconds; each batch or block gets one at random, with replacement.
 
     Attributes:
-        fetch, decode, device: of a full batch; a short one fetches and decodes in proportion, and computes as long,
-            since it is padded.
+        fetch, decode, device: of a full batch. A short batch fetches and decodes in proportion, and computes for the
+            full time because it is padded.
         write: of a block.
         start: from a rank's start, or return, to its first request.
     """
@@ -54,18 +54,18 @@ class Costs:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is simulated.
+    """Parameters of a simulation.
 
     Attributes:
-        tiles, block_rows, batch: tiles in all, of a block, of a forward pass.
-        ranks: how many.
-        workers: feed processes of each, 1 or more.
-        kills_per_hour: of every single rank, at Poisson times.
-        back_s: seconds until what was killed begins again, `Costs.start` not included.
-        restart: `job`: a kill ends every rank, as torchrun does, and all begin anew at what is not committed. `rank`:
-            only the killed one's blocks are lost, and others draw them: what a launcher could do at best.
-        reads, writes: what the bucket takes: two reads for every tile, five writes for every block. None: anything.
-        most_kills: give up after so many.
+        tiles, block_rows, batch: total tiles, tiles per block, tiles per forward pass.
+        ranks: number of ranks.
+        workers: feed processes per rank, 1 or more.
+        kills_per_hour: kills of each rank per hour, at Poisson times.
+        back_s: seconds until a killed rank starts again, without `Costs.start`.
+        restart: `job`: a kill ends every rank, as with torchrun, and all start again with the uncommitted blocks.
+            `rank`: only the killed rank's blocks are lost, and others draw them, the best a launcher could do.
+        reads, writes: rates of the bucket, with two reads per tile and five writes per block. None: unlimited.
+        most_kills: give up after this many kills.
     """
 
     tiles: int
@@ -90,19 +90,19 @@ class Setting:
 
 @dataclass
 class Outcome:
-    """What became of it.
+    """Result of a simulation.
 
     Attributes:
         makespan: seconds until the last block was committed.
-        finished: False when it was given up.
-        device_s, feed_s, write_s: of all ranks, computing (that of lost tiles too), waiting for a batch, for a write.
-        other_s: starting, down, or with nothing to draw. All four add up to `ranks` x `makespan`.
-        computed: tiles embedded, lost ones as often as they were.
+        finished: False if the simulation gave up.
+        device_s, feed_s, write_s: total over ranks: computing (including lost tiles), waiting for batches, for writes.
+        other_s: starting, down, or without a block to draw. All four add up to `ranks` x `makespan`.
+        computed: tiles embedded, counting repeats.
         lost: tiles embedded in blocks that were lost.
-        most_lost: of one kill.
-        commits: (blocks,) times each was committed.
-        kills: that hit a rank before the end.
-        finish: (ranks,) when each had nothing more to do for the last time.
+        most_lost: largest loss of one kill.
+        commits: (blocks,) number of times each was committed.
+        kills: number of kills before the end.
+        finish: (ranks,) time at which each rank finished its last work.
     """
 
     makespan: float
@@ -120,18 +120,18 @@ class Outcome:
 
     @property
     def idle_share(self) -> float:
-        """Of the ranks' time, what no device computed in."""
+        """Share of the ranks' time in which no device computed."""
         total = self.device_s + self.feed_s + self.write_s + self.other_s
         return 1 - self.device_s / total
 
     @property
     def lost_share(self) -> float:
-        """Of the tiles embedded, those that had to be embedded again."""
+        """Share of embedded tiles that had to be embedded again."""
         return self.lost / self.computed
 
 
 class _Sampler:
-    """Endless samples of one kind."""
+    """Endless samples of one kind of cost."""
 
     def __init__(self, samples: Samples, rng: np.random.Generator) -> None:
         self._samples, self._rng = samples, rng
@@ -144,13 +144,13 @@ class _Sampler:
 
 
 class _Bucket:
-    """Requests in the order in which they were asked for, at the rate of a ramp."""
+    """Bucket that answers requests in order, at the rate of a ramp."""
 
     def __init__(self, ramp: Ramp | None) -> None:
         self._ramp, self._taken = ramp, 0.0
 
     def take(self, now: float, requests: int) -> float:
-        """When the last of them is answered; `now` never goes back."""
+        """Return the time of the last answer; `now` must not decrease."""
         if self._ramp is None:
             return now
         self._taken = max(self._taken, self._ramp.count(now)) + requests
@@ -167,16 +167,16 @@ class _Batch:
 
 @dataclass(slots=True)
 class _Rank:
-    """A rank since it last began. `epoch` tells its events from those before it was killed."""
+    """State of a rank since its last start. `epoch` separates its events from those before a kill."""
 
     epoch: int = 0
     alive: bool = False
     waited: float = 0.0
-    """For a write, at the end of the last batch."""
+    """Seconds waited for a write at the end of the last batch."""
     block: int = -1
     left: int = 0
     drawn: deque[_Batch] = field(default_factory=deque)
-    """Drawn, and no worker was asked for them yet."""
+    """Batches drawn but not requested from a worker yet."""
     asked: deque[_Batch] = field(default_factory=deque)
     issued: int = 0
     worker_began: list[float] = field(default_factory=list)
@@ -185,9 +185,9 @@ class _Rank:
     free: float = 0.0
     written: float = 0.0
     in_hand: dict[int, int] = field(default_factory=dict)
-    """Tiles embedded so far of every block drawn and not committed."""
+    """Tiles embedded so far, by block drawn and not committed."""
     writing: dict[int, float] = field(default_factory=dict)
-    """When blocks handed over will be committed."""
+    """Commit times of the blocks handed to the writer."""
 
 
 class _Simulation:
@@ -237,14 +237,14 @@ class _Simulation:
         )
 
     def _push(self, when: float, kind: str, number: int) -> None:
-        # The running number keeps events of the same time in order.
+        # The running number orders events of the same time.
         self.count += 1
         heapq.heappush(self.events, (when, self.count, kind, number, self.ranks[number].epoch))
 
     # Working
 
     def _begin(self, now: float, number: int) -> None:
-        """A rank that has just started, or was woken, fills its feed."""
+        """Fill the feed of a rank that has started or was woken."""
         rank, workers = self.ranks[number], self.setting.workers
         rank.alive = True
         rank.free = max(now, rank.free)
@@ -256,7 +256,7 @@ class _Simulation:
         self._await_batch(rank, number, now)
 
     def _draw(self, rank: _Rank, batches: int) -> None:
-        """The next batches, from the block in hand or from new ones."""
+        """Draw the next batches from the current block or from new ones."""
         for _ in range(batches):
             if not rank.left:
                 if not self.pending:
@@ -275,12 +275,12 @@ class _Simulation:
         batch, worker = rank.drawn.popleft(), rank.issued % self.setting.workers
         share = batch.rows / self.setting.batch
         began = max(now, rank.worker_free[worker])
-        # Its reads began with the decoding of the worker's batch before; the first has none.
+        # Its reads began when the worker started to decode the batch before; the first batch has none.
         reads_began = rank.worker_began[worker] if rank.issued >= self.setting.workers else began
         fetched = max(reads_began, rank.fetched[worker]) + self.fetch.draw() * share
         fetched = max(fetched, self.reads.take(now, 2 * batch.rows))
         decode_s = self.decode.draw() * share
-        # Tiles are decoded as they arrive, so only the last one comes after the last arrival.
+        # Tiles are decoded as they arrive, so only one remains after the last arrival.
         batch.ready = max(began + decode_s, fetched + decode_s / batch.rows)
         rank.worker_began[worker], rank.worker_free[worker], rank.fetched[worker] = began, batch.ready, fetched
         rank.issued += 1
@@ -294,7 +294,7 @@ class _Simulation:
             self.finish[number] = max(now, rank.free, rank.written)
 
     def _take_batch(self, now: float, number: int) -> None:
-        """The device gets a batch; the feed asks for another; a block that is complete goes to the writer."""
+        """Give the device a batch, request another from the feed, and hand a complete block to the writer."""
         rank = self.ranks[number]
         batch = rank.asked.popleft()
         self._draw(rank, 1)
@@ -316,7 +316,7 @@ class _Simulation:
         self._await_batch(rank, number, now)
 
     def _commit(self, now: float, number: int) -> None:
-        """The block of this rank that has been in writing for longest is there."""
+        """Commit the block of this rank that has been in writing for longest."""
         rank = self.ranks[number]
         block = next(iter(rank.writing))
         del rank.writing[block], rank.in_hand[block]
@@ -327,7 +327,7 @@ class _Simulation:
 
     def _plan_kill(self, now: float, number: int) -> None:
         if self.setting.kills_per_hour:
-            # Kills belong to no epoch: they come whatever the rank is doing.
+            # Kills do not belong to an epoch: they happen whatever the rank is doing.
             self._push(now + self.rng.exponential(3600 / self.setting.kills_per_hour), "kill", number)
 
     def _kill(self, now: float, number: int) -> None:
@@ -345,11 +345,11 @@ class _Simulation:
             self.idle.clear()
 
     def _end(self, now: float, number: int) -> int:
-        """A rank is gone, and with it what it has not committed; gives the tiles that were embedded for nothing."""
+        """End a rank and drop its uncommitted blocks; return the number of tiles lost."""
         rank = self.ranks[number]
         self.idle.discard(number)
         if rank.alive:
-            # A batch is booked whole when it begins; what lies beyond this moment was neither waited nor computed.
+            # A batch is booked whole when it begins, so subtract the part after this moment.
             over = max(0.0, rank.free - now)
             unwaited = min(over, rank.waited)
             self.write_s -= unwaited
@@ -362,11 +362,13 @@ class _Simulation:
 
 
 def simulate(setting: Setting, costs: Costs, seed: int = 0) -> Outcome:
-    """Run it once; the same seed gives the same outcome."""
+    """Run one simulation; the same seed gives the same outcome."""
     return _Simulation(setting, costs, seed).run()
 
 
 def bound_list_schedule(blocks: Sequence[float], ranks: int) -> float:
-    """No list schedule takes longer than an equal share of all work and the longest piece (Graham 1969, "Bounds on
-    multiprocessing timing anomalies", with (1 - 1/m) of that piece, which is rounded up to one here)."""
+    """Return an upper bound on any list schedule: an equal share of all work plus the longest piece.
+
+    Graham 1969, "Bounds on multiprocessing timing anomalies", has (1 - 1/m) of that piece, rounded up to one here.
+    """
     return sum(blocks) / ranks + max(blocks)

@@ -1,4 +1,4 @@
-"""What takes turns with the head's trainer, each in a process of its own: its bare step, and other ways to train it."""
+"""Measure the head's trainer, its bare step and other ways to train a head, each in a separate process."""
 
 import os
 import time
@@ -33,7 +33,7 @@ VAL_ROWS = 2048
 
 
 class HeadRun(NamedTuple):
-    """Tiles per second of each epoch, validation apart, and by how many bytes resident memory grew at most."""
+    """Tiles per second of each epoch, without validation, and peak growth of resident memory in bytes."""
 
     speeds: list[float]
     growth: int
@@ -48,7 +48,7 @@ def train_head(
     budget: int | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> HeadRun:
-    """The trainer's own loop in this process, nearly all rows training; `between` is called after every epoch."""
+    """Run the trainer's loop in this process on nearly all rows; call `between` after every epoch."""
     _forget_peak_memory()
     before = read_memory("self", "VmRSS")
     config = TrainConfig(
@@ -68,7 +68,7 @@ def train_head(
 
 
 def compare_epoch_with_steps(cache: Path, directory: Path, epochs: int) -> dict[str, list[float]]:
-    """Tiles per second of an `epoch` and of as many `steps` on a batch that is gathered already, in turns."""
+    """Return tiles per second of an `epoch` and of as many `steps` on one gathered batch, in turns."""
     steps: list[float] = []
     take_step = _make_step(open_cache(str(cache)).layout.width)
     count = round(open_cache(str(cache)).layout.rows / BATCH)
@@ -80,11 +80,11 @@ def compare_epoch_with_steps(cache: Path, directory: Path, epochs: int) -> dict[
         steps.append(count * BATCH / (time.perf_counter() - started))
 
     speeds = train_head(cache, directory, epochs=epochs + 1, between=run_steps).speeds
-    return {"epoch": speeds[1:], "steps": steps[1:]}  # the first of either is cold
+    return {"epoch": speeds[1:], "steps": steps[1:]}  # the first of each is cold
 
 
 def train_by_rows(cache: Path, rows: int) -> float:
-    """Tiles per second of the same step behind a DataLoader that reads rows one by one from the Zarr array."""
+    """Return tiles per second of the same step with a DataLoader that reads the Zarr array row by row."""
     torch.set_num_threads(_cores())
     version = open_cache(str(cache))
     take_step = _make_step(version.layout.width)
@@ -108,7 +108,7 @@ class _Rows(Dataset[tuple[Tensor, Tensor]]):
 
 
 def train_by_sklearn(cache: Path, epochs: int) -> float:
-    """Tiles per second of scikit-learn's MLP of the same hidden size and batch, in float32."""
+    """Return tiles per second of scikit-learn's MLP of the same hidden size and batch, in float32."""
     rows = open_cache(str(cache)).read_rows()
     inputs, labels = rows.pooled["cls"].astype(np.float32), rows.label_ids[:, :60] > 0
     model = MLPClassifier((512,), batch_size=BATCH, max_iter=epochs, tol=0.0, n_iter_no_change=epochs + 1)
@@ -120,12 +120,12 @@ def train_by_sklearn(cache: Path, epochs: int) -> float:
 
 
 def time_head_epochs(cache: Path, directory: Path, epochs: int) -> float:
-    """Median of tiles per second."""
+    """Return the median tiles per second."""
     return median(train_head(cache, directory, epochs=epochs).speeds)
 
 
 def _make_step(width: int) -> Callable[..., Tensor]:
-    """What takes one optimiser step, forward to update, on the batch given or else the same one each time."""
+    """Make a function that takes one optimiser step on the given batch, or else on a fixed one."""
     torch.manual_seed(0)
     classifier = Classifier(Head(width, 60, hidden=512, dropout=0.1), None, ("cls",))
     optimizer = make_optimizer(classifier, lr=1e-3, backbone_lr=1e-5, layer_decay=1.0, weight_decay=0.01)
@@ -146,5 +146,5 @@ def _cores() -> int:
 
 
 def _forget_peak_memory() -> None:
-    """VmHWM starts anew from what is resident now (proc_pid_clear_refs(5))."""
+    """Reset VmHWM to the memory resident now (proc_pid_clear_refs(5))."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""What takes turns with fine-tuning, in processes of their own: its step, the original's, and its epochs' parts."""
+"""Measure fine-tuning in separate processes: its step, the original's step, and the parts of its epochs."""
 
 import os
 import time
@@ -35,7 +35,7 @@ IMAGE_SIZE = 224
 
 
 def compare_steps(checkpoint: Path, precision: Precision, batch: int, autocasts: list[bool]) -> dict[str, list[float]]:
-    """Seconds of an extraction's `forward` pass, of a `step` of ours, and of the original's, over the same batch."""
+    """Return seconds of an extraction's `forward` pass, our `step` and the original's, on the same batch."""
     pixels, labels = _make_batch(batch)
     with join_ranks("cpu") as ranks:
         found = find_checkpoint(str(checkpoint), IMAGE_SIZE)
@@ -55,7 +55,7 @@ def compare_steps(checkpoint: Path, precision: Precision, batch: int, autocasts:
 
 
 def measure_peak(checkpoint: Path, precision: Precision, batch: int, way: str) -> int:
-    """Bytes resident at most in a process that takes two steps: the second has the optimiser's state beside it."""
+    """Return the peak resident bytes of two steps; the second also holds the optimiser's state."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     pixels, labels = _make_batch(batch)
     if way == "original":
@@ -71,7 +71,7 @@ def measure_peak(checkpoint: Path, precision: Precision, batch: int, way: str) -
 
 
 def compare_epochs(cache: str, checkpoint: Path, batch: int, workers: int) -> dict[str, list[float]]:
-    """Tiles per second of an epoch that is `streamed`, one `from the prefix cache`, and one with tiles `in memory`."""
+    """Return tiles per second of an epoch `streamed`, `from the prefix cache`, and with tiles `in memory`."""
     with join_ranks("cpu") as ranks:
         found = find_checkpoint(str(checkpoint), IMAGE_SIZE)
         residence = Residence(("cls",), CPU, size=0, budget=0, batch_size=batch, held=True)
@@ -108,7 +108,7 @@ def compare_epochs(cache: str, checkpoint: Path, batch: int, workers: int) -> di
 
 
 class _Step(TrainStep):
-    """A step that remembers its backbone."""
+    """Step that keeps a reference to its backbone."""
 
     backbone: Backbone
 

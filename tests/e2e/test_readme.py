@@ -1,8 +1,8 @@
-"""Every command of the texts: run for real on small stand-ins, or at least expanded by make and parsed by the program.
+"""Run every command of the texts on small test data, or at least expand it with make and parse its options.
 
-A command that no line of `RULES` covers fails. `make` itself expands each target here; what it would start is then run
-in this process, without torchrun, which saves ten seconds a command. `test_make_starts_what_it_prints` does without
-that shortcut once.
+A command that no line of `RULES` covers fails. `make` itself expands each target; the command it would start then runs
+in this process, without torchrun, which saves ten seconds per command. `test_make_starts_what_it_prints` runs one
+command without that shortcut.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import tests.benchmarks.__main__
 import tests.faults.soak
 import train.__main__
 from tests.checkpoints import make_checkpoint
-from tests.markdown import ROOT, TEXTS, read_blocks, read_prose, read_section
+from tests.markdown import PACKAGES, ROOT, TEXTS, read_blocks, read_prose, read_section
 from tests.planted import Finished, plant_tiles, run_here
 from tests.raw_xview import make_raw_xview, write_geotiff
 from tests.tiles import upload
@@ -53,13 +53,13 @@ STREAMED = "--device cpu --workers 0"
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with commands that match.
+    """How to test the commands that match.
 
     Attributes:
-        pattern: of the whole command.
-        extra: options added for the small stand-ins.
-        parsed: why it is parsed only; None runs it.
-        status: what it may end with.
+        pattern: regular expression for the whole command.
+        extra: options added for the small test data.
+        parsed: why the command is only parsed; None runs it.
+        status: allowed exit statuses.
     """
 
     pattern: str
@@ -88,13 +88,10 @@ RULES = (
     Rule("python -m train triage --run-dir runs/head --out runs/head/doubts.csv", extra="--device cpu"),
     Rule("make export .*", extra="--no-onnx"),
     Rule("make (info|help)"),
-    Rule(
-        "python -m cache_schema verify CACHE --sample .*", parsed="starts `python -m extract`, which has its own tests"
-    ),
+    Rule("python -m extract verify-sample .*", parsed="embeds rows again; test_sample.py runs it"),
     Rule("python -m cache_schema diff .*", status=(0, 1, 3)),
     Rule("python -m cache_schema (info|verify|gc)( .*)?"),
     Rule("python -m train triage", parsed="is run with its options"),
-    Rule("python -m extract tile", parsed="names what `make tile` runs"),
     Rule("python -m train head …", parsed="stands for what a sweep prints"),
     Rule("python -m extract.demo.pretrain", parsed="trains the stand-in backbone: 8 minutes"),
     Rule(r"gcloud auth application-default login|pip-audit .*|sha256sum -c sha256|\.ci/run", parsed="other programs"),
@@ -173,6 +170,10 @@ def parse_command(module: str, arguments: list[str]) -> None:
         command.make_context(str(name), rest, parent=context)
 
 
+def read_classes() -> str:
+    return next(block.text for block in read_blocks("train/README.md") if block.text.startswith("class_id"))
+
+
 @pytest.fixture(scope="module")
 def work(gcs_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's directory: the bucket the texts name, on the real server; `vitl16` and `my-backbone`, which are tiny."""
@@ -196,7 +197,7 @@ def work(gcs_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         upload(bucket, objects, prefix)
     make_checkpoint(root / "vitl16", seed=7)
     shutil.copytree(root / "vitl16", root / "my-backbone")
-    (root / "classes.csv").write_text(next(b.text for b in read_blocks("README.md") if b.text.startswith("class_id")))
+    (root / "classes.csv").write_text(read_classes())
     return root
 
 
@@ -234,7 +235,7 @@ def test_every_command_is_covered() -> None:
 
 def test_every_block_says_what_it_is() -> None:
     known = {"sh", "python", "text", "diff", "mermaid", "toml"}
-    blocks = [block for text in ("README.md", "extract/README.md", "train/README.md") for block in read_blocks(text)]
+    blocks = [block for text in TEXTS if text != "cache_schema/README.md" for block in read_blocks(text)]
     assert [block.where for block in blocks if block.language not in known] == []
 
 
@@ -263,7 +264,7 @@ def test_other_commands_are_parsed(command: str, work: Path) -> None:
 
 
 def test_make_starts_what_it_prints(work: Path, finished: dict[str, Finished]) -> None:
-    """Once without the shortcut: make, torchrun, the program."""
+    """Run one command without the shortcut: make, torchrun, the program."""
     command = ["make", "-f", str(ROOT / "Makefile"), "VENV=", "predict", "NPROC=1", "TILES=other", f"ARGS={STREAMED}"]
     done = subprocess.run(command, cwd=work, env=clean_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -294,10 +295,10 @@ def test_every_option_the_texts_name_exists() -> None:
                     assert option in known, f"{text}: {code}"
 
 
-def read_messages() -> list[str]:
-    """What the packages may print: their strings, a placeholder as NUL."""
+def read_messages(package: str) -> list[str]:
+    """Return every string of a package, with NUL for each placeholder."""
     messages = []
-    for path in (path for package in ("cache_schema", "extract", "train") for path in (ROOT / package).rglob("*.py")):
+    for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 messages.append(node.value)
@@ -306,24 +307,48 @@ def read_messages() -> list[str]:
     return messages
 
 
-def test_troubleshooting_quotes_what_is_printed() -> None:
-    rows = re.findall(r"^\| `(.+?)` \| .+ \| .+ \|$", read_section("README.md", "Troubleshooting"), re.MULTILINE)
-    assert len(rows) >= 20
-    messages = read_messages()
-    for quoted in rows:
+def read_troubleshooting(package: str) -> list[str]:
+    section = read_section(f"{package}/README.md", "Troubleshooting")
+    return re.findall(r"^\| `(.+?)` \| .+ \| .+ \|$", section, re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_troubleshooting_quotes_what_the_package_prints(package: str) -> None:
+    messages = read_messages(package)
+    for quoted in read_troubleshooting(package):
         pattern = re.compile(".+".join(map(re.escape, quoted.strip("… ").split("…"))), re.DOTALL)
-        assert any(pattern.search(message) for message in messages), f"nothing prints {quoted}"
+        assert any(pattern.search(message) for message in messages), f"nothing in {package} prints {quoted}"
+
+
+def test_troubleshooting_covers_the_common_messages() -> None:
+    assert sum(len(read_troubleshooting(package)) for package in PACKAGES) >= 45
 
 
 def test_every_dependency_is_explained() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
     wanted = [
         *project["dependencies"],
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
     names = {re.split(r"[\[<>=]", name)[0] for name in wanted} - {"tileprobe"}
-    rows = re.findall(r"^\| (.+?) \|", read_section("README.md", "Dependencies"), re.MULTILINE)
-    assert names - {name.strip() for row in rows for name in row.split(",")} == set()
+    explained = re.findall(r'^    "([\w-]+)[^"]*",  # \w+', text, re.MULTILINE)
+    assert names - set(explained) == set()
+
+
+def test_every_link_leads_somewhere() -> None:
+    """Files exist, and headings that a link names after `#` exist in them, as GitHub spells them."""
+    for text in TEXTS:
+        for target in re.findall(r"\]\(([^)\s]+)\)", read_prose(text)):
+            if target.startswith("https://"):
+                continue
+            name, _, heading = target.partition("#")
+            path = (ROOT / text).parent / name if name else ROOT / text
+            assert path.exists(), f"{text}: {target}"
+            if heading:
+                headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+                spelled = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+                assert heading in spelled, f"{text}: {target}"
 
 
 def test_every_target_of_the_help_is_in_the_readme() -> None:

@@ -1,4 +1,4 @@
-"""The table of odd inputs: what may lie in a bucket, and what becomes of it. `extract/README.md` shows it to users."""
+"""List odd inputs that a bucket may hold, and the expected result of each; `extract/README.md` shows the table."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Drawn = tuple[bytes, Pixels | None]
 
 @dataclass(frozen=True)
 class OddInput:
-    """One row: something odd about a tile's bytes, its label or its name, the rest of the tile being sound.
+    """One row: a tile that is odd in its bytes, its label or its name, and valid otherwise.
 
     Attributes:
         kind: `image`, `label` or `name`.
         what: the oddity, in words.
-        rule: what becomes of it, in words; a test holds it against what is expected below.
-        name: the tile's, below `images/`.
-        draw: makes the image.
+        rule: the result, in words; a test compares it with the fields below.
+        name: the tile's name below `images/`.
+        draw: draws the image.
         label: the bytes of its label.
-        status: of its row in the cache.
-        counts: its instances per raw id.
-        malformed: lines of the label that are.
+        status: expected status of its row in the cache.
+        counts: expected instances per raw id.
+        malformed: expected number of malformed label lines.
     """
 
     kind: str
@@ -119,21 +119,21 @@ EMBEDDED, UNDECODABLE, OVER_LIMIT = Status.EMBEDDED, Status.UNDECODABLE, Status.
 _IMAGES: list[tuple[str, str, Callable[[np.random.Generator], Drawn], Status, str]] = [
     ("truncated", ".png", truncated, UNDECODABLE, ""),
     ("corrupt: a byte of the pixels changed", ".png", corrupt, UNDECODABLE, ""),
-    ("of no bytes", ".png", lambda rng: (b"", None), UNDECODABLE, ""),
+    ("0 bytes", ".png", lambda rng: (b"", None), UNDECODABLE, ""),
     ("JPEG named `.png`", ".png", jpeg, EMBEDDED, "bytes decide, not the name"),
     ("text named `.png`", ".png", lambda rng: (b"<html>404 Not Found</html>", None), UNDECODABLE, ""),
     ("random bytes", ".png", lambda rng: (rng.bytes(5000), None), UNDECODABLE, ""),
     ("GIF named `.png`", ".png", gif, UNDECODABLE, "PNG, JPEG and TIFF are read"),
     ("decompression bomb", ".png", bomb, OVER_LIMIT, "the header says so, and no pixel is unpacked"),
-    ("CMYK JPEG", ".jpg", lambda rng: jpeg(rng, "CMYK"), EMBEDDED, "by the plain formula, without a colour profile"),
+    ("CMYK JPEG", ".jpg", lambda rng: jpeg(rng, "CMYK"), EMBEDDED, "by the plain formula, ignoring colour profiles"),
     ("16-bit grey", ".png", lambda rng: grey(rng, 16), EMBEDDED, "high byte of each value"),
     ("32-bit float TIFF", ".tif", float_tiff, UNDECODABLE, "its values have no known range"),
     ("palette", ".png", palette, EMBEDDED, "colours looked up"),
     ("grey", ".png", grey, EMBEDDED, "repeated in three channels"),
     ("alpha", ".png", alpha, EMBEDDED, "alpha dropped"),
     ("TIFF of several pages", ".tif", pages, EMBEDDED, "first page"),
-    ("1 x 1", ".png", lambda rng: rgb(rng, 1, 1), EMBEDDED, "resized as any other"),
-    ("very wide: 20,000 x 3", ".png", lambda rng: rgb(rng, 3, 20_000), EMBEDDED, "resized as any other"),
+    ("1 x 1", ".png", lambda rng: rgb(rng, 1, 1), EMBEDDED, "resized like any other"),
+    ("very wide: 20,000 x 3", ".png", lambda rng: rgb(rng, 3, 20_000), EMBEDDED, "resized like any other"),
 ]
 
 _LABELS: list[tuple[str, bytes, dict[int, int], int, str]] = [
@@ -143,7 +143,7 @@ _LABELS: list[tuple[str, bytes, dict[int, int], int, str]] = [
         LABEL * (MAX_LABEL_BYTES // len(LABEL) + 1),
         {LAST: 1},
         1,
-        "the file is one malformed line, unread",
+        "counted as one malformed line, not read",
     ),
     ("`nan`", b"18 nan 0.5 0.1 0.1\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
     ("`inf`", b"18 inf 0.5 0.1 0.1\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
@@ -151,22 +151,22 @@ _LABELS: list[tuple[str, bytes, dict[int, int], int, str]] = [
     ("negative id", b"-18 0.5 0.5 0.1 0.1\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
     ("number above 1, such as pixels", b"18 120 40 15 15\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
     ("id above 126", b"4000 0.5 0.5 0.1 0.1\n" + LABEL, {18: 1, LAST: 1}, 0, "counted as an unknown class"),
-    ("column missing", b"18 0.5 0.5 0.1\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
-    ("column too many", b"18 0.5 0.5 0.1 0.1 0.9\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
-    ("foreign digits", "١٨ 0.5 0.5 0.1 0.1\n".encode() + LABEL, {18: 1, LAST: 1}, 1, ""),
+    ("missing column", b"18 0.5 0.5 0.1\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
+    ("extra column", b"18 0.5 0.5 0.1 0.1 0.9\n" + LABEL, {18: 1, LAST: 1}, 1, ""),
+    ("non-ASCII digits", "١٨ 0.5 0.5 0.1 0.1\n".encode() + LABEL, {18: 1, LAST: 1}, 1, ""),
     ("UTF-16", LABEL.decode().rstrip().encode("utf-16"), {LAST: 1}, 1, ""),
     ("CRLF line ends", LABEL.replace(b"\n", b"\r\n") * 2, {18: 2}, 0, "accepted"),
     ("byte order mark", b"\xef\xbb\xbf" + LABEL, {18: 1}, 0, "accepted"),
-    ("blank lines", b"\n \t\n\n" + LABEL + b"\r\n" + LABEL, {18: 2}, 0, "passed over"),
+    ("blank lines", b"\n \t\n\n" + LABEL + b"\r\n" + LABEL, {18: 2}, 0, "skipped"),
     ("empty", b"", {}, 0, "a tile that shows nothing"),
     (f"{LINES:,} lines", b"18 0 0 0 0\n" * LINES, {18: 65_535}, 0, "a count stops at 65,535"),
 ]
 
 _NAMES: list[tuple[str, str]] = [
     ("spaces", " a tile  1 .png"),
-    ("letter with its accent in one (NFC)", "caf\u00e9.png"),
-    ("the same in two (NFD)", "cafe\u0301.png"),
-    ("outside of the BMP", "東京😀.png"),
+    ("composed accent (NFC)", "caf\u00e9.png"),
+    ("decomposed accent (NFD)", "cafe\u0301.png"),
+    ("outside the BMP", "東京😀.png"),
     ("`..` parts", "../../../escaped.png"),
     ("`.` parts", "./here.png"),
     ("looks absolute: double slash", "/tmp/absolute.png"),
@@ -203,4 +203,4 @@ def make_table() -> list[OddInput]:
         OddInput("label", what, _describe_label(bad, note), f"label-{i:02d}.png", rgb, text, EMBEDDED, counts, bad)
         for i, (what, text, counts, bad, note) in enumerate(_LABELS)
     ]
-    return rows + [OddInput("name", what, "a name like any other", name, rgb) for what, name in _NAMES]
+    return rows + [OddInput("name", what, "accepted like any other name", name, rgb) for what, name in _NAMES]
