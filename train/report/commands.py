@@ -1,4 +1,4 @@
-"""The commands that made a run, from the settings it kept."""
+"""Reconstruct the commands that made a run from its settings."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from train.data.rare import describe_rarest, find_rarest
-from train.metrics.figures import average_rarest
+from train.metrics.scores import average_rarest
 
 
 def make_labels(support: list[int]) -> np.ndarray:
