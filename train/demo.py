@@ -1,6 +1,6 @@
-"""`make demo`: the three targets on the demo bucket, then one table that compares what they cost and what they give.
+"""Run `make demo`: the three targets on the demo bucket, then one table that compares their cost and their figures.
 
-All figures are of the bucket's test part: scenes that neither trained nor selected anything.
+All figures are of the bucket's test part, whose scenes were used for neither training nor selection.
 """
 
 import os
@@ -34,8 +34,10 @@ from train.loop.assemble import make_head, make_meta
 from train.loop.finetune import TileStream
 from train.loop.trainer import Trainer
 from train.loop.validation import ValidationSet
-from train.metrics.figures import compute_metrics
+from train.metrics.figures import FIGURES, KEY_FIGURES
 from train.metrics.intervals import bootstrap_difference, bootstrap_intervals
+from train.metrics.scores import compute_metrics
+from train.metrics.side_by_side import format_estimate, format_interval, format_table
 from train.model.classifier import Classifier
 from train.predict.inference import FloatArray, infer
 from train.predict.target import Target
@@ -49,13 +51,12 @@ from .report import draw_tiles
 TRAIN_CACHE, TEST_CACHE = str(DEMO_ROOT / "train"), str(DEMO_ROOT / "test")
 RUNS = Path("runs/demo")
 EPOCHS = 50
-_KEYS = (("f1_weighted", "weighted F1"), ("f1_macro", "macro F1"), ("map_macro", "mAP"))
 _SHOWN_TILES = 12
 
 
 @dataclass(frozen=True)
 class Step:
-    """A finished command: how long it took, start of the process included, and the last lines it printed."""
+    """A finished command: its seconds, including the start of the process, and the lines it printed."""
 
     seconds: float
     output: list[str]
@@ -63,7 +64,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the table. `probs` (n, C) are those of the test rows; times are seconds, None where none applies."""
+    """One line of the table: (n, C) probabilities of the test rows, and times in seconds, None if not applicable."""
 
     name: str
     probs: FloatArray
@@ -80,10 +81,10 @@ def run_demo(tiles: str, *, finetune_options: tuple[str, ...]) -> None:
         finetune_options: further options of `train finetune`.
 
     Raises:
-        TrainError: a step failed; it has said why.
+        TrainError: a step failed; its own message says why.
     """
     for cache in (TRAIN_CACHE, TEST_CACHE):
-        shutil.rmtree(cache, ignore_errors=True)  # the demo's own: its extraction is to be timed
+        shutil.rmtree(cache, ignore_errors=True)  # so that the extraction is timed from the start
     extract = ["-m", "extract", "run", "--backbone", "demo"]
     extracted = _run_step([*extract, "--tiles", f"{tiles}train", "--cache", TRAIN_CACHE])
     _run_step([*extract, "--tiles", f"{tiles}test", "--cache", TEST_CACHE])
@@ -97,7 +98,7 @@ def run_demo(tiles: str, *, finetune_options: tuple[str, ...]) -> None:
 
 
 def _run_step(arguments: list[str]) -> Step:
-    """Run one command as the Makefile does, passing on what it prints."""
+    """Run one command as the Makefile does, and print its output as it comes."""
     print(f"\n$ python {shlex.join(arguments)}", flush=True)
     started = time.perf_counter()
     command = [sys.executable, "-m", "extract.launch", "--standalone", *arguments]
@@ -144,19 +145,20 @@ def _compare(extracted: Step, again: Step, head: Step, ranks: Ranks) -> str:
     ]
     picture = RUNS / "tiles.png"
     _draw_validation_tiles(sets, picture, ranks)
-    zero = next((line for line in again.output if line.startswith("0 to do")), "the second extraction was not idle")
+    zero = next((line for line in again.output if line.startswith("0 to do")), "the second extraction was not skipped")
     return "\n".join(
         [
             "",
-            f"test: {len(rows)} tiles of {len(set(rows.scenes.tolist()))} scenes that served for nothing else",
+            f"test: {len(rows)} tiles of {len(set(rows.scenes.tolist()))} held-out scenes, unused for training and "
+            "selection",
             "figures [95 % intervals, bootstrap over scenes]",
             "",
-            *_format_table(table, rows),
+            *_compare_models(table, rows),
             "",
             *_describe_gains(rows, np.asarray(frequency), head_probs, tuned_probs),
-            "frozen, streamed is the original way, one epoch of it measured: the same vectors, so the same figures",
+            "frozen, streamed is the original method, timed over one epoch: the same vectors, so the same figures",
             f"largest difference of streamed and cached vectors, over their norm: {_measure_difference(ranks):.1e}",
-            f"second extraction: {zero}; {again.seconds:.0f} s with the start of the process",
+            f"second extraction: {zero}; {again.seconds:.0f} s including the start of the process",
             f"twelve validation tiles with truth and prediction: {picture}; reports: {head_run}/report.html, "
             f"{tuned_run}/report.html",
             "",
@@ -171,7 +173,7 @@ def _compare(extracted: Step, again: Step, head: Step, ranks: Ranks) -> str:
 
 
 def _predict(run: str, rows: LabelledRows, ranks: Ranks) -> FloatArray:
-    """(n, C) probabilities of a run for the test rows."""
+    """Return the (n, C) probabilities of a run for the test rows."""
     loaded = LoadedRun.load(run)
     inference = infer(loaded, Target(None, TEST_CACHE), ranks, workers=None, labels=False)
     if inference is None:
@@ -180,7 +182,7 @@ def _predict(run: str, rows: LabelledRows, ranks: Ranks) -> FloatArray:
 
 
 def _time_streamed_epoch(config: TrainConfig, sets: Sets, ranks: Ranks) -> float:
-    """Seconds of one epoch the original way: the frozen backbone runs over every training tile for the head."""
+    """Time one epoch of the original method, which runs the frozen backbone over every training tile; in seconds."""
     version = sets.train.version
     stream = TileStream(version, find_cached_checkpoint(version), ranks, workers=None)
     meta = make_meta(config, sets.train)
@@ -195,7 +197,7 @@ def _time_streamed_epoch(config: TrainConfig, sets: Sets, ranks: Ranks) -> float
 
 
 def _measure_difference(ranks: Ranks) -> float:
-    """Embed the test tiles again and compare with the cache: largest norm of a difference over the row's norm."""
+    """Embed the test tiles again; return the largest norm of a difference to the cache over the row's norm."""
     version = open_cache(TEST_CACHE)
     values, table = version.read_rows(), version.read_table()
     checkpoint = find_cached_checkpoint(version)
@@ -213,43 +215,40 @@ def _measure_difference(ranks: Ranks) -> float:
     return largest
 
 
-def _format_table(table: list[Row], rows: LabelledRows) -> list[str]:
-    """Aligned lines; a figure whose interval overlaps that of the row above it is marked."""
-    header = ["", *(title for _, title in _KEYS), "set-up", "an epoch", f"{EPOCHS} epochs"]
-    lines, above, overlapping = [header], None, False
+def _compare_models(table: list[Row], rows: LabelledRows) -> list[str]:
+    """Format a line a model; a figure whose interval overlaps the interval in the line above is marked."""
+    titles = [FIGURES[key].title for key in KEY_FIGURES]
+    lines, above, overlapping = [["", *titles, "set-up", "an epoch", f"{EPOCHS} epochs"]], None, False
     for row in table:
         metrics = compute_metrics(row.probs, rows.labels, rows.class_names, loss=None)
         intervals = bootstrap_intervals(row.probs, rows.labels, rows.scenes)
         cells = []
-        for key, _ in _KEYS:
-            low, high = intervals[key]
-            overlaps = above is not None and row.probs is not table[1].probs and low <= above[key][1]
+        for key in KEY_FIGURES:
+            overlaps = above is not None and row.probs is not table[1].probs and intervals[key][0] <= above[key][1]
             overlapping |= overlaps
-            cells.append(f"{metrics[key]:.3f} [{low:.3f}, {high:.3f}]{' ~' if overlaps else ''}")
+            cells.append(format_estimate(metrics[key], intervals[key]) + (" ~" if overlaps else ""))
         lines.append([row.name, *cells, _seconds(row.setup_s), _seconds(row.epoch_s), row.all_epochs])
         above = intervals
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return [*text, *(["~ interval overlaps that of the row above"] if overlapping else [])]
+    return [*format_table(lines), *(["~ interval overlaps that of the row above"] if overlapping else [])]
 
 
 def _describe_gains(
     rows: LabelledRows, frequency: FloatArray, head_probs: FloatArray, tuned_probs: FloatArray
 ) -> list[str]:
-    """Paired differences: both models on the same resampled scenes."""
+    """Describe the paired differences: both models on the same resampled scenes."""
     lines = []
     for name, model, baseline in (
         ("cached head - label frequency", head_probs, frequency),
         ("last 3 layers - cached head", tuned_probs, head_probs),
     ):
         gains = bootstrap_difference(model, baseline, rows.labels, rows.scenes)
-        parts = [f"{title} [{gains[key][0]:+.3f}, {gains[key][1]:+.3f}]" for key, title in _KEYS]
+        parts = [f"{FIGURES[key].title} {format_interval(gain, sign='+')}" for key, gain in gains.items()]
         lines.append(f"{name}, paired: {', '.join(parts)}")
     return lines
 
 
 def _draw_validation_tiles(sets: Sets, path: Path, ranks: Ranks) -> None:
-    """A picture of twelve validation tiles with what they show and what the fine-tuned model says."""
+    """Draw twelve validation tiles with their classes and the fine-tuned model's decisions."""
     loaded = LoadedRun.load(str(RUNS / "finetune"))
     counted = np.flatnonzero(sets.counted)
     rng = np.random.default_rng(0)

@@ -227,8 +227,8 @@ def test_runs_of_other_tiles_are_not_compared(story: Story, tmp_path: Path) -> N
     result = run_train(work, "ladder", "--resume")
     assert result.status == 1
     assert result.errors == [
-        "error: runs/ladder-001/unfreeze-1-001 is not of the tiles that the cache holds now: it changed while the "
-        "ladder was climbed: start a new ladder without --resume"
+        "error: runs/ladder-001/unfreeze-1-001 was scored on other tiles than the cache holds now: the cache changed "
+        "between rungs: start a new ladder without --resume"
     ]
 
 

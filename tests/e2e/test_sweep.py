@@ -19,9 +19,10 @@ import train.sweep.training
 from tests.caches import plant_cache
 from tests.planted import Finished, fresh_seed
 from tests.planted import train as run_train
+from train.metrics.figures import KEY_FIGURES
 from train.runs.checkpoint import load_checkpoint
 from train.sweep.grid import describe_command
-from train.sweep.ranking import KEYS, HeadResult
+from train.sweep.ranking import HeadResult
 from train.sweep.stacked_heads import Stack
 from train.sweep.training import SweepPass
 
@@ -103,7 +104,7 @@ def test_a_member_equals_the_same_configuration_trained_alone(
     assert best.meta.epoch == member.best_epoch
     assert best.meta.hidden == (24 if head == "mlp" else 0)
     line = json.loads((run / "history.jsonl").read_text().splitlines()[member.best_epoch - 1])
-    for key in KEYS:
+    for key in KEY_FIGURES:
         assert member.figures[key] == pytest.approx(line[key], abs=TOLERANCE)
     assert member.tensors is not None
     assert {f"head.{name}" for name in member.tensors} == set(best.tensors)
@@ -122,7 +123,7 @@ def test_the_table_ranks_the_means_over_seeds(swept: tuple[Path, Finished, list[
     assert means == sorted(means, reverse=True)
     for line, entry in zip(lines, whole["ranking"], strict=True):
         assert line["command"] == entry["command"]
-        for key in KEYS:
+        for key in KEY_FIGURES:
             values = [head[key] for head in entry["heads"]]
             assert float(line[key]) == pytest.approx(np.mean(values))
             assert float(line[f"{key}_spread"]) == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
@@ -142,7 +143,7 @@ def test_the_winner_is_a_run_and_its_command_reproduces_it(
     assert result.out.rstrip().endswith(f"the winner alone: {winner['command']}")
     alone = run_command(work, winner["command"])
     own, again = read(run / "metrics.json"), read(alone / "metrics.json")
-    for key in (*KEYS, "loss", "f1_weighted_tuned", "accuracy"):
+    for key in (*KEY_FIGURES, "loss", "f1_weighted_tuned", "accuracy"):
         assert own[key] == pytest.approx(again[key], abs=TOLERANCE), key
     assert np.array(list(own["intervals"].values())) == pytest.approx(
         np.array(list(again["intervals"].values())), abs=TOLERANCE
@@ -180,7 +181,7 @@ def test_heads_that_do_not_fit_together_take_turns_and_come_out_the_same(
     assert len(entries) == 12
     for entry in entries:
         assert entry["f1_weighted_spread"] is None
-        for key in KEYS:
+        for key in KEY_FIGURES:
             other = first[entry["command"].split(" --split-file")[0]]
             assert entry["heads"][0][key] == pytest.approx(other[key], abs=TOLERANCE)
 

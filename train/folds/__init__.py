@@ -1,1 +1,1 @@
-"""Cross-validation by scene, and the labels that it doubts."""
+"""Cross-validation by scene, and a list of labels that it finds doubtful."""

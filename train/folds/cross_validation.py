@@ -1,7 +1,7 @@
-"""Grouped cross-validation: K heads, each trained without one fold of scenes, say of every row what they make of it.
+"""Cross-validate by scene: train K heads, each without one fold of scenes, and predict that fold with it.
 
-Nothing is chosen on the rows that score: a fold's head trains all its epochs, and its last one counts. The heads are
-for the figures alone; the run's own model is trained on its split, so that it keeps a validation side it has not seen.
+Nothing is chosen on the rows that score: a fold's head trains all its epochs, and its last epoch counts. The heads are
+for the figures only; the run's own model trains on its split, so that its validation side stays unseen.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
 from train.loop.validation import predict_logits
 from train.metrics.evaluation import Evaluation, describe_calibration, evaluate_rows, score_epoch
+from train.metrics.figures import FIGURES, KEY_FIGURES
+from train.metrics.side_by_side import format_estimate, format_table
 from train.runs.directory import RunDirectory
 
 OUT_OF_FOLD = "out_of_fold.safetensors"
-_SHOWN = (("f1_weighted", "F1 weighted"), ("f1_macro", "F1 macro"), ("map_macro", "mAP"))
 
 
 @dataclass(frozen=True, eq=False)
 class OutOfFold:
-    """What heads say of rows they were not trained on.
+    """The predictions of heads for rows that they were not trained on.
 
     Attributes:
-        fold: (n,) int64, the fold of each row: its scene was held out of that fold's head.
+        fold: (n,) int64, the fold of each row: its scene was held out from that fold's head.
         logits: (n, C) float32 of that head.
     """
 
@@ -50,7 +51,7 @@ class OutOfFold:
 
     def save(self, run: RunDirectory, cache: LabelledCache) -> None:
         """Write `out_of_fold.safetensors`: `row` (n,) int64 of the cache's table, `fold` (n,) int64 and `logits` (n, C)
-        float32; its metadata name the version of the cache and, as JSON, the classes in column order."""
+        float32. Its metadata hold the cache's version and, as JSON, the class names in column order."""
         temporary = run.path / f"{OUT_OF_FOLD}.tmp"
         arrays = {"row": cache.rows.index, "fold": self.fold, "logits": self.logits}
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
@@ -66,13 +67,13 @@ def predict_out_of_fold(
 
     Args:
         config: of each head: features, epochs, learning rate and so on; empty tiles train only if it keeps them.
-        cache: n usable rows before any split, empty tiles included; all ranks hold the same.
+        cache: n usable rows before any split, empty tiles included; the same on all ranks.
         ranks: all call this together.
         folds: 2 or more.
-        say: takes a line a fold.
+        say: called with one line for each fold.
 
     Returns:
-        the predictions in the order of `cache.rows`, on rank 0; None on the others.
+        the predictions in the order of `cache.rows` on rank 0; None on other ranks.
 
     Raises:
         SplitError: fewer scenes than folds, or a fold without a tile that shows a class.
@@ -99,14 +100,16 @@ def _take_fold(cache: LabelledCache, held_out: BoolArray, config: TrainConfig, n
     unlearnt = np.flatnonzero(val.rows.labels.any(axis=0) & ~train.rows.labels.any(axis=0))
     names = ", ".join(cache.rows.class_names[c] for c in unlearnt)
     note = f"{name}: {len(train.rows):,} tiles train, {len(val.rows):,} are held out" + (
-        f"; warning: all tiles that show {names} are held out at once: it cannot be learnt there" if names else ""
+        f"; warning: all tiles that show {names} are held out together: it cannot be learnt in this fold"
+        if names
+        else ""
     )
     counted = mark_counted(val.rows, config.data.empty)
     return Sets(None, train, val, counted, None, (note,), {}, np.zeros(0, bool))
 
 
 def _train_fold(config: TrainConfig, sets: Sets, ranks: Ranks) -> npt.NDArray[np.float32] | None:
-    """(m, C) logits of the held-out rows on rank 0, by the head after its last epoch; its files are thrown away."""
+    """Train one head; return its (m, C) logits of the held-out rows on rank 0. Its files are deleted."""
     size = choose_batch_size(len(sets.train.rows), config.batch_size)
     config = replace(config, batch_size=size, save_every=config.epochs, patience=None)
     with tempfile.TemporaryDirectory(prefix="tileprobe-fold-") as folder:
@@ -118,11 +121,12 @@ def _train_fold(config: TrainConfig, sets: Sets, ranks: Ranks) -> npt.NDArray[np
 
 @dataclass(frozen=True, eq=False)
 class CrossValidation:
-    """Figures of the heads of all folds.
+    """The figures of the heads of all folds.
 
     Attributes:
         per_fold: for each fold its `scenes`, `tiles` and averages at threshold 0.5.
-        pooled: all rows together, each by the head that has not seen it; tuned decisions are cross-fitted by scene.
+        pooled: all rows together, each predicted by the head that has not seen it; tuned decisions are cross-fitted by
+            scene.
     """
 
     per_fold: list[dict[str, Any]]
@@ -130,7 +134,7 @@ class CrossValidation:
 
     @classmethod
     def score(cls, found: OutOfFold, rows: LabelledRows, config: TrainConfig) -> CrossValidation:
-        """The figures of n rows."""
+        """Score n rows."""
         logits, counted = torch.from_numpy(found.logits), mark_counted(rows, config.data.empty)
         per_fold = []
         for number in range(config.folds):
@@ -143,12 +147,12 @@ class CrossValidation:
         return cls(per_fold, evaluate_rows(logits, rows, counted, loss=config.make_loss(), seed=config.seed))
 
     def spread(self, key: str) -> tuple[float, float]:
-        """Mean of a figure over folds and its standard deviation from fold to fold (n - 1)."""
+        """Return the mean of a figure over folds and its standard deviation (with n - 1)."""
         values = [fold[key] for fold in self.per_fold]
         return float(np.mean(values)), float(np.std(values, ddof=1))
 
     def to_json(self) -> dict[str, Any]:
-        spreads = {key: self.spread(key) for key, _ in _SHOWN}
+        spreads = {key: self.spread(key) for key in KEY_FIGURES}
         return {
             "folds": len(self.per_fold),
             "mean": {key: mean for key, (mean, _) in spreads.items()},
@@ -158,30 +162,28 @@ class CrossValidation:
         }
 
     def describe(self) -> list[str]:
-        """A line a fold, their mean and spread, and all rows together with intervals over scenes."""
-        lines = [f"{'out of fold':<34}" + "".join(f"{title:>24}" for _, title in _SHOWN)]
-
-        def add(title: str, cells: list[str]) -> None:
-            lines.append(f"{title:<34}" + "".join(f"{cell:>24}" for cell in cells))
-
+        """Describe each fold on a line, their mean and spread, and all rows together with intervals over scenes."""
+        figures = [FIGURES[key] for key in KEY_FIGURES]
+        rows = [["out of fold", *(figure.title for figure in figures)]]
         for number, fold in enumerate(self.per_fold, 1):
             title = f"fold {number}: {fold['tiles']:,} tiles, {fold['scenes']:,} scenes"
-            add(title, [f"{fold[key]:.4f}" for key, _ in _SHOWN])
-        add("mean, standard deviation", ["{:.4f}, {:.4f}".format(*self.spread(key)) for key, _ in _SHOWN])
-        intervals, metrics = self.pooled.intervals, self.pooled.metrics
-        cells = [f"{metrics[key]:.4f} [{intervals[key][0]:.4f}, {intervals[key][1]:.4f}]" for key, _ in _SHOWN]
-        add("all tiles [95 % over scenes]", cells)
-        lines.append(f"F1 weighted with tuned thresholds, all tiles: {metrics['f1_weighted_tuned']:.4f}")
-        return [*lines, describe_calibration(self.pooled.calibration)]
+            rows.append([title, *(figure.format(fold[figure.key]) for figure in figures)])
+        spreads = [", ".join(map(figure.format, self.spread(figure.key))) for figure in figures]
+        rows.append(["mean, standard deviation", *spreads])
+        metrics, intervals = self.pooled.metrics, self.pooled.intervals
+        estimates = [format_estimate(metrics[key], intervals[key], 4) for key in KEY_FIGURES]
+        rows.append(["all tiles [95 % over scenes]", *estimates])
+        tuned = FIGURES["f1_weighted_tuned"].describe(metrics["f1_weighted_tuned"])
+        return [*format_table(rows, "<>"), f"all tiles: {tuned}", describe_calibration(self.pooled.calibration)]
 
 
 def cross_validate(
     config: TrainConfig, cache: LabelledCache, run: RunDirectory, ranks: Ranks, say: Callable[[str], None]
 ) -> CrossValidation | None:
-    """Cross-validate as configured; rank 0 leaves `folds.json` and `out_of_fold.safetensors` in the run.
+    """Cross-validate as configured; rank 0 writes `folds.json` and `out_of_fold.safetensors` into the run.
 
     Returns:
-        the figures on rank 0, None on the others.
+        the figures on rank 0; None on other ranks.
     """
     found = predict_out_of_fold(config, cache, ranks, folds=config.folds, say=say)
     if found is None:

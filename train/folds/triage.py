@@ -1,18 +1,17 @@
-"""Which labels to look at again: those that a model which never saw the tile doubts most.
+"""List the labels to check first: those that a model which never saw the tile doubts most.
 
-Every tile is judged by a head trained on other scenes. What it does not believe of a label, one minus the
-self-confidence of confident learning (Northcutt, Jiang, Chuang: "Confident Learning: Estimating Uncertainty in Dataset
-Labels", JAIR 70 (2021)), orders the labels, damped by how well it tells the class apart at all: by the root of
-2 AUC - 1, which is 1 for a class it ranks without a fault and 0 for one it knows nothing of. Without that, every
-positive of a class nobody can learn from a few tiles would come before plain mistakes. Each class is a question of its
-own.
+Every tile is judged by a head trained on other scenes. The doubt of a label starts from the probability that the head
+gives to the opposite label: one minus the self-confidence of confident learning (Northcutt, Jiang, Chuang: "Confident
+Learning: Estimating Uncertainty in Dataset Labels", JAIR 70 (2021)). It is damped by how well the head ranks the class:
+by the root of 2 AUC - 1, which is 1 for a perfect ranking and 0 for a random one. Without damping, every positive of a
+class that nobody can learn from a few tiles would come before plain mistakes. Each class is treated separately.
 
-On planted tiles with 3 % of the labels flipped and one class labelled at random, damping made the list as a whole
-neither much better nor much worse, and took the random class out of it, which filled 7 % of it otherwise. Thresholds
-for each class, as in the paper, did worse on rare classes: they are means over a class's labels, and where half of
-those are wrong, so is the threshold.
+On planted tiles with 3 % of the labels flipped and one class labelled at random, damping left the quality of the whole
+list about the same, and removed the random class, which filled 7 % of the list otherwise. The paper's thresholds for
+each class did worse on rare classes: they are means over a class's labels, so they are wrong where half of the labels
+are wrong.
 
-Doubt is no proof: a tile that is hard, or unlike all others, is doubted as well.
+Doubt is no proof: a tile that is hard, or unlike all others, is doubted too.
 """
 
 import csv
@@ -41,7 +40,7 @@ from .cross_validation import predict_out_of_fold
 FloatArray = npt.NDArray[np.float32]
 FOLDS = 5
 COLUMNS = ("tile", "class", "label", "out_of_fold_probability", "doubt", "kind")
-"""Of the CSV."""
+"""Columns of the CSV file."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,9 @@ class Doubt:
     """One label of one tile that the out-of-fold model doubts.
 
     Attributes:
-        row: of the judged rows.
+        row: index into the judged rows.
         column: of the class.
-        label: what stands there: whether the tile shows the class.
+        label: the given label: whether the tile shows the class.
         prob: out-of-fold probability that it does.
         doubt: 0 to 1, comparable between classes; not a probability.
     """
@@ -64,7 +63,7 @@ class Doubt:
 
     @property
     def kind(self) -> Literal["likely wrong", "likely missing"]:
-        """A label that stands there and perhaps should not, or the other way round."""
+        """Say whether the label is probably wrong, or one is probably missing."""
         return "likely wrong" if self.label else "likely missing"
 
 
@@ -91,7 +90,7 @@ def run_triage(config: TrainConfig, out: Path, *, top: int) -> None:
         for line in cache.rows.notes:
             print(line, flush=True)
         check_doubtable(cache.rows)
-        # What favours rare classes would have a model believe in them where nothing shows them.
+        # Options that favour rare classes raise their probability on tiles that do not show them.
         plain = replace(config, class_weights="none", repeat_factor=0.0, clip_norm=None)
         found = predict_out_of_fold(plain, cache, ranks, folds=FOLDS, say=partial(print, flush=True))
         assert found is not None
@@ -102,7 +101,7 @@ def run_triage(config: TrainConfig, out: Path, *, top: int) -> None:
 
 
 def check_doubtable(rows: LabelledRows) -> None:
-    """Refuse labels that hold nothing to compare.
+    """Refuse labels that leave nothing to compare.
 
     Raises:
         SplitError: fewer than 5 scenes.
@@ -123,12 +122,13 @@ def check_doubtable(rows: LabelledRows) -> None:
 
 
 def find_doubts(probs: FloatArray, labels: BoolArray, *, top: int) -> list[Doubt]:
-    """At most `top` labels that the probabilities contradict, most doubtful first.
+    """Find at most `top` labels that the probabilities contradict, most doubtful first.
 
     Args:
         probs: (n, C) in 0..1, each by a model that did not see the row's scene.
-        labels: (n, C) bool, what stands there. A class that no row shows, or every row, is passed over: nothing tells
-            whether the model knows it.
+        labels: (n, C) bool, the given labels. A class that no row or every row shows is skipped: whether the model
+            knows it cannot be measured.
+        top: most labels to return.
     """
     distrust = np.where(labels, 1 - probs, probs).astype(np.float64)
     skill = np.zeros(labels.shape[1])
@@ -144,7 +144,7 @@ def find_doubts(probs: FloatArray, labels: BoolArray, *, top: int) -> list[Doubt
 
 
 def write_doubts(out: Path, doubts: Sequence[Doubt], rows: LabelledRows) -> None:
-    """A CSV line for each: tile, class, what its label says, the out-of-fold probability, the doubt and its kind.
+    """Write a CSV line for each doubt: tile, class, label, out-of-fold probability, doubt and kind.
 
     Raises:
         TrainError: the file cannot be written.
@@ -164,7 +164,7 @@ def write_doubts(out: Path, doubts: Sequence[Doubt], rows: LabelledRows) -> None
 def _describe(doubts: Sequence[Doubt], rows: LabelledRows, out: Path) -> str:
     wrong = sum(doubt.label for doubt in doubts)
     return (
-        f"{len(rows):,} tiles judged by heads that saw nothing of their scenes; the {len(doubts):,} most doubtful "
+        f"{len(rows):,} tiles judged by heads trained on other scenes; the {len(doubts):,} most doubtful "
         f"labels -> {out}: {wrong:,} likely wrong, {len(doubts) - wrong:,} likely missing\n"
         "doubt is no proof: hard and unusual tiles are doubted too, so look at a tile before its label is changed"
     )

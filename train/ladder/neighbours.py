@@ -17,9 +17,10 @@ from train.data.sets import read_sets
 from train.errors import TrainError
 from train.metrics.baselines import NEAREST
 from train.metrics.decisions import FloatArray
-from train.metrics.figures import Metrics, compute_metrics
+from train.metrics.figures import FIGURES
 from train.metrics.intervals import bootstrap_intervals, intervals_to_json
 from train.metrics.neighbours import find_neighbours
+from train.metrics.scores import Metrics, compute_metrics
 from train.runs.val_logits import save_val_logits
 
 
@@ -55,7 +56,8 @@ def run_neighbours(config: TrainConfig) -> None:
             test = _score(guess(sets.test), sets.test.rows, sets.counted_test, config.seed)
             run.write_json("test_metrics.json", test)
         run.write_json("metrics.json", metrics)
-        print(f"\nmAP {metrics['map_macro']:.4f}, weighted F1 {metrics['f1_weighted']:.4f}\nrun: {run}", flush=True)
+        shown = ", ".join(FIGURES[key].describe(metrics[key]) for key in ("map_macro", "f1_weighted"))
+        print(f"\n{shown}\nrun: {run}", flush=True)
 
 
 def _score(probs: FloatArray, rows: LabelledRows, counted: BoolArray, seed: int) -> Metrics:

@@ -1,12 +1,12 @@
-"""What a ladder found: one table, a plot of quality against cost, and a sentence that says whether it was worth it.
+"""Summarise a ladder: one table, a plot of quality against cost, and a sentence on whether more training paid off.
 
-Figures are those of the rungs' own metrics.json. Differences are paired: both models are scored on the same resampled
-scenes, the very draws that the rungs' own intervals come from.
+Figures come from the rungs' metrics.json. Differences are paired: both models are scored on the same resampled scenes,
+with the same draws as the rungs' own intervals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,21 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from cache_schema.cli.text import format_bytes
 from extract.ranks.group import Ranks
-from train.data.labels import LabelledRows
 from train.data.sets import Sets, read_sets
 from train.errors import TrainError
 from train.metrics.decisions import FloatArray
-from train.metrics.intervals import Interval, bootstrap_difference, intervals_to_json
+from train.metrics.figures import FIGURES, format_value
+from train.metrics.intervals import intervals_to_json
+from train.metrics.side_by_side import PairedDifference, format_estimate, format_interval, format_table
 from train.runs.directory import RunDirectory
 from train.runs.val_logits import load_val_logits
 
 from .rungs import MLP, Record
 
-FIGURES = (("f1_weighted", "weighted F1"), ("map_macro", "mAP"))
-_QUALITY = "map_macro"
+COMPARED = ("f1_weighted", "map_macro")
+_QUALITY = FIGURES["map_macro"]
 FEW_SCENES = 20
-"""Up to which percentile intervals are too narrow, see `intervals`."""
+"""Up to this many scenes percentile intervals are too narrow, see `train.metrics.intervals`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +45,9 @@ class Result:
     Attributes:
         record: how it was run.
         metrics: its metrics.json.
-        probs: (n, C) float32 of the n validation tiles that count.
-        training_s: seconds of its epochs, validation included; 0 for one that has none.
-        device_bytes: most memory of tensors on a GPU; None on a CPU.
+        probs: (n, C) float32 of the n validation tiles of the main figures.
+        training_s: seconds of its epochs, validation included; 0 for a rung without epochs.
+        device_bytes: peak memory of tensors on a GPU; None on a CPU.
     """
 
     record: Record
@@ -61,38 +62,22 @@ class Result:
 
     @property
     def memory(self) -> int:
-        """Bytes that are scarce: the GPU's, where there is one."""
+        """Return the peak bytes of the GPU if there is one, else of the host."""
         return self.record.peak_bytes if self.device_bytes is None else self.device_bytes
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A rung less the reference: by figure the difference and its paired interval."""
-
-    difference: dict[str, float]
-    interval: dict[str, Interval]
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether mAP is higher beyond its interval."""
-        return self.interval[_QUALITY][0] > 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {"difference": self.difference, "intervals": intervals_to_json(self.interval)}
 
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """Results cheapest first; `gains` are over the reference rung, whose own is left out; `text` is for people."""
+    """Results, cheapest first; `gains` of all other rungs over the reference; `text` for people."""
 
     results: tuple[Result, ...]
     reference: Result
-    gains: dict[str, Gain]
+    gains: dict[str, PairedDifference]
     sentence: str
     text: str
 
     def to_json(self) -> dict[str, Any]:
-        keys = (*(key for key, _ in FIGURES), "intervals")
+        keys = (*COMPARED, "intervals")
         table = []
         for result in self.results:
             gain = self.gains.get(result.record.rung.name)
@@ -104,17 +89,17 @@ class Summary:
                     "training_s": result.training_s,
                     "host_peak_bytes": result.record.peak_bytes,
                     "device_peak_bytes": result.device_bytes,
-                    "over_reference": gain.to_json() if gain else None,
+                    "over_reference": _gain_to_json(gain) if gain else None,
                 }
             )
         return {"reference": self.reference.record.rung.name, "table": table, "sentence": self.sentence}
 
 
 def summarise(ladder: RunDirectory, records: Sequence[Record]) -> Summary:
-    """Read what finished rungs left, compare them, and draw ladder.png.
+    """Read the finished rungs' runs, compare them, and draw ladder.png.
 
     Raises:
-        TrainError: they are not of the same tiles.
+        TrainError: they were not scored on the same tiles.
         TileprobeError: the cache cannot be read.
     """
     runs = [RunDirectory.open(str(ladder.path / record.rung.name)) for record in records]
@@ -122,10 +107,12 @@ def summarise(ladder: RunDirectory, records: Sequence[Record]) -> Summary:
     sets = read_sets(replace(config, test_cache=None, folds=0), Ranks.alone())
     results = tuple(_read_result(run, record, sets) for run, record in zip(runs, records, strict=True))
     rows = sets.val.rows.select(sets.counted)
-    # What layers start from is what they have to beat; without it the cheapest.
+    # Fine-tuning starts from the MLP head, so it has to beat it; without an MLP rung the cheapest is the reference.
     reference = next((result for result in results if result.record.rung.name == MLP), results[0])
     gains = {
-        result.record.rung.name: measure_gain(result, reference, rows, config.seed)
+        result.record.rung.name: PairedDifference.measure(
+            result.probs, reference.probs, rows.labels, rows.scenes, seed=config.seed
+        )
         for result in results
         if result is not reference
     }
@@ -135,7 +122,7 @@ def summarise(ladder: RunDirectory, records: Sequence[Record]) -> Summary:
         f"{len(rows):,} validation tiles of {scenes} scenes; each rung's best epoch was chosen on them",
         "figures [95 % intervals, bootstrap over scenes]; time is each rung's own, from start to report",
         *(
-            [f"with {scenes} scenes intervals are too narrow: doubt a gain that they only just show"]
+            [f"with {scenes} scenes intervals are too narrow: doubt a gain whose interval only just excludes 0"]
             if scenes <= FEW_SCENES
             else []
         ),
@@ -152,7 +139,7 @@ def _read_result(run: RunDirectory, record: Record, sets: Sets) -> Result:
     logits = load_val_logits(run, sets.val.rows)
     if run.read_version() != sets.train.version.id or run.read_json("split.json") != sets.split or logits is None:
         raise TrainError(
-            f"{run} is not of the tiles that the cache holds now: it changed while the ladder was climbed: start a new "
+            f"{run} was scored on other tiles than the cache holds now: the cache changed between rungs: start a new "
             "ladder without --resume"
         )
     probs = logits[torch.from_numpy(sets.counted)].sigmoid().numpy()
@@ -162,81 +149,78 @@ def _read_result(run: RunDirectory, record: Record, sets: Sets) -> Result:
     return Result(record, run.read_json("metrics.json"), probs, training_s, max(peaks, default=None))
 
 
-def measure_gain(result: Result, reference: Result, rows: LabelledRows, seed: int) -> Gain:
-    """What a rung gains over another on n validation rows; `seed` is that of the rungs' own intervals."""
-    interval = bootstrap_difference(result.probs, reference.probs, rows.labels, rows.scenes, seed=seed)
-    keys = [key for key, _ in FIGURES]
-    difference = {key: result.metrics[key] - reference.metrics[key] for key in keys}
-    return Gain(difference, {key: interval[key] for key in keys})
+def _gain_to_json(gain: PairedDifference) -> dict[str, Any]:
+    intervals = intervals_to_json(gain.interval)
+    return {
+        "difference": {key: gain.difference[key] for key in COMPARED},
+        "intervals": {key: intervals[key] for key in COMPARED},
+    }
 
 
-def conclude(results: Sequence[Result], reference: Result, gains: dict[str, Gain]) -> str:
-    """One sentence: what the best dearer rung gains in mAP over the reference, and at what price.
+def conclude(results: Sequence[Result], reference: Result, gains: Mapping[str, PairedDifference]) -> str:
+    """Say in one sentence what the best dearer rung gains in mAP over the reference, and at what price.
 
-    Where the interval holds 0 no gain is claimed. Where another rung's gain is clear for less time, it is named as
-    well. Without a dearer rung the best of the others is put beside the reference.
+    If the interval holds 0, no gain is claimed. If another rung's gain is clear for less time, it is named too. Without
+    a dearer rung the best of the others is compared with the reference.
     """
     after = results[[*results].index(reference) + 1 :]
     rivals = after or [result for result in results if result is not reference]
     if not rivals:
-        return f"{reference.title} stands alone: there is nothing to compare it with"
-    best = max(rivals, key=lambda result: float(result.metrics[_QUALITY]))
+        return f"{reference.title} is the only rung: there is nothing to compare it with"
+    best = max(rivals, key=lambda result: float(result.metrics[_QUALITY.key]))
     sentence = _describe_gain(best, reference, gains)
-    clear = [result for result in after if gains[result.record.rung.name].is_clear]
+    clear = [result for result in after if gains[result.record.rung.name].interval[_QUALITY.key][0] > 0]
     cheapest = min(clear, key=lambda result: result.record.wall_s, default=best)
     if len(rivals) > 1:
-        sentence += f"; the best of {len(rivals)} on these very tiles, which flatters it"
+        sentence += f"; it is the best of {len(rivals)} on these same tiles, which flatters it"
     if cheapest is not best:
         sentence += f"; {_describe_gain(cheapest, reference, gains)}"
     return sentence
 
 
-def _describe_gain(result: Result, reference: Result, gains: dict[str, Gain]) -> str:
+def _describe_gain(result: Result, reference: Result, gains: Mapping[str, PairedDifference]) -> str:
     gain = gains[result.record.rung.name]
-    difference, (low, high) = gain.difference[_QUALITY], gain.interval[_QUALITY]
+    difference, (low, high) = gain.difference[_QUALITY.key], gain.interval[_QUALITY.key]
     price = f"over the {reference.title} for {_format_times(result.record.wall_s / reference.record.wall_s)} the time"
-    interval = f"[{low:+.3f}, {high:+.3f}]"
+    interval = format_interval((low, high), sign="+")
+    size = f"{format_value(abs(difference))} {_QUALITY.title}"
+    signed = f"{format_value(difference, sign='+')} {_QUALITY.title}"
     if np.isnan(low):
-        return f"{result.title}: {difference:+.3f} mAP {price}, without an interval: it needs two validation scenes"
+        return f"{result.title}: {signed} {price}, without an interval: it needs two validation scenes"
     if low > 0:
-        return f"{result.title} gains {difference:.3f} mAP {interval} {price}"
+        return f"{result.title} gains {size} {interval} {price}"
     if high < 0:
-        return f"{result.title} loses {-difference:.3f} mAP {interval} {price}"
-    return f"{result.title} shows no gain: {difference:+.3f} mAP {interval} {price}, and the interval holds 0"
+        return f"{result.title} loses {size} {interval} {price}"
+    return f"{result.title} shows no gain: {signed} {interval} {price}, and the interval holds 0"
 
 
-def tabulate(results: Sequence[Result], reference: Result, gains: dict[str, Gain]) -> list[str]:
-    """Aligned lines, a rung each."""
+def tabulate(results: Sequence[Result], reference: Result, gains: Mapping[str, PairedDifference]) -> list[str]:
+    """Format a line a rung."""
     where = "GPU memory" if any(result.device_bytes is not None for result in results) else "memory"
     header = [
         "",
-        *(title for _, title in FIGURES),
-        f"mAP over {reference.title}, paired",
+        *(FIGURES[key].title for key in COMPARED),
+        f"{_QUALITY.title} over {reference.title}, paired",
         "time",
         "in epochs",
         f"peak {where}",
     ]
-    lines = [header]
+    rows = [header]
     for result in results:
         gain = gains.get(result.record.rung.name)
         resumed = f" ({len(result.record.legs)} starts)" if len(result.record.legs) > 1 else ""
-        lines.append(
+        metrics = result.metrics
+        rows.append(
             [
                 result.title,
-                *(_format_figure(result.metrics[key], result.metrics["intervals"][key]) for key, _ in FIGURES),
-                _format_figure(gain.difference[_QUALITY], gain.to_json()["intervals"][_QUALITY], "+") if gain else "-",
+                *(format_estimate(metrics[key], metrics["intervals"][key]) for key in COMPARED),
+                gain.format(_QUALITY.key) if gain else "-",
                 f"{result.record.wall_s:,.0f} s{resumed}",
                 f"{result.training_s:,.1f} s" if result.training_s else "-",
                 format_bytes(result.memory),
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _format_figure(value: float, interval: Sequence[float] | None, sign: str = "") -> str:
-    spread = "n/a" if interval is None else f"{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}"
-    return f"{value:{sign}.3f} [{spread}]"
+    return format_table(rows)
 
 
 def _format_times(ratio: float) -> str:
@@ -244,11 +228,11 @@ def _format_times(ratio: float) -> str:
 
 
 def draw_ladder(path: Path, results: Sequence[Result]) -> None:
-    """Save mAP with its interval against time on the left, against memory on the right, as PNG."""
+    """Draw mAP with its interval against time (left) and against memory (right), and save it as PNG."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(results)))
     for result, colour in zip(results, colours, strict=True):
-        value, interval = result.metrics[_QUALITY], result.metrics["intervals"][_QUALITY] or [np.nan, np.nan]
+        value, interval = result.metrics[_QUALITY.key], result.metrics["intervals"][_QUALITY.key] or [np.nan, np.nan]
         for axis, cost in zip(axes, (result.record.wall_s, result.memory / 2**30), strict=True):
             axis.vlines(cost, *interval, color=colour, linewidth=1.5)
             axis.plot(cost, value, "o", color=colour, label=result.title)
@@ -259,7 +243,7 @@ def draw_ladder(path: Path, results: Sequence[Result]) -> None:
     axes[0].set_xlabel("seconds, from start to report")
     axes[1].set_xlim(left=0)
     axes[1].set_xlabel("peak memory, GiB")
-    axes[0].set_ylabel("validation mAP, 95 % interval over scenes")
+    axes[0].set_ylabel(f"validation {_QUALITY.title}, 95 % interval over scenes")
     axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

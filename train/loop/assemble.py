@@ -12,6 +12,7 @@ from train.data.cached import open_cached_tiles
 from train.data.labels import LabelledCache
 from train.data.sets import Sets
 from train.metrics.evaluation import score_epoch
+from train.metrics.figures import FIGURES
 from train.model.classifier import Classifier, Head
 from train.model.shards import describe_shards, load_tensors
 from train.runs.checkpoint import CheckpointMeta, LoadedCheckpoint
@@ -96,6 +97,7 @@ def _compare_cached_and_streamed(
         logits = predict_logits(model, tiles, ranks, amp=use_amp(config.amp, ranks.device))
         if logits is not None:
             scored = score_epoch(logits, sets.val.rows, sets.counted, loss=config.make_loss())
-            figures.append(f"{scored['map_macro']:.4f}")
+            figures.append(FIGURES["map_macro"].format(scored["map_macro"]))
     if figures:
-        ranks.say(f"step 0: mAP of the starting head: cached {figures[0]}, streamed {figures[1]}")
+        title = FIGURES["map_macro"].title
+        ranks.say(f"step 0: {title} of the starting head: cached {figures[0]}, streamed {figures[1]}")

@@ -18,7 +18,8 @@ from train.data.memory import report_device_peak
 from train.data.rare import compute_class_weights, find_rarest
 from train.errors import CheckpointError, TrainError
 from train.metrics.evaluation import score_epoch
-from train.metrics.figures import average_rarest
+from train.metrics.figures import FIGURES
+from train.metrics.scores import average_rarest
 from train.model.classifier import Classifier
 from train.model.optimizer import scale_learning_rate
 from train.model.shards import gather_state, gather_tensors, load_tensors, send_state
@@ -120,8 +121,8 @@ class Trainer:
                 over = closed.over
         if self._epoch < self.config.epochs:
             note(
-                f"stopped early, after epoch {self._epoch} of {self.config.epochs}: no better {self.config.best_by} "
-                f"for {self.config.patience} epochs"
+                f"stopped early, after epoch {self._epoch} of {self.config.epochs}: no better "
+                f"{FIGURES[self.config.best_by].title} for {self.config.patience} epochs"
             )
 
     def _is_over(self) -> bool:
@@ -248,14 +249,16 @@ class Trainer:
         note: Callable[[str], None],
     ) -> None:
         """One line for the user."""
-        metrics = closed.metrics
+        shown = FIGURES["loss"].describe(loss)
+        scored = [(FIGURES[key], closed.metrics[key]) for key in ("f1_weighted", "map_macro")]
         bar.set_postfix_str(
-            f"loss {loss:.4f}, F1 weighted {metrics['f1_weighted']:.3f}, mAP {metrics['map_macro']:.3f}", refresh=False
+            ", ".join([shown, *(figure.describe(value, digits=3) for figure, value in scored)]), refresh=False
         )
         note(
-            f"epoch {self._epoch}/{self.config.epochs}: loss {loss:.4f}, val F1 weighted {metrics['f1_weighted']:.4f}, "
-            f"mAP {metrics['map_macro']:.4f}; {timing.train_s:.2f} s, {len(self._train) / timing.train_s:,.0f} "
-            f"tiles/s, {100 * timing.wait_s / timing.train_s:.0f} % of it waiting for tiles"
+            f"epoch {self._epoch}/{self.config.epochs}: {shown}, val "
+            f"{', '.join(figure.describe(value) for figure, value in scored)}; {timing.train_s:.2f} s, "
+            f"{len(self._train) / timing.train_s:,.0f} tiles/s, {100 * timing.wait_s / timing.train_s:.0f} % of it "
+            "waiting for tiles"
         )
 
     def _gather(self, *, optimizer: bool) -> "_State":

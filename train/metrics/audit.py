@@ -1,4 +1,4 @@
-"""Leak audit: tiles on one side of the split that are all but the same as a tile on the other."""
+"""Audit a split for leaks: validation tiles that nearly equal a training tile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.data.labels import LabelledRows
 from .neighbours import Neighbours
 
 NEAR_DUPLICATE = 0.99
-"""Cosine from which two vectors count as those of the same picture."""
+"""Cosine from which two vectors count as near-duplicates."""
 _LISTED = 50
 
 
@@ -21,12 +21,12 @@ class LeakAudit:
     """Near-duplicates across the split.
 
     Attributes:
-        threshold: cosine from which a pair is one.
-        train, val: tiles compared.
-        of_train: tiles that train; more than `train` where some were drawn to bound the time.
-        val_tiles: validation tiles with a near-duplicate among those compared.
-        pairs: all pairs there are.
-        closest: pairs of a train and a val tile by falling cosine, each val tile once: the nearest, 50 at most.
+        threshold: cosine from which a pair counts.
+        train, val: number of tiles compared.
+        of_train: number of training tiles; more than `train` if only a sample was compared, to bound the time.
+        val_tiles: validation tiles with a near-duplicate among the compared training tiles.
+        pairs: number of near-duplicate pairs.
+        closest: each validation tile with its nearest training tile, by falling cosine, at most 50.
     """
 
     threshold: float
@@ -41,7 +41,7 @@ class LeakAudit:
         return asdict(self)
 
     def describe(self) -> str:
-        """One line for the summary."""
+        """Describe the audit on one line for the summary."""
         drawn = f" (drawn from {self.of_train:,})" if self.train < self.of_train else ""
         text = (
             f"leak audit: {self.val_tiles:,} of {self.val:,} validation tiles have a near-duplicate (cosine "
@@ -54,7 +54,7 @@ class LeakAudit:
 
 
 def audit_split(train: LabelledRows, val: LabelledRows, neighbours: Neighbours) -> LeakAudit:
-    """Read the audit off the training rows nearest to each validation row, found with the threshold of this room."""
+    """Audit a split from the training rows nearest to each validation row, found with threshold `NEAR_DUPLICATE`."""
     nearest = neighbours.cosine[:, 0]
     order = torch.argsort(nearest, descending=True, stable=True)[:_LISTED]
     closest = [

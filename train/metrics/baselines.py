@@ -1,4 +1,4 @@
-"""What a head has to beat: the labels' frequencies, the nearest neighbours, and a linear probe, on the same split."""
+"""Score the baselines that a head has to beat: label frequency, nearest neighbours and a linear probe, on its split."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from train.data.sets import Sets
 from .audit import NEAR_DUPLICATE, LeakAudit, audit_split
 from .decisions import FloatArray, cross_fitted_preds, tune_thresholds
 from .evaluation import Baseline
-from .figures import compute_metrics
 from .logistic import LinearProbe, fit_logistic
 from .neighbours import Neighbours, draw_rows, find_neighbours
+from .scores import compute_metrics
 
 NEAREST = 10
 
 MOST_PROBE_CELLS = 1.2e9
-"""Rows x features x classes at most, some 10 s on 2 cores: beyond, rows are drawn at random."""
+"""Most rows x features x classes, about 10 s on 2 cores; above it the probe trains on a random sample of the rows."""
 
 _ROWS = 8192
 
-_LEFT_OUT = "baselines and leak audit: left out, the vectors are too many to look at beside training"
+_LEFT_OUT = "baselines and leak audit: skipped, because there are too many vectors to read them again next to training"
 
 
 class Baselines:
@@ -36,7 +36,7 @@ class Baselines:
     Args:
         train: n rows to learn from.
         device: to compute on.
-        seed: of the rows drawn where there are too many, and of folds.
+        seed: of the sample if there are too many rows, and of folds.
     """
 
     def __init__(self, train: LabelledCache, device: torch.device, seed: int) -> None:
@@ -44,7 +44,7 @@ class Baselines:
         self._probe = _StandardProbe(train, device, seed)
 
     def find_neighbours(self, cache: LabelledCache) -> Neighbours:
-        """The training rows nearest to each of a set."""
+        """Find the training rows nearest to each row of a set."""
         return find_neighbours(
             cache,
             self._train,
@@ -61,12 +61,13 @@ class Baselines:
         neighbours: Neighbours,
         tuned: Mapping[str, Baseline] | None = None,
     ) -> dict[str, Baseline]:
-        """Figures of each baseline, by its name, on the rows of a set where `counted` (n,) is true.
+        """Score each baseline, by name, on the rows of a set where `counted` (n,) is true.
 
         Args:
             cache: the set.
+            counted: the rows to score.
             neighbours: of all its rows.
-            tuned: on another set, for thresholds; without, they are tuned here and scored cross-fitted by scene.
+            tuned: the baselines on another set, whose thresholds to use; None tunes them here, cross-fitted by scene.
         """
         rows, labels = cache.rows.select(counted), self._train.rows.labels
         frequency = labels.mean(axis=0, dtype=np.float32)
@@ -94,7 +95,7 @@ class Baselines:
 class _StandardProbe:
     """Logistic regression with scikit-learn's default penalty, on features of mean 0 and deviation 1.
 
-    A class that every row shows, or none, is given its frequency.
+    A class that every row shows, or none, gets its frequency as probability.
     """
 
     def __init__(self, train: LabelledCache, device: torch.device, seed: int) -> None:
@@ -109,10 +110,12 @@ class _StandardProbe:
         self._mean, deviation = inputs.mean(dim=0), inputs.std(dim=0, correction=0)
         self._deviation = torch.where(deviation > 0, deviation, 1.0)
         self._model: LinearProbe = fit_logistic(self._standardise(inputs), seen[:, self._fitted])
-        self.basis = _count(len(chosen), len(labels)) + ("" if self._model.converged else ", not at its optimum yet")
+        self.basis = _count(len(chosen), len(labels)) + (
+            "" if self._model.converged else ", stopped before its optimum"
+        )
 
     def predict(self, cache: LabelledCache) -> FloatArray:
-        """(n, C) probabilities."""
+        """Return (n, C) probabilities."""
         probs = self._frequency.repeat(len(cache.rows), 1)
         for part in torch.arange(len(cache.rows)).split(_ROWS):
             inputs = read_vectors(cache, part).to(self._device)
@@ -131,10 +134,10 @@ def _count(used: int, rows: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What stands beside a head's own figures.
+    """The baselines and the leak audit of a run.
 
     Attributes:
-        val, test: baselines on either set by name; none without a test set, or where vectors are not at hand.
+        val, test: baselines by name on each set; empty without a test set, or if the vectors cannot be read again.
         audit: of the split.
         notes: lines for the summary.
     """
@@ -146,7 +149,7 @@ class Comparison:
 
 
 def compare(sets: Sets, device: torch.device, seed: int) -> Comparison:
-    """Baselines and leak audit of a run's sets; a line instead where their vectors are too many to look at again."""
+    """Compute the baselines and the leak audit of a run's sets; only a note if there are too many vectors to reread."""
     caches = [cache for cache in (sets.train, sets.val, sets.test) if cache is not None]
     if not can_look_up(*caches):
         return Comparison({}, {}, None, (_LEFT_OUT,))

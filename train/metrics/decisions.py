@@ -1,7 +1,7 @@
-"""From logits to probabilities and decisions: a temperature, then a threshold for each class.
+"""Turn logits into probabilities by a temperature, and probabilities into decisions by a threshold for each class.
 
 Thresholds apply to calibrated probabilities, here and in every file that holds both. Fitting and scoring on the same
-rows would flatter a model, so `cross_fit` scores each scene by what was fitted on the others.
+rows would flatter a model, so `cross_fit` scores each scene by a temperature and thresholds fitted on the others.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.optimize import brentq
 from sklearn.model_selection import GroupKFold
 
 from cache_schema.layout import BoolArray
 
+from .figures import DECISION_THRESHOLD
+from .scores import compute_f1
+
 FloatArray = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.floating[Any]]
 
-UNTUNED = 0.5
-
 Bin = dict[str, Any]
-"""One part of 0..1: `count` of decisions, mean probability `prob`, and `positive`, the share that is there; the latter
-two None where it is empty."""
+"""One part of 0..1: the `count` of decisions in it, their mean probability `prob`, and `positive`, the share of them
+whose class is present; the last two are None when the part is empty."""
 COLDEST, HOTTEST = 0.1, 10.0
-"""Where the search ends: rows that a model separates without error would want a temperature of 0."""
+"""Bounds of the temperature: without them, rows that a model separates without error would drive it to 0."""
 BINS = 15
-_STEPS = 60
 
 
 def tune_thresholds(probs: Floats, labels: BoolArray) -> npt.NDArray[np.float32]:
-    """Per class, the threshold `t` whose decision `prob >= t` has the highest F1 on these rows.
+    """Find, for each class, the threshold `t` whose decision `prob >= t` has the highest F1 on these rows.
 
     The optimum of F1 over a ranking lies at one of its cuts (Lipton, Elkan, Naryanaswamy: "Optimal Thresholding of
     Classifiers to Maximize F1 Measure", ECML 2014), so all cuts are scored at once from the sorted probabilities. `t`
@@ -52,12 +53,12 @@ def tune_thresholds(probs: Floats, labels: BoolArray) -> npt.NDArray[np.float32]
     probs = _check(probs, labels)
     rows, classes = probs.shape
     if rows == 0:
-        return np.full(classes, UNTUNED, dtype=np.float32)
+        return np.full(classes, DECISION_THRESHOLD, dtype=np.float32)
     order = np.argsort(-probs, axis=0, kind="stable")
     ranked = np.take_along_axis(probs, order, axis=0)
     hits = np.cumsum(np.take_along_axis(labels, order, axis=0), axis=0)
     predicted = np.arange(1, rows + 1)[:, None]
-    f1 = 2 * hits / (predicted + hits[-1])
+    f1 = compute_f1(hits, predicted, hits[-1])
     # A cut between equal probabilities cannot be made.
     f1[:-1][ranked[:-1] == ranked[1:]] = -1.0
     cut = np.argmax(f1, axis=0)
@@ -67,13 +68,13 @@ def tune_thresholds(probs: Floats, labels: BoolArray) -> npt.NDArray[np.float32]
     middle = ((upper.astype(np.float64) + lower) / 2).astype(np.float32)
     # Between neighbouring floats the middle rounds to one of them, perhaps to the one that must stay below.
     middle = np.where(middle > lower, middle, upper)
-    return np.where(hits[-1] > 0, middle, np.float32(UNTUNED)).astype(np.float32)
+    return np.where(hits[-1] > 0, middle, np.float32(DECISION_THRESHOLD)).astype(np.float32)
 
 
 def cross_fitted_preds(
     probs: Floats, labels: BoolArray, scenes: npt.NDArray[Any], *, folds: int = 5, seed: int = 0
 ) -> BoolArray:
-    """Decisions on every row by thresholds tuned on the rows of other scenes only.
+    """Decide on every row by thresholds tuned on the rows of other scenes only.
 
     Thresholds tuned and scored on the same rows flatter the model; cross-fitting scores the tuning itself. Scenes stay
     whole, since neighbouring tiles of a scene overlap. Which scenes share a fold depends on their names and `seed`.
@@ -82,11 +83,11 @@ def cross_fitted_preds(
         probs: (N, C) floating in 0..1; compared as float32.
         labels: (N, C) bool.
         scenes: (N,) str or int, the scene of each row.
-        folds: at least 2; with fewer scenes, each is a fold of its own.
+        folds: at least 2; with fewer scenes, each scene is a fold.
         seed: of the assignment of scenes to folds.
 
     Returns:
-        (N, C) bool. With a single scene there is nothing to tune on: the decision is `probs >= 0.5`.
+        (N, C) bool. A single scene leaves no other rows to tune on: the decision is `probs >= 0.5`.
 
     Raises:
         ValueError: the shapes differ, a probability is not in 0..1, or `folds` is less than 2.
@@ -94,7 +95,7 @@ def cross_fitted_preds(
     probs = _check(probs, labels)
     if scenes.shape != (len(probs),):
         raise ValueError(f"scenes {scenes.shape} must be ({len(probs)},)")
-    preds = probs >= np.float32(UNTUNED)
+    preds = probs >= np.float32(DECISION_THRESHOLD)
     for others, own in split_scenes(scenes, folds, seed):
         preds[own] = probs[own] >= tune_thresholds(probs[others], labels[others])
     return preds
@@ -103,11 +104,11 @@ def cross_fitted_preds(
 def split_scenes(
     scenes: npt.NDArray[Any], folds: int, seed: int
 ) -> Iterator[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
-    """The rows of all other folds and those of its own, for each fold of whole scenes; nothing for a single scene.
+    """Yield, for each fold of whole scenes, the rows of the other folds and its own rows; nothing for a single scene.
 
     Args:
         scenes: (N,) str or int; which of them share a fold depends on their names and `seed`.
-        folds: at least 2; with fewer scenes, each is a fold of its own.
+        folds: at least 2; with fewer scenes, each scene is a fold.
 
     Raises:
         ValueError: `folds` is less than 2.
@@ -122,7 +123,7 @@ def split_scenes(
 
 
 def _check(probs: Floats, labels: BoolArray) -> npt.NDArray[np.float32]:
-    """The probabilities as float32, once both arrays are known to be sound."""
+    """Check both arrays and return the probabilities as float32."""
     if probs.ndim != 2 or labels.shape != probs.shape or labels.dtype != np.bool_:
         raise ValueError(f"labels must be bool {probs.shape}, as (N, C) probs: got {labels.dtype} {labels.shape}")
     # NaN fails both comparisons, so this refuses it too.
@@ -132,10 +133,10 @@ def _check(probs: Floats, labels: BoolArray) -> npt.NDArray[np.float32]:
 
 
 def fit_temperature(logits: Floats, labels: BoolArray) -> float:
-    """The temperature T, 0.1 to 10, whose probabilities `sigmoid(logits / T)` have the least binary cross-entropy.
+    """Find the temperature T, 0.1 to 10, whose `sigmoid(logits / T)` has the least binary cross-entropy.
 
-    The cross-entropy is convex in 1 / T, so Newton's steps on its derivative, kept inside the bracket known so far,
-    find the only minimum.
+    The cross-entropy is convex in 1 / T, so the root of its derivative is the only minimum. Brent's method
+    ("Algorithms for Minimization without Derivatives", 1973, chapter 4) finds it, unless it lies outside the bounds.
 
     Args:
         logits: (N, C) floating.
@@ -154,24 +155,23 @@ def fit_temperature(logits: Floats, labels: BoolArray) -> float:
     if not logits.size:
         return 1.0
     z, y = torch.from_numpy(logits).double(), torch.from_numpy(labels).double()
-    low, high, inverse = 1 / HOTTEST, 1 / COLDEST, 1.0
-    for _ in range(_STEPS):
-        probs = torch.sigmoid(inverse * z)
-        slope = float(((probs - y) * z).mean())
-        low, high = (inverse, high) if slope < 0 else (low, inverse)
-        curvature = float((probs * (1 - probs) * z * z).mean())
-        wanted = inverse - slope / curvature if curvature > 0 else low
-        before, inverse = inverse, wanted if low < wanted < high else (low + high) / 2
-        if abs(inverse - before) <= 1e-10 * before:
-            break
-    return 1 / inverse
+
+    def slope(inverse: float) -> float:
+        return float(((torch.sigmoid(inverse * z) - y) * z).mean())
+
+    if slope(1 / HOTTEST) >= 0:
+        return HOTTEST
+    if slope(1 / COLDEST) <= 0:
+        return COLDEST
+    return float(1 / brentq(slope, 1 / HOTTEST, 1 / COLDEST, xtol=1e-12, rtol=1e-10))
 
 
 def expected_calibration_error(probs: Floats, labels: BoolArray, bins: int = BINS) -> float | None:
-    """Mean distance of probability and frequency, over all N x C decisions in `bins` equal parts of 0..1.
+    """Compute the mean distance of probability and frequency, over all N x C decisions in `bins` equal parts of 0..1.
 
-    Guo et al., equation 3, with the probability of the class being there as the confidence: each bin's distance
-    between its mean probability and its share of positives, weighted by how many decisions it holds.
+    Equation 3 of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, with the probability that the class
+    is present as the confidence: each bin's distance between its mean probability and its share of positives, weighted
+    by the number of its decisions.
 
     Returns:
         0 to 1; None without rows.
@@ -180,7 +180,7 @@ def expected_calibration_error(probs: Floats, labels: BoolArray, bins: int = BIN
 
 
 def bin_decisions(probs: Floats, labels: BoolArray, bins: int = BINS) -> list[Bin]:
-    """What a reliability diagram shows: all N x C decisions in `bins` equal parts of 0..1, lowest first.
+    """Sort all N x C decisions into `bins` equal parts of 0..1, lowest first, as a reliability diagram shows them.
 
     A probability on an edge belongs to the part above it, and 1 to the last.
     """
@@ -196,7 +196,7 @@ def bin_decisions(probs: Floats, labels: BoolArray, bins: int = BINS) -> list[Bi
 
 
 def measure_distance(bins: Sequence[Bin]) -> float | None:
-    """The expected calibration error of binned decisions; None where there are none."""
+    """Compute the expected calibration error of binned decisions; None without decisions."""
     total = sum(part["count"] for part in bins)
     far = sum(part["count"] * abs(part["prob"] - part["positive"]) for part in bins if part["count"])
     return far / total if total else None
@@ -204,11 +204,11 @@ def measure_distance(bins: Sequence[Bin]) -> float | None:
 
 @dataclass(frozen=True, eq=False)
 class Decisions:
-    """How a model's logits are read.
+    """How to turn a model's logits into decisions.
 
     Attributes:
-        temperature: what logits are divided by before the sigmoid.
-        thresholds: (C,) float32, the least probability that decides for a class.
+        temperature: divides the logits before the sigmoid.
+        thresholds: (C,) float32, the lowest probability at which a class is predicted.
     """
 
     temperature: float
@@ -216,26 +216,26 @@ class Decisions:
 
     @classmethod
     def untuned(cls, classes: int) -> Self:
-        """Temperature 1 and thresholds 0.5."""
-        return cls(1.0, np.full(classes, UNTUNED, np.float32))
+        """Return temperature 1 and thresholds 0.5."""
+        return cls(1.0, np.full(classes, DECISION_THRESHOLD, np.float32))
 
     @classmethod
     def fit(cls, logits: FloatArray, labels: BoolArray) -> Self:
-        """Temperature and thresholds of (N, C) rows; threshold 0.5 for a class without positives."""
+        """Fit temperature and thresholds on (N, C) rows; threshold 0.5 for a class without positives."""
         temperature = fit_temperature(logits, labels)
         return cls(temperature, tune_thresholds(calibrate(logits, temperature), labels))
 
     def calibrate(self, logits: FloatArray) -> FloatArray:
-        """(N, C) probabilities; NaN where a logit is."""
+        """Return (N, C) probabilities; NaN where a logit is NaN."""
         return calibrate(logits, self.temperature)
 
     def decide(self, logits: FloatArray) -> BoolArray:
-        """(N, C) decisions; NaN decides for nothing."""
+        """Return (N, C) decisions; NaN predicts no class."""
         return np.asarray(self.calibrate(logits) >= self.thresholds)
 
 
 def calibrate(logits: FloatArray, temperature: float) -> FloatArray:
-    """`sigmoid(logits / temperature)` as float32; at temperature 1 the plain sigmoid, bit for bit."""
+    """Compute `sigmoid(logits / temperature)` in float32; at temperature 1 the plain sigmoid, bit for bit."""
     probs: FloatArray = (torch.from_numpy(logits) / temperature).sigmoid().numpy()
     return probs
 
@@ -243,7 +243,7 @@ def calibrate(logits: FloatArray, temperature: float) -> FloatArray:
 def cross_fit(
     logits: FloatArray, labels: BoolArray, scenes: npt.NDArray[Any], *, folds: int = 5, seed: int = 0
 ) -> tuple[FloatArray, BoolArray]:
-    """Probabilities and decisions of every row by what was fitted on the rows of other scenes only.
+    """Calibrate and decide on every row by a temperature and thresholds fitted on the rows of other scenes only.
 
     Args:
         logits: (N, C) float32, finite.
@@ -252,7 +252,7 @@ def cross_fit(
         folds, seed: see `split_scenes`.
 
     Returns:
-        (N, C) float32 and (N, C) bool. With a single scene there is nothing to fit on: temperature 1, thresholds 0.5.
+        (N, C) float32 and (N, C) bool. A single scene leaves no other rows to fit on: temperature 1, thresholds 0.5.
     """
     untuned = Decisions.untuned(logits.shape[1])
     probs, preds = untuned.calibrate(logits), untuned.decide(logits)

@@ -1,8 +1,8 @@
-"""From a classifier and a set of tiles to logits, and from logits to metrics, thresholds and intervals."""
+"""Evaluate the logits of a set of tiles: metrics, thresholds, calibration and intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -16,40 +16,28 @@ from train.data.rare import TITLE as RAREST
 from train.model.loss import LossConfig
 
 from .decisions import Bin, Decisions, FloatArray, bin_decisions, cross_fit, measure_distance
-from .figures import (
-    DOMINANT_CLASSES,
-    Metrics,
-    compute_metrics,
-    compute_metrics_without,
-    format_per_class,
-    format_summary,
-    without_classes,
-)
+from .figures import COMPARED, FIGURES
 from .intervals import bootstrap_intervals, intervals_to_json
+from .scores import Metrics, compute_metrics
+from .side_by_side import format_interval, format_per_class, format_summary, format_table
 
-COMPARED = (
-    ("F1 weighted", "f1_weighted"),
-    ("F1 weighted, tuned", "f1_weighted_tuned"),
-    ("F1 macro", "f1_macro"),
-    ("F1 micro", "f1_micro"),
-    ("mAP", "map_macro"),
-)
-"""Figures by which a model and its baselines are put side by side."""
+DOMINANT_CLASSES = ("Building", "Small Car")
+"""Present in nearly every xView tile, so they outweigh the rest in a weighted mean."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What is known of a model on one set of tiles.
+    """The figures of a model on one set of tiles.
 
     Attributes:
-        metrics: of the tiles that show a class, or of all where empty ones are kept.
-        variants: the same, `with empty tiles` and `without Building and Small Car`, where that differs, and
-            `rarest in training`.
+        metrics: of the tiles that show a class; of all tiles if empty ones are kept.
+        variants: the same for other rows or classes: `with empty tiles`, `without Building and Small Car` (each only if
+            it differs) and `rarest in training`.
         intervals: 95 % bootstrap intervals over scenes.
         decisions: temperature and thresholds, given or fitted on all these rows.
         calibration: the `temperature`, and the expected calibration error before (`ece_before`) and after it
-            (`ece_after`; fitted on other scenes where it was not given).
-        reliability: the binned decisions that either error is of, `before` and `after`.
+            (`ece_after`; fitted on other scenes if it was not given).
+        reliability: the binned decisions behind the two errors, `before` and `after`.
         baselines: by name, on the same rows.
     """
 
@@ -62,7 +50,7 @@ class Evaluation:
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
 
     def beside(self, baselines: Mapping[str, Baseline]) -> Self:
-        """The same with baselines."""
+        """Return the same evaluation with baselines."""
         return replace(self, baselines=baselines)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,14 +65,14 @@ class Evaluation:
 
 
 def compute_loss(logits: Tensor, labels: BoolArray, loss: LossConfig) -> float | None:
-    """Mean loss over all tiles and classes; None where there is no tile."""
+    """Compute the mean loss over all tiles and classes; None without tiles."""
     if not len(logits):
         return None
     return float(loss(logits, torch.from_numpy(labels).float()).double().mean())
 
 
 def score_epoch(logits: Tensor, rows: LabelledRows, counted: BoolArray, *, loss: LossConfig) -> dict[str, Any]:
-    """Metrics at threshold 0.5 on the rows where `counted` (n,) is true."""
+    """Compute the metrics at threshold 0.5 on the rows where `counted` (n,) is true."""
     logits, labels = logits[torch.from_numpy(counted)], rows.labels[counted]
     mean = compute_loss(logits, labels, loss)
     return compute_metrics(logits.sigmoid().numpy(), labels, rows.class_names, loss=mean)
@@ -100,48 +88,49 @@ def evaluate_rows(
     rarest: tuple[int, ...] = (),
     seed: int = 0,
 ) -> Evaluation:
-    """Everything there is to say about n rows.
+    """Compute everything that metrics.json holds about n rows, except the baselines.
 
-    Figures at threshold 0.5 and average precision are of the plain sigmoid, which no temperature changes.
+    Figures at threshold 0.5 and average precision use the plain sigmoid, without the temperature.
 
     Args:
         logits: (n, C) float32.
         rows: their labels and scenes.
         counted: (n,) bool, the rows of the main figures; the others are empty tiles.
-        loss: whose mean is among the figures.
-        decisions: fitted elsewhere, as for a test set; None fits them here, cross-fitted by scene for
-            `f1_weighted_tuned` and the calibration error after.
-        rarest: columns of the classes rarest in training, for a variant of their own.
+        loss: the loss to average.
+        decisions: fitted on other rows, as for a test set; None fits them here, cross-fitted by scene for
+            `f1_weighted_tuned` and `ece_after`.
+        rarest: columns of the classes rarest in training, for a separate variant.
         seed: of folds and resampling.
     """
     fitted = Decisions.fit(logits.numpy()[counted], rows.labels[counted]) if decisions is None else decisions
 
     def read(chosen: BoolArray) -> tuple[FloatArray, BoolArray]:
-        """Calibrated probabilities and tuned decisions that did not see their own scene."""
+        """Return calibrated probabilities and tuned decisions, fitted without the rows' own scenes."""
         mine = logits.numpy()[chosen]
         if decisions is not None:
             return decisions.calibrate(mine), decisions.decide(mine)
         return cross_fit(mine, rows.labels[chosen], rows.scenes[chosen], seed=seed)
 
-    def score(chosen: BoolArray, preds_tuned: BoolArray, dropped: tuple[str, ...] = ()) -> dict[str, Any]:
+    def score(chosen: BoolArray, preds_tuned: BoolArray, columns: Sequence[int] | None = None) -> Metrics:
+        """Compute the metrics of some rows, of all classes or as if only those in `columns` existed."""
         mine, labels = logits[torch.from_numpy(chosen)], rows.labels[chosen]
-        return compute_metrics_without(
-            dropped,
-            mine.sigmoid().numpy(),
-            labels,
-            rows.class_names,
-            preds_tuned=preds_tuned,
-            thresholds=fitted.thresholds,
-            loss=None if dropped else compute_loss(mine, labels, loss),
+        kept = list(range(len(rows.class_names)) if columns is None else columns)
+        return compute_metrics(
+            mine.sigmoid().numpy()[:, kept],
+            labels[:, kept],
+            [rows.class_names[c] for c in kept],
+            preds_tuned=preds_tuned[:, kept],
+            thresholds=fitted.thresholds[kept],
+            loss=compute_loss(mine, labels, loss) if len(kept) == len(rows.class_names) else None,
         )
 
     calibrated, preds_tuned = read(counted)
     variants = {}
-    if 0 < len(without_classes(rows.class_names, DOMINANT_CLASSES)) < len(rows.class_names):
-        variants[f"without {' and '.join(DOMINANT_CLASSES)}"] = score(counted, preds_tuned, DOMINANT_CLASSES)
+    others = [c for c, name in enumerate(rows.class_names) if name not in DOMINANT_CLASSES]
+    if 0 < len(others) < len(rows.class_names):
+        variants[f"without {' and '.join(DOMINANT_CLASSES)}"] = score(counted, preds_tuned, others)
     if rarest:
-        others = set(range(len(rows.class_names))) - set(rarest)
-        variants[RAREST] = score(counted, preds_tuned, tuple(rows.class_names[c] for c in others))
+        variants[RAREST] = score(counted, preds_tuned, sorted(rarest))
     if not counted.all():
         everything = np.ones(len(rows), bool)
         variants["with empty tiles"] = score(everything, read(everything)[1])
@@ -156,43 +145,34 @@ def evaluate_rows(
 
 
 def describe_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> str:
-    """The summary a person reads."""
+    """Format the summary of an evaluation."""
     intervals = ", ".join(
-        f"{name} {evaluation.metrics[name]:.4f} [{low:.4f}, {high:.4f}]"
-        for name, (low, high) in evaluation.intervals.items()
-        if evaluation.metrics[name] is not None
+        f"{FIGURES[key].describe(evaluation.metrics[key])} {format_interval(interval, 4)}"
+        for key, interval in evaluation.intervals.items()
+        if evaluation.metrics[key] is not None
     )
-    text = format_summary(evaluation.metrics, variants=evaluation.variants)
+    text = format_summary(evaluation.metrics, evaluation.variants)
     text += f"\n95 % intervals over scenes: {intervals}\n{describe_calibration(evaluation.calibration)}"
     if evaluation.baselines:
-        text += "\n\n" + "\n".join(format_comparison(evaluation))
+        text += "\n\n" + "\n".join(_compare_with_baselines(evaluation))
     return f"{text}\n\n{format_per_class(evaluation.metrics)}" if per_class else text
 
 
-def tabulate_comparison(evaluation: Evaluation) -> list[tuple[str, str, list[str]]]:
-    """Name, basis and figures in the order of `COMPARED`: the model's own first, then each baseline's."""
-    rows = [("this model", "", evaluation.metrics)]
-    rows += [(name, baseline.basis, baseline.metrics) for name, baseline in evaluation.baselines.items()]
-    return [
-        (name, basis, ["n/a" if metrics[key] is None else f"{metrics[key]:.4f}" for _, key in COMPARED])
-        for name, basis, metrics in rows
-    ]
-
-
-def format_comparison(evaluation: Evaluation) -> list[str]:
-    """The model and the baselines, a line each."""
-    lines = [f"{'beside baselines':<23}" + "".join(f"{title:>20}" for title, _ in COMPARED)]
-    for name, basis, cells in tabulate_comparison(evaluation):
-        lines.append(f"{name:<23}" + "".join(f"{cell:>20}" for cell in cells) + (f"   {basis}" if basis else ""))
-    return lines
+def _compare_with_baselines(evaluation: Evaluation) -> list[str]:
+    """Format the model and its baselines, a line each."""
+    rows = [["baselines", *(FIGURES[key].title for key in COMPARED), ""]]
+    models = [("this model", evaluation.metrics, "")]
+    models += [(name, baseline.metrics, baseline.basis) for name, baseline in evaluation.baselines.items()]
+    for name, metrics, basis in models:
+        rows.append([name, *(FIGURES[key].format(metrics[key]) for key in COMPARED), basis])
+    return format_table(rows, "<" + ">" * len(COMPARED) + "<")
 
 
 def describe_calibration(calibration: Mapping[str, float | None]) -> str:
-    """One line: the temperature and what it does to the calibration error."""
-    before, after = (
-        "n/a" if calibration[key] is None else f"{calibration[key]:.4f}" for key in ("ece_before", "ece_after")
-    )
-    return f"temperature {calibration['temperature']:.3f}: expected calibration error {before} before, {after} after"
+    """Describe on one line the temperature and the calibration error before and after it."""
+    ece, temperature = FIGURES["ece"], FIGURES["temperature"].describe(calibration["temperature"])
+    before, after = (ece.format(calibration[key]) for key in ("ece_before", "ece_after"))
+    return f"{temperature}: {ece.title} {before} before, {after} after"
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,9 +180,9 @@ class Baseline:
     """A baseline on one set of rows.
 
     Attributes:
-        basis: what it was made of, in words.
+        basis: the rows it was made from, in words.
         metrics: the averages of `compute_metrics`.
-        thresholds: (C,) float32 tuned on these rows, or given.
+        thresholds: (C,) float32, tuned on these rows or given.
     """
 
     basis: str

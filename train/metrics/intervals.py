@@ -1,12 +1,12 @@
-"""Bootstrap intervals over scenes: how far a metric would move had other scenes been photographed.
+"""Compute bootstrap intervals over scenes: how far a figure would move if other scenes had been photographed.
 
 Tiles of a scene resemble each other, so resampling tiles would make every interval too narrow. Whole scenes are drawn
 instead: the cluster bootstrap of Field & Welsh, "Bootstrapping clustered data", J. R. Statist. Soc. B 69 (2007), with
 the percentile interval of Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13. With few scenes
-(some 20 or less) percentile intervals are known to be too narrow still.
+(some 20 or fewer) percentile intervals are known to be still too narrow.
 
-Nothing is resampled materially. A resample is a weight per scene; F1 follows from the weighted sums of each scene's
-counts, and average precision from its cumulative counts at the thresholds where a positive stands.
+No rows are copied. A resample is a weight per scene: F1 follows from the weighted sums of each scene's counts, and
+average precision from its cumulative counts at the thresholds where recall rises.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.floating[Any]]
-Float64Array = npt.NDArray[np.float64]
+from cache_schema.layout import BoolArray
+
+from .figures import DECISION_THRESHOLD, KEY_FIGURES
+from .scores import Float64Array, FloatArray, average_classes, compute_f1, divide
+
 Interval = tuple[float, float]
 
-KEYS = ("f1_weighted", "f1_macro", "map_macro")
 _CHUNK_CELLS = 1_500_000
-"""Cells of the largest temporary array: 12 MB of float64, and some six of them live at once."""
+"""Cells of the largest temporary array: 12 MB of float64, and about six of them exist at once."""
 
 
 def bootstrap_intervals(
@@ -38,21 +39,21 @@ def bootstrap_intervals(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Percentile intervals of weighted F1, macro F1 and mAP, from resampled scenes.
+    """Compute percentile intervals of the key figures (weighted F1, macro F1, mAP) from resampled scenes.
 
     Args:
         probs: (N, C) floating, after the sigmoid.
         labels: (N, C) bool.
         scenes: (N,) str or int, the scene of each row.
         preds: (N, C) bool decisions; by default `probs >= 0.5`.
-        resamples: number of times as many scenes are drawn, with replacement, as there are.
+        resamples: how often to draw as many scenes as there are, with replacement.
         seed: of the draws; the same scenes and seed give the same draws.
         level: coverage, between 0 and 1.
 
     Returns:
-        (low, high) for each of `f1_weighted`, `f1_macro`, `map_macro`, as `compute_metrics` defines them: in each
-        resample the classes without positives are left out, and a resample without any positive is skipped.
-        (nan, nan) when there are fewer than two scenes or no positives: nothing is known about the spread then.
+        (low, high) for each of `KEY_FIGURES`, as `compute_metrics` defines them: in each resample the classes without
+        positives are left out, and a resample without any positive is skipped. (nan, nan) with fewer than two scenes
+        or no positives: the spread is unknown then.
 
     Raises:
         ValueError: shapes differ, a probability is NaN, or `resamples` or `level` is out of range.
@@ -73,7 +74,7 @@ def bootstrap_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Interval]:
-    """Percentile intervals of model minus baseline, both scored on the same resampled scenes.
+    """Compute percentile intervals of model minus baseline, both scored on the same resampled scenes.
 
     Pairing removes what makes a scene hard for both, so this can separate two models whose own intervals overlap. An
     interval that holds 0 does not separate them. Arguments, result and errors are those of `bootstrap_intervals`.
@@ -83,11 +84,11 @@ def bootstrap_difference(
         raise ValueError(f"baseline_probs {baseline_probs.shape} and probs {probs.shape} must be of the same rows")
     own = score_resamples(probs, labels, scene_of, weights, preds=preds)
     baseline = score_resamples(baseline_probs, labels, scene_of, weights, preds=baseline_preds)
-    return _percentiles({key: own[key] - baseline[key] for key in KEYS}, weights, level)
+    return _percentiles({key: own[key] - baseline[key] for key in KEY_FIGURES}, weights, level)
 
 
 def intervals_to_json(intervals: Mapping[str, Interval]) -> dict[str, list[float] | None]:
-    """The same for a file: null where nothing is known."""
+    """Return the intervals as JSON holds them: null instead of NaN."""
     return {name: None if math.isnan(low) else [low, high] for name, (low, high) in intervals.items()}
 
 
@@ -99,7 +100,7 @@ def score_resamples(
     *,
     preds: BoolArray | None = None,
 ) -> dict[str, Float64Array]:
-    """Weighted F1, macro F1 and mAP of every resample.
+    """Score every resample: weighted F1, macro F1 and mAP.
 
     Args:
         probs: (N, C) floating.
@@ -111,7 +112,7 @@ def score_resamples(
     Returns:
         For each key (R,) float64; NaN where a resample has no positive of any class.
     """
-    preds = probs >= 0.5 if preds is None else preds
+    preds = probs >= DECISION_THRESHOLD if preds is None else preds
     for name, array in (("labels", labels), ("preds", preds)):
         if array.shape != probs.shape or array.dtype != np.bool_:
             raise ValueError(f"{name} must be bool {probs.shape}, as (N, C) probs: got {array.dtype} {array.shape}")
@@ -119,43 +120,42 @@ def score_resamples(
         raise ValueError("probabilities hold NaN: leave rows without an embedding out")
     weights = weights.astype(np.float64)
     support = weights @ _sum_by_scene(labels, scene_of, weights.shape[1])
-    # 2 TP + FP + FN is all that was predicted plus all that is there.
-    marked = weights @ _sum_by_scene(preds, scene_of, weights.shape[1]) + support
+    predicted = weights @ _sum_by_scene(preds, scene_of, weights.shape[1])
     hits = weights @ _sum_by_scene(preds & labels, scene_of, weights.shape[1])
-    f1 = _divide(2 * hits, marked)
+    f1 = compute_f1(hits, predicted, support)
     ap = np.stack([_average_precision(p, y, scene_of, weights) for p, y in zip(probs.T, labels.T, strict=True)], axis=1)
     present = support > 0
     return {
-        "f1_weighted": _divide((f1 * support).sum(axis=1), support.sum(axis=1), empty=np.nan),
-        "f1_macro": _divide((f1 * present).sum(axis=1), present.sum(axis=1), empty=np.nan),
-        "map_macro": _divide((ap * present).sum(axis=1), present.sum(axis=1), empty=np.nan),
+        "f1_weighted": average_classes(f1, support),
+        "f1_macro": average_classes(f1, present),
+        "map_macro": average_classes(ap, present),
     }
 
 
 def _average_precision(
     probs: FloatArray, labels: BoolArray, scene_of: npt.NDArray[np.intp], weights: Float64Array
 ) -> Float64Array:
-    """(R,) average precision of one class as scikit-learn defines it: rows of equal probability enter together.
+    """Compute the (R,) average precision of one class as scikit-learn does: rows of equal probability enter together.
 
-    Precision counts only where recall rises, that is at the distinct probabilities of the positives.
+    Precision counts only where recall rises, which is at the distinct probabilities of the positives.
     """
     total = np.zeros(len(weights))
     reached = np.zeros((len(weights), 1))
     for seen, found in _cumulate_by_scene(probs, labels, scene_of, weights.shape):
         hits = weights @ found
         gained = np.diff(hits, axis=1, prepend=reached)
-        total += np.einsum("rk,rk->r", _divide(hits, weights @ seen), gained)
+        total += np.einsum("rk,rk->r", divide(hits, weights @ seen), gained)
         reached = hits[:, -1:]
-    return _divide(total, reached[:, 0])
+    return divide(total, reached[:, 0])
 
 
 def _cumulate_by_scene(
     probs: FloatArray, labels: BoolArray, scene_of: npt.NDArray[np.intp], shape: tuple[int, ...]
 ) -> Iterator[tuple[Float64Array, Float64Array]]:
-    """Chunks of K descending thresholds: (S, K) rows and (S, K) positives of each scene at or above each."""
+    """Yield, for chunks of K descending thresholds, (S, K) rows and (S, K) positives of each scene at or above each."""
     resamples, scene_count = shape
     thresholds = np.unique(probs[labels])[::-1]
-    # A row is counted from the first threshold that lets it in; rows below all of them never are.
+    # A row counts from the first threshold that it reaches; rows below all thresholds never count.
     step = np.searchsorted(-thresholds, -probs, side="left")
     seen = found = np.zeros((scene_count, 1))
     size = max(1, _CHUNK_CELLS // max(resamples, scene_count))
@@ -172,23 +172,16 @@ def _cumulate_by_scene(
 
 
 def _sum_by_scene(flags: BoolArray, scene_of: npt.NDArray[np.intp], scene_count: int) -> Float64Array:
-    """(S, C) float64 counts of the set flags of each scene."""
+    """Count the set flags of each scene: (S, C) float64."""
     rows, columns = np.nonzero(flags)
     cells = np.bincount(scene_of[rows] * flags.shape[1] + columns, minlength=scene_count * flags.shape[1])
     return cells.reshape(scene_count, flags.shape[1]).astype(np.float64)
 
 
-def _divide(numerator: Float64Array, denominator: npt.NDArray[Any], empty: float = 0.0) -> Float64Array:
-    """The quotient, `empty` where the denominator is 0."""
-    quotient = np.full_like(numerator, empty)
-    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
-    return quotient
-
-
 def _draw(
     probs: FloatArray, labels: BoolArray, scenes: npt.NDArray[Any], resamples: int, seed: int, level: float
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
-    """(N,) scene number of each row and (R, S) times each scene is drawn."""
+    """Return the (N,) scene number of each row and (R, S) how often each scene is drawn."""
     if labels.ndim != 2 or probs.shape != labels.shape or scenes.shape != labels.shape[:1]:
         raise ValueError(f"probs {probs.shape} and labels {labels.shape} must be (N, C), scenes {scenes.shape} (N,)")
     if resamples < 1 or not 0 < level < 1:

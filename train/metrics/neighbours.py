@@ -1,4 +1,4 @@
-"""The rows of one set that lie nearest to each row of another, by cosine, block by block."""
+"""Find the rows of one set nearest to each row of another, by cosine, block by block."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cache_schema.layout import BoolArray
 from train.data.labels import LabelledCache, read_vectors
 
 MOST_PRODUCTS = 5e11
-"""Multiplications at most, some 10 s on 2 cores: beyond, some of the rows to look among are drawn at random."""
+"""Most multiplications, about 10 s on 2 cores; above it only a random sample of the rows is searched."""
 _QUERIES, _KEYS = 2048, 8192
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """Nearest first.
+    """The k nearest rows of each of q queries, nearest first.
 
     Attributes:
         cosine: (q, k) float32.
-        row: (q, k) int64, which of the n rows looked among.
-        searched: how many of the n were looked at.
-        near: pairs of cosine `threshold` and above, over all q x `searched`.
+        row: (q, k) int64, indices into the n rows.
+        searched: how many of the n rows were searched.
+        near: pairs with a cosine of `threshold` or more, over all q x `searched`.
     """
 
     cosine: Tensor
@@ -35,7 +35,7 @@ class Neighbours:
     near: int
 
     def vote(self, labels: BoolArray) -> npt.NDArray[np.float32]:
-        """(q, C) share of the k nearest that show each class, from (n, C) `labels` of the rows looked among."""
+        """Return the (q, C) share of the k nearest rows that show each class, from the (n, C) `labels` of all rows."""
         return np.asarray(labels[self.row.numpy()].mean(axis=1, dtype=np.float32))
 
 
@@ -48,14 +48,16 @@ def find_neighbours(
     device: torch.device,
     seed: int = 0,
 ) -> Neighbours:
-    """The `k` rows of `among` nearest to each of `queries`; fewer where there are fewer.
+    """Find the `k` rows of `among` nearest to each of `queries`; fewer if `among` has fewer.
 
     Memory is bounded by blocks of 2,048 x 8,192 cosines and their vectors, whatever the sizes.
 
     Args:
         queries, among: q and n rows of vectors from the same backbone.
+        k: rows to find for each query.
         threshold: cosine from which a pair counts as near.
-        seed: of the draw where n is too large.
+        device: to compute on.
+        seed: of the sample if n is too large.
     """
     width = read_vectors(among, torch.arange(1)).shape[1]
     most = max(k, int(MOST_PRODUCTS / max(1, len(queries.rows) * width)))
@@ -77,7 +79,7 @@ def find_neighbours(
 
 
 def draw_rows(rows: int, most: int, seed: int) -> Tensor:
-    """(min(rows, most),) int64 of 0..`rows` - 1, ascending: all of them where they are not too many."""
+    """Draw at most `most` of the row numbers 0..`rows` - 1, int64, ascending; all of them if there are no more."""
     if rows <= most:
         return torch.arange(rows)
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:most].sort().values

@@ -1,18 +1,19 @@
-"""What a run leaves for people: report.html and model_card.md, TensorBoard events, and pictures of tiles.
+"""The files of a run that people read: report.html, model_card.md, TensorBoard events and pictures of tiles.
 
-    facts       what the run directory holds, read once
-    analysis    what follows from logits and labels: curves, errors by co-occurrence, best and worst tiles
-    plots       drawings as SVG
+    facts       reads the files of the run directory once
+    analysis    computes from logits and labels: curves, errors by co-occurrence, best and worst tiles
+    plots       SVG plots
     tiles       thumbnails, read by name from the tile source of the cache
     embeddings  the 2-D map
     summary     sections on the run as a whole
     classes     sections on each class
     page        report.html, one file that opens offline
-    card        model_card.md, and what is known of licences
+    card        model_card.md
+    licences    the licences of backbone and imagery
     commands    the commands that made the run
     run         `python -m train report`
 
-At its end a run writes what its own directory tells; `make report` adds what takes tiles and vectors.
+A run writes both files at its end, from its own directory; `make report` adds the parts that need tiles and vectors.
 """
 
 from train.report.events import write_events

@@ -1,4 +1,4 @@
-"""What follows from probabilities and labels: curves, errors by co-occurrence, best and worst tiles."""
+"""Analyse probabilities and labels: curves, errors by co-occurrence, best and worst tiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cache_schema.layout import BoolArray
 from .facts import FloatArray
 
 RECALLS = tuple(r / 10 for r in range(1, 11))
-"""At which a curve's precision is tabulated."""
+"""Recalls at which the page tabulates a curve's precision."""
 _DRAWN_POINTS = 120
 _LISTED = 5
 
@@ -25,7 +25,7 @@ class Curve:
 
     Attributes:
         recall, precision: (k,) float64, recall ascending; scikit-learn's, without its closing point at recall 0.
-        operating: recall and precision by the threshold that `predict` uses.
+        operating: recall and precision at the threshold that `predict` uses.
     """
 
     recall: npt.NDArray[np.float64]
@@ -33,19 +33,19 @@ class Curve:
     operating: tuple[float, float]
 
     def thin(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The same with some 120 points at most, evenly apart in recall, the first and last among them."""
+        """Return at most about 120 points, evenly spaced in recall, including the first and the last."""
         wanted = np.linspace(self.recall[0], self.recall[-1], _DRAWN_POINTS)
         kept = np.unique([*np.searchsorted(self.recall, wanted), len(self.recall) - 1])
         return self.recall[kept], self.precision[kept]
 
     def read_at(self, recall: float) -> float:
-        """Precision at the highest threshold whose recall is at least this."""
+        """Return the precision at the highest threshold that reaches this recall."""
         # Recall is a count over a count: 0.3 of 10 positives is 3, whatever 0.3 is in binary.
         return float(self.precision[np.searchsorted(self.recall, recall - 1e-9)])
 
 
 def draw_curve(probs: FloatArray, labels: BoolArray, preds: BoolArray) -> Curve | None:
-    """The curve of one class over n tiles; None where no tile shows it.
+    """Compute the curve of one class over n tiles; None if no tile shows it.
 
     Args:
         probs: (n,) float32; ranks the tiles.
@@ -63,12 +63,12 @@ def draw_curve(probs: FloatArray, labels: BoolArray, preds: BoolArray) -> Curve 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Another class on the tiles of one kind of error.
+    """Another class on the tiles with one kind of error.
 
     Attributes:
         column: the other class.
-        shown, predicted: tiles of the error that show it, and for which it is predicted.
-        shown_share, predicted_share: the same over the number of those tiles.
+        shown, predicted: tiles with the error that show it, and for which it is predicted.
+        shown_share, predicted_share: the same as shares of those tiles.
         shown_base, predicted_base: the same shares over all tiles.
     """
 
@@ -82,27 +82,27 @@ class Neighbour:
 
     @property
     def excess(self) -> float:
-        """By how much it is commoner there than on all tiles, as truth or as prediction."""
+        """Return how much more common it is there than on all tiles, as truth or as prediction."""
         return max(self.shown_share - self.shown_base, self.predicted_share - self.predicted_base)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """One kind of error of one class: how many tiles, and the classes that are commoner there than elsewhere."""
+    """One kind of error of one class: the number of tiles, and the classes more common there than elsewhere."""
 
     tiles: int
     neighbours: tuple[Neighbour, ...]
 
 
 def list_beside(errors: BoolArray, labels: BoolArray, preds: BoolArray) -> list[Beside]:
-    """For each class, the other classes on the tiles where it is wrong.
+    """List, for each class, the other classes on the tiles where it is wrong.
 
     Args:
         errors: (n, C) bool: tiles where the class is missed (shown, not predicted), or a false alarm (the reverse).
         labels, preds: (n, C) bool, truth and decisions.
 
     Returns:
-        C entries. Of each, the five classes at most with the largest excess, above 0; ties in column order.
+        C entries, each with at most five classes: those with the largest excess above 0, ties in column order.
     """
     # Counts of tiles are whole numbers far below 2^24, so a product in float32 is exact.
     wrong = errors.T.astype(np.float32)
@@ -135,7 +135,7 @@ def list_beside(errors: BoolArray, labels: BoolArray, preds: BoolArray) -> list[
 
 
 def list_swaps(labels: BoolArray, preds: BoolArray, *, top: int = 15) -> list[tuple[int, int, int]]:
-    """The commonest pairs of a missed class and one that is predicted without being there, on the same tile.
+    """List the most common pairs of a missed class and a falsely predicted class on the same tile.
 
     Returns:
         (missed column, predicted column, tiles), most tiles first; ties in column order.
@@ -152,9 +152,9 @@ class Extremes:
     """Tiles of one class, as indices into the evidence.
 
     Attributes:
-        found: that show it and are told so, most certain first.
-        missed: that show it and are not told so, least believed first.
-        false: that do not show it and are told so, most believed first.
+        found: show it and it is predicted, highest probability first.
+        missed: show it and it is not predicted, lowest probability first.
+        false: do not show it and it is predicted, highest probability first.
     """
 
     found: tuple[int, ...]
@@ -166,7 +166,7 @@ class Extremes:
 
 
 def choose_extremes(probs: FloatArray, labels: BoolArray, preds: BoolArray, *, most: int) -> Extremes:
-    """The best and the worst tiles of one class, at most so many of each kind; equal probabilities in row order.
+    """Choose the best and the worst tiles of one class, at most `most` of each kind, ties in row order.
 
     Args:
         probs: (n,) float32.

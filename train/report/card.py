@@ -1,4 +1,4 @@
-"""model_card.md: a model card as the Hugging Face hub reads them, YAML first (https://huggingface.co/docs/hub/model-cards)."""
+"""Write model_card.md in the format of the Hugging Face hub (https://huggingface.co/docs/hub/model-cards)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import re
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from train.metrics.figures import FIGURES, KEY_FIGURES, format_value
+
 from .commands import list_commands
 from .facts import Facts
 from .licences import DINOV3_URL, XVIEW_SITE, XVIEW_URL, Licences, find_licences
 
-_SCORED = (("f1", "F1 weighted", "f1_weighted"), ("f1", "F1 macro", "f1_macro"), ("mAP", "mAP", "map_macro"))
 _MARKUP = re.compile(r"([\\`*_\[\]()#|<>~&$])")
 
 
 def write_card(facts: Facts) -> None:
-    """Write model_card.md beside the report."""
+    """Write model_card.md next to the report."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("train.report", "."),
         trim_blocks=True,
@@ -26,22 +27,27 @@ def write_card(facts: Facts) -> None:
     environment.filters |= {
         "md": escape_markdown,
         "note": _link_notes,
-        "figure": lambda value: "n/a" if value is None else f"{value:.3f}",
+        "figure": format_value,
     }
     licences = find_licences(facts)
     text = environment.get_template("model_card.md.jinja").render(
-        facts=facts, front=_make_front(facts, licences), licences=licences, commands=list_commands(facts)
+        facts=facts,
+        figures=FIGURES,
+        shown=(*KEY_FIGURES, "f1_weighted_tuned"),
+        front=_make_front(facts, licences),
+        licences=licences,
+        commands=list_commands(facts),
     )
     (facts.run.path / "model_card.md").write_text(text, encoding="utf-8")
 
 
 def escape_markdown(text: object) -> str:
-    """Text from outside as Markdown that shows it on one line, and nothing else: a class may be named `|<script>`."""
+    """Escape text so that Markdown shows it as it is, on one line: a class may be named `|<script>`."""
     return _MARKUP.sub(r"\\\1", " ".join(str(text).split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def _link_notes(note: str) -> str:
-    """A note on licences, where the addresses that this program knows stay links."""
+    """Escape a note on licences, but keep the known addresses as links."""
     text = escape_markdown(note)
     for url in (DINOV3_URL, XVIEW_SITE, XVIEW_URL):
         text = text.replace(escape_markdown(url), f"<{url}>")
@@ -49,7 +55,7 @@ def _link_notes(note: str) -> str:
 
 
 def _make_front(facts: Facts, licences: Licences) -> str:
-    """The YAML between the dashes."""
+    """Return the YAML between the dashes."""
     results = [
         EvalResult(
             task_type="image-classification",
@@ -57,13 +63,13 @@ def _make_front(facts: Facts, licences: Licences) -> str:
             dataset_type="tiles",
             dataset_name="tiles of this run",
             dataset_split=name,
-            metric_type=kind,
-            metric_name=title,
+            metric_type="mAP" if key == "map_macro" else "f1",
+            metric_name=FIGURES[key].title,
             metric_value=round(metrics[key], 4),
         )
         for name, metrics in (("validation", facts.metrics), ("test", facts.test_metrics))
         if metrics is not None
-        for kind, title, key in _SCORED
+        for key in KEY_FIGURES
         if metrics[key] is not None
     ]
     data = ModelCardData(

@@ -1,4 +1,4 @@
-"""Sections on each class: its curve, what goes wrong beside it, its best and worst tiles, and its place in the map."""
+"""Make the sections on each class: its curve, its errors, its best and worst tiles, and its points in the map."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from cache_schema.layout import BoolArray
+from train.metrics.figures import FIGURES
 
 from . import plots
 from .analysis import RECALLS, choose_extremes, draw_curve, list_beside, list_swaps
 from .embeddings import EmbeddingMap
 from .facts import Evidence, Facts
-from .summary import format_figure, rank_classes
+from .summary import rank_classes
 from .tiles import MOST_IMAGES, Thumbnail
 
 _MOST_OF_A_KIND = 3
@@ -21,12 +22,12 @@ _MAP_COLOURS = 8
 
 
 def count_of_a_kind(classes: int) -> int:
-    """Tiles shown of each of the three kinds of a class, so that all of them are 600 at most."""
+    """Return how many tiles of each of the three kinds to show for a class, so that there are at most 600 in all."""
     return max(1, min(_MOST_OF_A_KIND, MOST_IMAGES // (3 * max(classes, 1))))
 
 
 def make_classes(facts: Facts, pictures: Mapping[str, Thumbnail]) -> list[dict[str, Any]]:
-    """What is known of each class beside its figures, by falling support."""
+    """Collect for each class, by falling support, its figures, curve, errors and tiles."""
     evidence = facts.evidence
     assert evidence is not None
     labels, preds, names = evidence.labels, evidence.preds, facts.class_names
@@ -45,8 +46,8 @@ def make_classes(facts: Facts, pictures: Mapping[str, Thumbnail]) -> list[dict[s
         drawn = None
         if curve is not None:
             text = (
-                f"Precision-recall curve of {row['name']}: average precision {format_figure(row['ap'])}; the decision "
-                f"has recall {curve.operating[0]:.2f} and precision {curve.operating[1]:.2f}."
+                f"Precision-recall curve of {row['name']}: {FIGURES['ap'].describe(row['ap'])}; the decision has "
+                f"recall {curve.operating[0]:.2f} and precision {curve.operating[1]:.2f}."
             )
             drawn = plots.draw_precision_recall(*curve.thin(), curve.operating, text)
         made.append(
@@ -84,14 +85,14 @@ def _join_names(names: Sequence[str], chosen: BoolArray) -> str:
 
 
 def name_swaps(facts: Facts) -> list[tuple[str, str, int]]:
-    """Missed class, class that is predicted instead, tiles."""
+    """List the most common pairs: missed class, falsely predicted class, tiles."""
     assert facts.evidence is not None
     names = facts.class_names
     return [(names[c], names[d], tiles) for c, d, tiles in list_swaps(facts.evidence.labels, facts.evidence.preds)]
 
 
 def make_map_section(facts: Facts, drawn: EmbeddingMap) -> dict[str, Any]:
-    """The map coloured by each tile's rarest class, and for every class what is true and what is said of each point."""
+    """Make the map, coloured by each tile's rarest class, with truth and decision of each point for every class."""
     evidence = facts.evidence
     assert evidence is not None
     names = facts.class_names
@@ -104,7 +105,9 @@ def make_map_section(facts: Facts, drawn: EmbeddingMap) -> dict[str, Any]:
     titles = [
         f"{evidence.tiles[i]}: {_join_names(names, row)}" for i, row in zip(drawn.chosen.tolist(), labels, strict=True)
     ]
-    text = f"Map of {len(titles):,} validation tiles: near points have alike vectors. The choice above colours it."
+    text = (
+        f"Map of {len(titles):,} validation tiles: near points have similar vectors. The choice above sets the colours."
+    )
     codes = labels.astype(np.int8) + 2 * preds
     return {
         "plot": plots.draw_map(drawn.points, [kind.get(c, "kx") for c in rarest.tolist()], titles, text),

@@ -1,4 +1,4 @@
-"""A 2-D map of a sample of validation tiles by their cached vectors."""
+"""Map a sample of validation tiles to two dimensions by their cached vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cache_schema import Version
 
 MOST_POINTS = 1500
 MOST_OF_A_BLOCK = 64
-"""So that a sample of tiles that are scattered over a large cache does not read all of it."""
+"""Bounds the reads: a sample of scattered tiles must not read all blocks of a large cache."""
 LEAST_POINTS = 12
 _COMPONENTS = 50
 _PERPLEXITY = 30.0
@@ -24,9 +24,9 @@ class EmbeddingMap:
     """n points.
 
     Attributes:
-        chosen: (n,) int64 of the rows that were asked for.
+        chosen: (n,) int64 indices into the given rows.
         points: (n, 2) float64.
-        method: how the plane was made, in words.
+        method: how the map was made, in words.
     """
 
     chosen: npt.NDArray[np.int64]
@@ -35,7 +35,7 @@ class EmbeddingMap:
 
 
 def draw_sample(rows: npt.NDArray[np.int64], block_rows: int, seed: int) -> npt.NDArray[np.int64]:
-    """Indices into `rows`, ascending: 1,500 at most, block by block in random order, 64 of a block at most."""
+    """Draw at most 1,500 indices into `rows`, ascending: block by block in random order, at most 64 from a block."""
     rng = np.random.default_rng(seed)
     blocks = rows // block_rows
     chosen: list[int] = []
@@ -47,16 +47,16 @@ def draw_sample(rows: npt.NDArray[np.int64], block_rows: int, seed: int) -> npt.
 
 
 def make_map(version: Version, rows: npt.NDArray[np.int64], features: str, seed: int) -> EmbeddingMap:
-    """t-SNE of a sample of rows (van der Maaten & Hinton, "Visualizing Data using t-SNE", JMLR 9 (2008)).
+    """Compute the t-SNE of a sample of rows (van der Maaten & Hinton, "Visualizing Data using t-SNE", JMLR 9 (2008)).
 
     Args:
-        version: whose vectors; every block that is read is checked against its commit.
+        version: holds the vectors; every block read is checked against its commit.
         rows: (n,) int64 of its table, 12 or more.
         features: pooled arrays, joined by `+`.
         seed: of the sample and of the map.
 
     Raises:
-        CacheError: a block cannot be read, or is damaged.
+        CacheError: a block is damaged or cannot be read.
     """
     chosen = draw_sample(rows, version.layout.block_rows, seed)
     vectors = _read_vectors(version, rows[chosen], features.split("+"))
@@ -65,16 +65,16 @@ def make_map(version: Version, rows: npt.NDArray[np.int64], features: str, seed:
     perplexity = min(_PERPLEXITY, (len(chosen) - 1) / 3)
     reduced = PCA(components, random_state=seed).fit_transform(vectors)
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)
-    drawn = "" if len(chosen) == len(rows) else f" drawn from {len(rows):,}, at most {MOST_OF_A_BLOCK} of a block"
+    drawn = "" if len(chosen) == len(rows) else f" drawn from {len(rows):,}, at most {MOST_OF_A_BLOCK} from a block"
     method = (
-        f"The t-SNE of scikit-learn (perplexity {perplexity:.3g}, seed {seed}) of the {components} main components of "
-        f"the vectors at length 1; {len(chosen):,} validation tiles{drawn}"
+        f"t-SNE by scikit-learn (perplexity {perplexity:.3g}, seed {seed}) of the {components} main components of "
+        f"the vectors, normalised to length 1; {len(chosen):,} validation tiles{drawn}"
     )
     return EmbeddingMap(chosen, np.asarray(points, np.float64), method)
 
 
 def _read_vectors(version: Version, rows: npt.NDArray[np.int64], names: list[str]) -> npt.NDArray[np.float32]:
-    """(n, F) float32, one block in memory at a time."""
+    """Read (n, F) float32 vectors, with one block in memory at a time."""
     vectors = np.empty((len(rows), version.layout.width * len(names)), np.float32)
     blocks = rows // version.layout.block_rows
     for block in np.unique(blocks).tolist():

@@ -1,4 +1,4 @@
-"""TensorBoard events of a run."""
+"""Write the TensorBoard events of a run."""
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -6,7 +6,7 @@ from train.runs.directory import RunDirectory
 
 
 def write_events(run: RunDirectory) -> None:
-    """Write every figure of the history, by epoch, below `tensorboard/`."""
+    """Write every figure of the history, by epoch, into `tensorboard/`."""
     with SummaryWriter(str(run.path / "tensorboard")) as writer:
         for line in run.read_history():
             for name, value in line.items():

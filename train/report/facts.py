@@ -1,4 +1,4 @@
-"""What a run directory holds, read once for the report and the model card."""
+"""Read the files of a run directory for the report and the model card."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The n validation tiles of the main figures, and what the run says of them.
+    """The n validation tiles of the main figures, and the run's predictions for them.
 
     Attributes:
-        rows: (n,) int64, of the table of the cache they are in.
+        rows: (n,) int64, rows of their cache's table.
         tiles: (n,) names.
-        scenes: how many scenes they are of.
+        scenes: number of their scenes.
         labels: (n, C) bool.
-        probs: (n, C) float32, the plain sigmoid of the logits: what average precision and F1 are of.
+        probs: (n, C) float32, the plain sigmoid of the logits, by which average precision and F1 are computed.
         calibrated: (n, C) float32, after the temperature.
-        preds: (n, C) bool, what `predict` would decide: calibrated probability and the threshold of each class.
+        preds: (n, C) bool, the decisions of `predict`: calibrated probability at or above the class's threshold.
     """
 
     rows: npt.NDArray[np.int64]
@@ -56,12 +56,12 @@ class Facts:
 
     Attributes:
         run: its directory.
-        settings: config.json, and `config` what is in it.
-        metrics, test_metrics: of the best epoch; None without a test set.
-        history: a dictionary an epoch.
-        epoch: the best one, None where that is not known.
-        audit, folds: as the run wrote them, None if it did not.
-        evidence: None where the run kept none, and `lacking` says why.
+        settings: config.json; `config` is the same, parsed.
+        metrics, test_metrics: of the best epoch; the latter is None without a test set.
+        history: a dictionary for each epoch.
+        epoch: the best epoch; None if unknown.
+        audit, folds: as the run wrote them; None if it did not.
+        evidence: None if the run kept no validation logits; `lacking` says why.
     """
 
     run: RunDirectory
@@ -85,11 +85,11 @@ class Facts:
         """
         config, metrics = run.read_config(), _read_optional(run, "metrics.json")
         if metrics is None:
-            raise TrainError(f"{run} has no metrics.json: it was stopped before its end: continue it with --resume")
+            raise TrainError(f"{run} has no metrics.json: it was stopped before it finished: continue it with --resume")
         try:
             found = _read_evidence(run, config, metrics)
         except (KeyError, TypeError) as error:
-            raise TrainError(f"{run}/metrics.json is not of this release: {error}: train anew") from error
+            raise TrainError(f"{run}/metrics.json is from another release: {error}: train again") from error
         return cls(
             run,
             run.read_json("config.json"),
@@ -106,19 +106,19 @@ class Facts:
 
     @cached_property
     def class_names(self) -> list[str]:
-        """C names, in the order of the logits."""
+        """Return the C names, in the order of the logits."""
         return [row["name"] for row in self.metrics["per_class"]]
 
     @property
     def title(self) -> str:
-        """What was trained, in words."""
+        """Say in words which parts were trained."""
         if self.config.unfreeze:
             return f"the last {self.config.unfreeze} layers and the head"
         return "a head on cached embeddings"
 
     @property
     def val_cache(self) -> tuple[str, str | None]:
-        """The cache that holds the validation rows, and its version where the run noted it."""
+        """Return the cache that holds the validation rows, and its version if the run recorded it."""
         return (self.config.val_cache, None) if self.config.val_cache else (self.config.cache, self.settings["version"])
 
 
@@ -128,19 +128,19 @@ def _read_optional(run: RunDirectory, name: str) -> Json | None:
 
 
 def _read_evidence(run: RunDirectory, config: TrainConfig, metrics: Json) -> Evidence | str:
-    """The rows that count, or why there are none."""
+    """Return the validation rows of the main figures, or the reason why there are none."""
     try:
         kept = load_file(run.path / VAL_LOGITS)
     except (OSError, SafetensorError):
         return f"the run has no readable {VAL_LOGITS}"
     if "labels" not in kept:
-        return f"{VAL_LOGITS} holds no labels: it is an earlier release's; train anew"
+        return f"{VAL_LOGITS} holds no labels: it is from an earlier release; train again"
     logits, labels = kept["logits"], kept["labels"].astype(bool)
     tiles = np.array(run.read_json("split.json")["val"], np.dtypes.StringDType())
     counted = labels.any(axis=1) if config.data.empty == "drop" else np.ones(len(labels), bool)
     support = [row["support"] for row in metrics["per_class"]]
     if not len(tiles) == len(logits) == len(labels) or labels[counted].sum(axis=0).tolist() != support:
-        return f"{VAL_LOGITS}, split.json and metrics.json are not of one run"
+        return f"{VAL_LOGITS}, split.json and metrics.json are not from the same run"
     logits, labels, tiles = logits[counted], labels[counted], tiles[counted]
     thresholds = np.array([row["threshold"] for row in metrics["per_class"]], np.float32)
     decisions = Decisions(metrics["calibration"]["temperature"], thresholds)
@@ -157,5 +157,5 @@ def _read_evidence(run: RunDirectory, config: TrainConfig, metrics: Json) -> Evi
 
 
 def format_json(value: Any) -> str:
-    """For people."""
+    """Format a value as indented JSON for people."""
     return json.dumps(value, indent=2, ensure_ascii=False)

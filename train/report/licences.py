@@ -1,6 +1,6 @@
-"""What is known of the licences behind a run: of its backbone's weights, and of its imagery.
+"""Describe the licences of a run's backbone weights and of its imagery.
 
-Sources, read in November 2026: LICENSE.md beside the weights on the hub, such as
+Sources, read in November 2026: LICENSE.md next to the weights on the hub, such as
 https://huggingface.co/facebook/dinov3-vitl16-pretrain-lvd1689m/blob/main/LICENSE.md, and for xView the dataset card
 https://huggingface.co/datasets/CDAO/xview-subset-classification.
 """
@@ -27,8 +27,8 @@ class Licences:
 
     Attributes:
         backbone, imagery: notes; addresses in them are plain text.
-        base_model: on the hub, None for weights from elsewhere.
-        name, link: of the backbone's licence where it is known.
+        base_model: on the hub; None for other weights.
+        name, link: of the backbone's licence; None if unknown.
     """
 
     backbone: str
@@ -39,40 +39,42 @@ class Licences:
 
 
 def find_licences(facts: Facts) -> Licences:
-    """What follows from the names that the cache recorded; a guess is said to be one."""
+    """Find the licences by the names that the cache recorded; the note says if it is a guess."""
     backbone = facts.settings["recorded"]["backbone"]
     base = _SHORT_NAMES.get(backbone, backbone if backbone.startswith(_HUB) else None)
     imagery = _describe_imagery(facts.settings["recorded"]["tiles"])
     if base:
         note = (
             f"{base}: the DINOv3 License of Meta, last updated on 19 August 2025, {DINOV3_URL}. It allows commercial "
-            "use, with conditions: whoever passes on the weights or anything derived from them, a fine-tuned export "
-            "included, does so under that agreement and with a copy of it; publications name the use of DINOv3; uses "
+            "use, with conditions: if you pass on the weights or anything derived from them, such as a fine-tuned "
+            "export, do so under that agreement and with a copy of it; publications name the use of DINOv3; uses "
             "under ITAR, for military or nuclear purposes, espionage or weapons are excluded. Read it before you rely "
             "on this summary."
         )
         return Licences(note, imagery, base, "dinov3-license", DINOV3_URL)
     if backbone == "demo":
         note = (
-            "demo: a stand-in that this package ships, trained on drawn scenes. It is no DINOv3 checkpoint and its "
-            "figures say nothing about one."
+            "demo: a stand-in that this package ships, trained on drawn scenes. It is not a DINOv3 checkpoint, and "
+            "its figures say nothing about DINOv3."
         )
     else:
         note = (
             f"{backbone}: a checkpoint of your own. If it was derived from DINOv3, as a fine-tuned export is, the "
-            f"DINOv3 License of Meta goes with it, {DINOV3_URL}, else check the licence it came with."
+            f"DINOv3 License of Meta applies to it, {DINOV3_URL}; otherwise check the licence it came with."
         )
     return Licences(note, imagery, None, None, None)
 
 
 def _describe_imagery(tiles: str) -> str:
     if "tileprobe-demo" in tiles:
-        return "The tiles are drawn by this package's demo: no satellite took them, and nothing restricts their use."
+        return (
+            "The tiles are drawn by this package's demo: they are not satellite images, and their use is unrestricted."
+        )
     if "xview" in tiles.lower():
         return (
-            f"The name of the tiles' place, {tiles}, suggests xView, {XVIEW_SITE}, whose images and labels are under "
-            f"CC BY-NC-SA 4.0, {XVIEW_URL}, that is: name the source, no commercial use, and pass on what you make of "
-            "them under the same licence. Thumbnails in a report are such copies. If the tiles are not xView's, check "
+            f"The address of the tiles, {tiles}, suggests xView, {XVIEW_SITE}, whose images and labels are under "
+            f"CC BY-NC-SA 4.0, {XVIEW_URL}, that is: name the source, no commercial use, and pass on derived "
+            "works under the same licence. Thumbnails in a report are such copies. If the tiles are not xView's, check "
             "the licence of your own imagery."
         )
     return (

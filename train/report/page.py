@@ -1,4 +1,4 @@
-"""report.html: one file that opens offline, asks nothing of any network, and runs no script but its own."""
+"""Write report.html: one file that opens offline, loads nothing from the network and runs only its own script."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
+from train.metrics.figures import COMPARED, FIGURES, KEY_FIGURES, format_value
 from train.runs.directory import RunDirectory
 
 from . import plots
@@ -21,7 +22,7 @@ from .commands import list_commands
 from .embeddings import EmbeddingMap
 from .facts import Facts, format_json
 from .licences import find_licences
-from .summary import describe_audit, describe_verdict, draw_history, format_figure, make_result
+from .summary import CARDS, HISTORY, SHOWN, describe_audit, describe_verdict, draw_history, make_result, name_in_history
 from .tiles import Thumbnail
 
 MOST_DOUBTS = 200
@@ -29,7 +30,7 @@ MOST_DOUBTS = 200
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A part that the report lacks, and why."""
+    """A part that is not in the report, and why."""
 
     part: str
     why: str
@@ -37,13 +38,13 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class Extras:
-    """What takes more than the run directory.
+    """The parts of a report that need more than the run directory.
 
     Attributes:
         pictures: thumbnails by tile.
-        map: of validation tiles, None without one.
+        map: of validation tiles; None if there is none.
         doubts: lines of doubts.csv.
-        left_out: what could not be had.
+        left_out: parts that could not be made.
     """
 
     pictures: Mapping[str, Thumbnail] = field(default_factory=dict)
@@ -52,16 +53,16 @@ class Extras:
     left_out: Sequence[LeftOut] = ()
 
 
-_AT_THE_END = "a run's end reads neither tiles nor vectors again: `make report` does"
+_AT_THE_END = "not made at the end of a run, which does not reread tiles and vectors: use `make report`"
 NO_EXTRAS = Extras(left_out=(LeftOut("thumbnails", _AT_THE_END), LeftOut("map of the embeddings", _AT_THE_END)))
 
 
 def write_report(run: RunDirectory, facts: Facts | None = None, extras: Extras = NO_EXTRAS) -> None:
-    """Write report.html and model_card.md from what the run directory holds.
+    """Write report.html and model_card.md from the files of the run directory.
 
     Args:
         run: a finished run.
-        facts: what it holds, where that was read already.
+        facts: its files, if they were read already.
         extras: further parts.
 
     Raises:
@@ -73,11 +74,15 @@ def write_report(run: RunDirectory, facts: Facts | None = None, extras: Extras =
 
 
 def render_page(facts: Facts, extras: Extras) -> str:
-    """The whole page."""
+    """Return the whole page as HTML."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("train.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"figure": format_figure, "share": lambda value: f"{100 * value:.0f}\u00a0%"}
+    environment.filters |= {
+        "figure": format_value,
+        "name_in_history": name_in_history,
+        "share": lambda value: f"{100 * value:.0f}\u00a0%",
+    }
     style, script = (
         resources.files(__package__).joinpath(name).read_text("utf-8") for name in ("style.css", "script.js")
     )
@@ -87,15 +92,21 @@ def render_page(facts: Facts, extras: Extras) -> str:
     if evidence is None:
         left_out.append(LeftOut("curves, errors and tiles of each class", facts.lacking))
     if "reliability" not in facts.metrics:
-        left_out.append(LeftOut("reliability diagram", "metrics.json is an earlier release's"))
-    results = [make_result("Validation", facts.metrics, evidence)]
+        left_out.append(LeftOut("reliability diagram", "metrics.json is from an earlier release"))
+    results = [make_result("Validation", facts.metrics)]
     if facts.test_metrics:
-        results.append(make_result("Test", facts.test_metrics, None))
+        results.append(make_result("Test", facts.test_metrics))
     return environment.get_template("report.html.jinja").render(
         style=Markup(style),
         script=Markup(script),
         digest=digest,
         facts=facts,
+        figures=FIGURES,
+        key_figures=KEY_FIGURES,
+        cards=CARDS,
+        averages=SHOWN,
+        compared=COMPARED,
+        history_keys=HISTORY,
         results=results,
         left_out=left_out,
         verdict=describe_verdict(facts),

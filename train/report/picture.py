@@ -1,4 +1,4 @@
-"""A picture of some tiles with what they show and what a model says of them, as a file of its own."""
+"""Draw a picture of some tiles with their classes and a model's decisions."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from train.data.labels import LabelledRows
 
 
 def draw_tiles(path: Path, images: Sequence[npt.NDArray[np.uint8]], rows: LabelledRows, preds: BoolArray) -> None:
-    """Save a picture of n tiles, each with its classes and what a model says of it.
+    """Draw n tiles, each with its classes and the model's decisions, and save the picture.
 
     Args:
         path: PNG to write.

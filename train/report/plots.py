@@ -1,6 +1,6 @@
-"""Drawings as inline SVG, coloured by the page's style sheet: they follow its dark mode, and print as lines.
+"""Draw plots as inline SVG, coloured by the page's style sheet, so they follow its dark mode and print well.
 
-Every drawing is one image to a screen reader, with a text of its own; the numbers stand in a table beside it.
+To a screen reader every plot is one image with a text; a table next to it holds the numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Axes:
-    """A plane of data coordinates in a drawing of `width` x `height`, and the ticks along its sides."""
+    """The data coordinates of a plot of `width` x `height`, and the margins around them."""
 
     x_range: tuple[float, float]
     y_range: tuple[float, float]
@@ -39,7 +39,7 @@ class Axes:
         return self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
 
     def draw_frame(self, x_label: str, y_label: str, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> Markup:
-        """Grid lines, ticks and names of the two axes."""
+        """Draw grid lines, ticks and names of the two axes."""
         floor, right = self.height - self.bottom, self.width - self.right
         parts = []
         for tick in y_ticks:
@@ -60,7 +60,7 @@ class Axes:
         return Markup("".join(parts))
 
     def draw_line(self, points: Points, name: str) -> Markup:
-        """A line through the points, in the style of the class `name`; a lone point is a dot."""
+        """Draw a line through the points, in the style of the class `name`; a single point becomes a dot."""
         places = [f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points]
         if len(places) == 1:
             return self.draw_dot(*points[0], name)
@@ -71,7 +71,7 @@ class Axes:
 
 
 def make_svg(axes: Axes, text: str, *parts: Markup) -> Markup:
-    """The drawing as one image; `text` says what is to be seen."""
+    """Join the parts into one image; `text` describes it."""
     return Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         axes.width, axes.height, text, Markup("").join(parts)
     )
@@ -82,7 +82,7 @@ def format_tick(value: float) -> str:
 
 
 def choose_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers within a range: multiples of 1, 2 or 5 times a power of ten."""
+    """Choose round numbers within a range: multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
@@ -97,23 +97,24 @@ def draw_history(
     y_label: str,
     text: str,
 ) -> Markup | None:
-    """Figures of every epoch as lines, and the best epoch as an upright one.
+    """Draw figures of every epoch as lines, and the best epoch as an upright line.
 
     Args:
-        history: a dictionary an epoch.
-        series: by key of the history, a name and a class of the style sheet.
-        best: epoch to mark.
-        y_label, text: of the vertical axis; what is to be seen.
+        history: a dictionary for each epoch.
+        series: a name and a class of the style sheet for each key of the history.
+        best: the epoch to mark.
+        y_label: of the vertical axis.
+        text: description of the plot.
 
     Returns:
-        None where there is nothing to draw.
+        None if there is nothing to draw.
     """
     lines = {key: [(line["epoch"], line[key]) for line in history if line.get(key) is not None] for key in series}
     values = [y for points in lines.values() for _, y in points]
     if not values:
         return None
     first, last = history[0]["epoch"], history[-1]["epoch"]
-    # An epoch that diverged would press all others against the floor.
+    # A diverged epoch would flatten all others.
     high = min(max(values), 4 * float(np.quantile(values, 0.9))) or 1.0
     axes = Axes((first, max(last, first + 1)), (0, high * 1.05))
     x_ticks = [tick for tick in choose_ticks(first, max(last, first + 1)) if tick == int(tick)]
@@ -128,12 +129,12 @@ def draw_history(
 
 
 def draw_intervals(rows: Sequence[Mapping[str, Any]], text: str) -> Markup:
-    """Figures of a model as dots with their intervals, and those of baselines beside them, a line each.
+    """Draw a line for each figure: the model's value as a dot with its interval, and the baselines' values.
 
     Args:
-        rows: `name`, `value`, `interval` (None where unknown) and `baselines`, pairs of a class of the style sheet and
-            a figure.
-        text: what is to be seen.
+        rows: `name`, `value`, `interval` (None if unknown) and `baselines`, pairs of a class of the style sheet and a
+            value.
+        text: description of the plot.
     """
     known = [
         value for row in rows for value in (row["value"], *(row["interval"] or ()), *(v for _, v in row["baselines"]))
@@ -156,7 +157,7 @@ def draw_intervals(rows: Sequence[Mapping[str, Any]], text: str) -> Markup:
 
 
 def draw_marker(name: str, x: float, y: float) -> Markup:
-    """A mark of its own shape for each class of the style sheet: `b0` a diamond, `b1` a triangle, `b2` a square."""
+    """Draw a marker with the shape of its class: `b0` a diamond, `b1` a triangle, `b2` a square."""
     shapes = {"b0": ((0, -6), (6, 0), (0, 6), (-6, 0)), "b1": ((0, -6), (5.5, 5), (-5.5, 5))}
     corners = shapes.get(name, ((-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)))
     points = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
@@ -166,7 +167,7 @@ def draw_marker(name: str, x: float, y: float) -> Markup:
 def draw_precision_recall(
     recall: npt.NDArray[np.float64], precision: npt.NDArray[np.float64], operating: tuple[float, float], text: str
 ) -> Markup:
-    """A small precision-recall curve with a dot where `predict` decides."""
+    """Draw a small precision-recall curve with a dot at the threshold of `predict`."""
     axes = Axes((0, 1), (0, 1), width=160, height=150, left=30, right=8, top=8, bottom=30)
     return make_svg(
         axes,
@@ -178,10 +179,10 @@ def draw_precision_recall(
 
 
 def draw_reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], text: str) -> Markup:
-    """Share of positives against mean probability, before and after the temperature; the diagonal is perfect."""
+    """Draw the share of positives against the mean probability, before and after the temperature."""
     axes = Axes((0, 1), (0, 1), height=300)
     ticks = (0, 0.2, 0.4, 0.6, 0.8, 1)
-    parts = [axes.draw_frame("mean probability", "share that is there", ticks, ticks)]
+    parts = [axes.draw_frame("mean probability", "share that is present", ticks, ticks)]
     parts.append(axes.draw_line([(0, 0), (1, 1)], "ideal"))
     for name, side in bins.items():
         points = [(part["prob"], part["positive"]) for part in side if part["count"]]
@@ -192,12 +193,12 @@ def draw_reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], text: str)
 
 
 def draw_map(points: npt.NDArray[np.float64], kinds: Sequence[str], titles: Sequence[str], text: str) -> Markup:
-    """Points of a plane as dots, each with a class of the style sheet and a title to hover over.
+    """Draw points of a plane as dots, each with a class of the style sheet and a title shown on hover.
 
     Args:
         points: (n, 2); scaled to fill the drawing.
         kinds, titles: n each.
-        text: what is to be seen.
+        text: description of the plot.
     """
     axes = Axes((0, 1), (0, 1), width=640, height=460, left=8, right=8, top=8, bottom=8)
     low, high = points.min(axis=0), points.max(axis=0)

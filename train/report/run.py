@@ -1,4 +1,4 @@
-"""`python -m train report`: the report of a finished run anew, with what takes its cache and its tiles."""
+"""Run `python -m train report`: write the report of a finished run again, with the parts that need cache and tiles."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SHOWN_DOUBTS = 24
 
 
 def run_report(run: str, *, images: bool) -> None:
-    """Write report.html and model_card.md of a run, and print what they lack.
+    """Write report.html and model_card.md of a run, and print which parts are missing and why.
 
     Args:
         run: its directory or link.
-        images: whether pictures of tiles may be in it.
+        images: whether to include pictures of tiles.
 
     Raises:
-        TrainError: no run, one in a bucket, one that is not finished, or files that cannot be read or written.
+        TrainError: there is no run, it is in a bucket or unfinished, or a file cannot be read or written.
     """
     if is_bucket(run):
         raise TrainError(
@@ -47,7 +47,9 @@ def run_report(run: str, *, images: bool) -> None:
     try:
         write_report(directory, facts, extras)
     except OSError as error:
-        raise TrainError(f"cannot write {directory}/report.html: {error.strerror}: make room or access") from error
+        raise TrainError(
+            f"cannot write {directory}/report.html: {error.strerror}: free space or fix its permissions"
+        ) from error
     size = (directory.path / "report.html").stat().st_size / 2**20
     print(f"{directory}/report.html ({size:.1f} MB, {len(extras.pictures):,} thumbnails), {directory}/model_card.md")
     for part in extras.left_out:
@@ -55,7 +57,7 @@ def run_report(run: str, *, images: bool) -> None:
 
 
 def gather_extras(facts: Facts, *, images: bool) -> Extras:
-    """Thumbnails, map and doubts, each if it can be had."""
+    """Make thumbnails, map and doubts, as far as possible."""
     doubts, left_out = _read_doubts(facts)
     evidence = facts.evidence
     if evidence is None:
@@ -84,10 +86,10 @@ def gather_extras(facts: Facts, *, images: bool) -> Extras:
 
 
 def _open_version(facts: Facts, evidence: Evidence) -> Version:
-    """The version that holds the validation rows.
+    """Open the version that holds the validation rows.
 
     Raises:
-        CacheError: it is not there.
+        CacheError: it cannot be opened.
         TrainError: its rows are other tiles now.
     """
     cache, version_id = facts.val_cache
@@ -105,7 +107,7 @@ def _draw_map(facts: Facts, evidence: Evidence, version: Version) -> EmbeddingMa
 
 
 def _read_tiles(facts: Facts, evidence: Evidence, version: Version, doubted: list[str]) -> Thumbnails:
-    """Thumbnails of the best and worst tiles of every class, and of the tiles with doubted labels."""
+    """Read thumbnails of the best and worst tiles of every class, and of the tiles with doubted labels."""
     classes = facts.class_names
     most = count_of_a_kind(len(classes))
     shown = [
@@ -120,16 +122,16 @@ def _read_tiles(facts: Facts, evidence: Evidence, version: Version, doubted: lis
 
 
 def _read_doubts(facts: Facts) -> tuple[list[dict[str, str]], list[LeftOut]]:
-    """The first lines of doubts.csv in the run, or how to have them."""
+    """Read the first lines of doubts.csv in the run, or say how to make it."""
     path = facts.run.path / DOUBTS
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream, strict=True)
             if reader.fieldnames != list(COLUMNS):
-                raise ValueError("its header is not that of `python -m train triage`")
+                raise ValueError("its header is not the one that `python -m train triage` writes")
             lines = list(islice(reader, MOST_DOUBTS))
         if any(None in line.values() or None in line for line in lines):
-            raise ValueError("a line of it is cut short, or too long")
+            raise ValueError("a line has too few or too many fields")
         for line in lines:
             for name in ("doubt", "out_of_fold_probability"):
                 float(line[name])

@@ -2,7 +2,7 @@
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const one = (selector) => document.querySelector(selector);
 
-// Sorting: every cell to sort by carries its number in data-v; a cell without one is n/a and comes last either way.
+// Sort a table by a column: cells hold their number in data-v; a cell without it is n/a and comes last in both orders.
 function sortBy(header) {
   const table = header.closest("table");
   const headers = all("thead th", table);
@@ -24,7 +24,7 @@ function sortBy(header) {
 all("table.sortable thead th button").forEach((button) =>
   button.addEventListener("click", () => sortBy(button.closest("th"))));
 
-// Filtering: the same for the tables, the curves and the classes one by one.
+// Filter the tables, the curves and the sections on single classes together.
 const filter = one("#filter");
 const present = one("#present");
 const first = one("table.classes");
@@ -43,7 +43,7 @@ filter.addEventListener("input", applyFilter);
 present.addEventListener("change", applyFilter);
 applyFilter();
 
-// Classes one by one: opened by links and for printing.
+// Open the section on a class when a link points to it, and all of them for printing.
 const classes = all("details.class");
 one("#open")?.addEventListener("click", () => classes.forEach((each) => { each.open = true; }));
 one("#close")?.addEventListener("click", () => classes.forEach((each) => { each.open = false; }));
@@ -63,7 +63,7 @@ window.addEventListener("beforeprint", () => {
 });
 window.addEventListener("afterprint", () => closed.forEach((each) => { each.open = false; }));
 
-// Map: a digit a point says whether the chosen class is there (1) and whether it is predicted (2).
+// Colour the map: the digit of a point is 1 if it shows the chosen class, plus 2 if the class is predicted.
 const colour = one("#colour");
 const points = all("#map .plot circle");
 const original = points.map((point) => point.getAttribute("class"));
@@ -81,5 +81,5 @@ colour?.addEventListener("change", () => {
   all("[data-count]").forEach((each) => { each.textContent = counts[each.dataset.count]; });
 });
 
-// What takes this script is hidden until it runs.
+// Show the controls that need this script; they are hidden until it runs.
 all(".controls, .buttons").forEach((each) => { each.hidden = false; });

@@ -1,91 +1,67 @@
-"""Sections on the run as a whole: its figures, calibration and training."""
+"""Make the sections on the run as a whole: its figures, calibration and training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from train.metrics.audit import LeakAudit
-from train.metrics.evaluation import COMPARED
+from train.metrics.figures import FIGURES, KEY_FIGURES, Figure, format_value
 
 from . import plots
-from .facts import Evidence, Facts, Json
+from .facts import Facts, Json
 
-FIGURES = (
-    ("F1 weighted", "f1_weighted"),
-    ("F1 weighted, tuned thresholds", "f1_weighted_tuned"),
-    ("F1 macro", "f1_macro"),
-    ("F1 micro", "f1_micro"),
-    ("mAP", "map_macro"),
-    ("precision weighted", "precision_weighted"),
-    ("recall weighted", "recall_weighted"),
-    ("label accuracy", "label_accuracy"),
-    ("subset accuracy", "accuracy"),
-    ("loss", "loss"),
+SHOWN = (
+    *("f1_weighted", "f1_weighted_tuned", "f1_macro", "f1_micro", "map_macro", "precision_weighted", "recall_weighted"),
+    *("label_accuracy", "accuracy", "loss"),
 )
-INTERVALS = (("weighted F1", "f1_weighted"), ("macro F1", "f1_macro"), ("mAP", "map_macro"))
+"""The figures of the table of averages."""
+
+CARDS = ("map_macro", "f1_weighted", "f1_macro", "f1_weighted_tuned")
+"""The figures at the top of the page."""
+
+HISTORY = ("train_loss", "loss", *KEY_FIGURES)
+"""The figures shown for every epoch."""
 
 
-def format_figure(value: float | None, digits: int = 3) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
-
-
-def make_result(title: str, metrics: Json, evidence: Evidence | None) -> dict[str, Any]:
-    """One set of tiles and everything that metrics.json says of it."""
-    columns = {"all classes": metrics, **metrics["variants"]}
-    intervals = metrics["intervals"]
-    cards = [
-        {"name": name, "value": metrics[key], "interval": intervals.get(key)}
-        for name, key in (("mAP", "map_macro"), *INTERVALS[:2], ("weighted F1, tuned", "f1_weighted_tuned"))
-    ]
-    baselines = metrics.get("baselines") or {}
-    names = {name: f"b{i}" for i, name in enumerate(baselines)}
-    rows = [
-        {
-            "name": name,
-            "value": metrics[key],
-            "interval": intervals.get(key),
-            "baselines": [(names[b], figures[key]) for b, figures in baselines.items() if figures[key] is not None],
-        }
-        for name, key in INTERVALS
-        if metrics[key] is not None
-    ]
-    described = "; ".join(
-        f"{row['name']} {format_figure(row['value'])}"
-        + (f", 95 % interval {row['interval'][0]:.3f} to {row['interval'][1]:.3f}" if row["interval"] else "")
-        for row in rows
-    )
+def make_result(title: str, metrics: Json) -> dict[str, Any]:
+    """Collect what the page shows of one set of tiles and its metrics.json."""
     return {
         "title": title,
         "id": title.lower(),
-        "cards": cards,
-        "tiles": None if evidence is None else len(evidence),
-        "scenes": None if evidence is None else evidence.scenes,
-        "columns": list(columns),
-        "figures": [
-            {
-                "name": name,
-                "key": key,
-                "cells": [column[key] for column in columns.values()],
-                "interval": intervals.get(key),
-            }
-            for name, key in FIGURES
-        ],
-        "baselines": [
-            {"name": name, "marker": names[name], "basis": b["basis"], "cells": [b[key] for _, key in COMPARED]}
-            for name, b in baselines.items()
-        ],
-        "own": [metrics[key] for _, key in COMPARED],
-        "compared": [name for name, _ in COMPARED],
-        "plot": plots.draw_intervals(rows, f"{title} figures with intervals: {described}.") if rows else None,
+        "metrics": metrics,
+        "columns": {"all classes": metrics, **metrics["variants"]},
+        "baselines": metrics.get("baselines") or {},
+        "plot": _draw_intervals(title, metrics),
         "classes": rank_classes(metrics["per_class"]),
-        "calibration": metrics["calibration"],
         "reliability": _make_reliability(title, metrics),
     }
 
 
+def _draw_intervals(title: str, metrics: Json) -> Markup | None:
+    baselines = list((metrics.get("baselines") or {}).values())
+    rows = [
+        {
+            "name": FIGURES[key].title,
+            "value": metrics[key],
+            "interval": metrics["intervals"].get(key),
+            "baselines": [(f"b{i}", b[key]) for i, b in enumerate(baselines) if b[key] is not None],
+        }
+        for key in KEY_FIGURES
+        if metrics[key] is not None
+    ]
+    described = "; ".join(
+        f"{row['name']} {format_value(row['value'])}"
+        + (f", 95 % interval {row['interval'][0]:.3f} to {row['interval'][1]:.3f}" if row["interval"] else "")
+        for row in rows
+    )
+    return plots.draw_intervals(rows, f"{title} figures with intervals: {described}.") if rows else None
+
+
 def rank_classes(per_class: Sequence[Json]) -> list[Json]:
-    """Rows by falling support, each with its column and the rank of its name, by which the page sorts."""
+    """Sort the classes by falling support; each gets its column and the alphabetical rank that the page sorts by."""
     names = sorted(range(len(per_class)), key=lambda c: per_class[c]["name"].casefold())
     ranks = {c: rank for rank, c in enumerate(names)}
     rows = [{**row, "column": c, "rank": ranks[c]} for c, row in enumerate(per_class)]
@@ -96,9 +72,10 @@ def _make_reliability(title: str, metrics: Json) -> dict[str, Any] | None:
     if "reliability" not in metrics:
         return None
     bins, errors = metrics["reliability"], metrics["calibration"]
+    ece = FIGURES["ece"]
     text = (
-        f"{title}: reliability diagram. Expected calibration error {format_figure(errors['ece_before'], 4)} before and "
-        f"{format_figure(errors['ece_after'], 4)} after the temperature; the diagonal would be 0."
+        f"{title}: reliability diagram. {ece.title.capitalize()} {ece.format(errors['ece_before'])} "
+        f"before and {ece.format(errors['ece_after'])} after the temperature; on the diagonal it would be 0."
     )
     edges = [(i / len(bins["before"]), (i + 1) / len(bins["before"])) for i in range(len(bins["before"]))]
     return {
@@ -108,7 +85,7 @@ def _make_reliability(title: str, metrics: Json) -> dict[str, Any] | None:
 
 
 def describe_verdict(facts: Facts) -> str:
-    """mAP beside the best baseline, without claiming what the interval does not."""
+    """Compare mAP with that of the best baseline, claiming no more than the interval does."""
     value, interval = facts.metrics["map_macro"], facts.metrics["intervals"].get("map_macro")
     baselines = {
         name: b["map_macro"] for name, b in (facts.metrics.get("baselines") or {}).items() if b["map_macro"] is not None
@@ -116,7 +93,7 @@ def describe_verdict(facts: Facts) -> str:
     if value is None or not baselines:
         return ""
     name = max(baselines, key=lambda key: baselines[key])
-    text = f"The best baseline by mAP, the {name}, reaches {baselines[name]:.3f}"
+    text = f"The best baseline by {FIGURES['map_macro'].title}, the {name}, reaches {baselines[name]:.3f}"
     if not interval:
         return f"{text}."
     low, high = interval
@@ -130,23 +107,26 @@ def describe_audit(audit: Json | None) -> str:
 
 
 def draw_history(facts: Facts) -> list[dict[str, Any]]:
-    """Two panels: what is minimised, and what is wanted."""
+    """Draw two panels: the figures that training minimises, and those that it should raise."""
     if not facts.history:
         return []
     last = facts.history[-1]
     best = "" if facts.epoch is None else f" The best epoch is {facts.epoch}."
+    figures = [FIGURES[key] for key in HISTORY]
     panels = []
-    for title, label, series in (
-        ("Loss", "loss", {"train_loss": ("training", "s0"), "loss": ("validation", "s1")}),
-        (
-            "Validation figures",
-            "",
-            {"f1_weighted": ("F1 weighted", "s0"), "f1_macro": ("F1 macro", "s1"), "map_macro": ("mAP", "s2")},
-        ),
+    for title, label, shown in (
+        ("Loss", FIGURES["loss"].title, [figure for figure in figures if not figure.higher_is_better]),
+        ("Validation figures", "", [figure for figure in figures if figure.higher_is_better]),
     ):
-        ends = ", ".join(f"{name} {format_figure(last.get(key), 4)}" for key, (name, _) in series.items())
+        series = {figure.key: (name_in_history(figure), f"s{i}") for i, figure in enumerate(shown)}
+        ends = ", ".join(f"{series[figure.key][0]} {figure.format(last.get(figure.key))}" for figure in shown)
         text = f"{title} over {len(facts.history)} epochs; at the end {ends}.{best}"
         drawn = plots.draw_history(facts.history, series, facts.epoch, label, text)
         if drawn is not None:
             panels.append({"title": title, "plot": drawn, "series": list(series.values())})
     return panels
+
+
+def name_in_history(figure: Figure) -> str:
+    """Return the title of a figure in a history line, where `loss` stands next to the training loss."""
+    return f"validation {figure.title}" if figure.key == "loss" else figure.title

@@ -1,4 +1,4 @@
-"""Thumbnails of tiles, as data URIs: read by name from where the cache was made, by the code that embeds them."""
+"""Make thumbnails of tiles as data URIs, read from the cache's tile source by the code that embeds them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SIDE = 144
 """Pixels of a thumbnail's longer side."""
 MOST_IMAGES = 600
 MOST_BYTES = 6 * 2**20
-"""Of all thumbnails together in the page, where three bytes take four."""
+"""Limit of all thumbnails together in the page, where base64 turns three bytes into four."""
 _MOST_EACH = 12 * 2**10
 _QUALITIES = (80, 60, 40, 20, 5)
 _READERS = 8
-"""A tile may be 192 MB once it is decoded, so not as many at once as an extraction reads."""
+"""Fewer readers than in an extraction, because a decoded tile may take 192 MB."""
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture as data URI, and its size in pixels."""
+    """A small picture as a data URI, and its size in pixels."""
 
     uri: str
     width: int
@@ -41,22 +41,22 @@ class Thumbnail:
 
 @dataclass(frozen=True, eq=False)
 class Thumbnails:
-    """Pictures by the name of their tile, and a line for each reason why others are lacking."""
+    """Pictures by tile name, and a line for each reason why others are missing."""
 
     pictures: dict[str, Thumbnail]
     lacking: tuple[str, ...]
 
 
 def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Thumbnails:
-    """Read tiles and make each a small WebP.
+    """Read tiles and turn each into a small WebP.
 
     Args:
-        source: where they lie.
+        source: of the tiles.
         table: of the cache.
-        rows: of the table, 600 at most; each is read once, however often it is named.
+        rows: of the table, at most 600; duplicates are read once.
 
     Raises:
-        TileprobeError: the first tile cannot be reached, so that the others need not be tried.
+        TileprobeError: the first tile cannot be reached; the others are then not tried.
     """
     wanted = list(dict.fromkeys(rows))
     limit = min(_MOST_EACH, MOST_BYTES * 3 // 4 // max(len(rows), 1))
@@ -64,7 +64,7 @@ def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Th
     problems: dict[str, list[str]] = {}
 
     def read(row: int) -> tuple[str, Thumbnail | None, str]:
-        """Name, picture, and what went wrong."""
+        """Return name, picture and problem."""
         name = str(table.tile[row])
         try:
             data = source.read(name, int(table.generation[row]))
@@ -83,7 +83,7 @@ def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Th
             return str(table.tile[row]), None, "cannot be read any more"
 
     def results() -> Iterator[tuple[str, Thumbnail | None, str]]:
-        # Where nothing can be reached, one tile takes a reader's patience, and 600 would take it all day.
+        # If the source is unreachable, one tile takes the whole retry deadline, and 600 tiles would take hours.
         yield from map(read, wanted[:1])
         with ThreadPoolExecutor(_READERS) as threads:
             yield from threads.map(read_rest, wanted[1:])
@@ -102,7 +102,7 @@ def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Th
 
 
 def encode_thumbnail(image: npt.NDArray[np.uint8], limit: int) -> Thumbnail:
-    """A (H, W, 3) tile as WebP of 144 pixels' longer side, in the best quality that fits `limit` bytes."""
+    """Encode a (H, W, 3) tile as WebP, longer side 144 px, in the best quality that fits `limit` bytes."""
     small = Image.fromarray(image)
     small.thumbnail((SIDE, SIDE))
     data = b""

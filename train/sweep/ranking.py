@@ -1,7 +1,7 @@
-"""From what a sweep's heads got right in every epoch to a ranked table, and to what its best one is worth.
+"""Rank the configurations of a sweep, and estimate what the best one is worth.
 
-The best of many is chosen for its luck too, so its own figures flatter it. The same choices, of the epoch and of the
-configuration, are therefore made again on all but one fold of the validation scenes and scored on that fold, as in
+The best of many is partly lucky, so its own figures flatter it. Epoch and configuration are therefore chosen again on
+all but one fold of the validation scenes and scored on that fold, as in
 Varma & Simon, "Bias in error estimation when using cross-validation for model selection", BMC Bioinformatics 7 (2006).
 """
 
@@ -11,20 +11,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from train.config import TrainConfig
+from train.metrics.decisions import split_scenes
+from train.metrics.figures import FIGURES, KEY_FIGURES
+from train.metrics.scores import Float64Array, average_classes, compute_f1
+from train.metrics.side_by_side import format_table
 
 from .grid import describe_command, describe_loss
 
 FOLDS = 5
-KEYS = ("f1_weighted", "f1_macro", "map_macro")
-_TITLES = ("weighted F1", "macro F1", "mAP")
 SHOWN = 10
 
 CountArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,17 +33,17 @@ class HeadResult:
 
     Attributes:
         config: with its seed.
-        best_epoch: the first with the highest weighted F1, from 1.
-        figures: of that epoch, by `KEYS`.
-        others: (K,) weighted F1 on all folds but one, each of the best epoch there.
-        own: (K, 2, C) hits and decisions on that one fold in that epoch.
-        tensors: of the best epoch, where they are kept.
+        best_epoch: the first epoch with the highest weighted F1, counted from 1.
+        figures: the `KEY_FIGURES` of that epoch.
+        others: (K,) for each fold, the best weighted F1 of any epoch on all other folds.
+        own: (K, 2, C) hits and predicted rows on that fold in that epoch.
+        tensors: of the best epoch; None if they were not kept.
     """
 
     config: TrainConfig
     best_epoch: int
     figures: dict[str, float]
-    others: FloatArray
+    others: Float64Array
     own: CountArray
     tensors: dict[str, Tensor] | None
 
@@ -65,7 +65,7 @@ class Ranked:
         return float(np.mean([head.figures[key] for head in self.heads]))
 
     def spread(self, key: str) -> float | None:
-        """Standard deviation over seeds; None of a single one."""
+        """Return the standard deviation over seeds; None with a single seed."""
         values = [head.figures[key] for head in self.heads]
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
@@ -73,8 +73,8 @@ class Ranked:
         config = self.config
         return {
             "rank": rank,
-            **{key: self.mean(key) for key in KEYS},
-            **{f"{key}_spread": self.spread(key) for key in KEYS},
+            **{key: self.mean(key) for key in KEY_FIGURES},
+            **{f"{key}_spread": self.spread(key) for key in KEY_FIGURES},
             "features": config.features,
             "head": config.head,
             "loss": describe_loss(config),
@@ -86,35 +86,29 @@ class Ranked:
 
 
 def assign_folds(scenes: npt.NDArray[Any], seed: int) -> npt.NDArray[np.intp]:
-    """(n,) fold of each row, 0 to `FOLDS` - 1 or fewer; a scene is in one fold."""
-    names, scene_of = np.unique(scenes, return_inverse=True)
+    """Assign each of n rows to one of at most `FOLDS` folds, counted from 0; a scene is in one fold."""
     fold = np.zeros(len(scenes), np.intp)
-    if len(names) > 1:
-        splitter = GroupKFold(n_splits=min(FOLDS, len(names)), shuffle=True, random_state=seed)
-        for k, (_, own) in enumerate(splitter.split(scene_of, groups=scene_of)):
-            fold[own] = k
+    for k, (_, own) in enumerate(split_scenes(scenes, FOLDS, seed)):
+        fold[own] = k
     return fold
 
 
-def score_counts(counts: CountArray, support: CountArray) -> tuple[FloatArray, FloatArray]:
-    """Weighted and macro F1, as `compute_metrics` defines them.
+def score_counts(counts: CountArray, support: CountArray) -> tuple[Float64Array, Float64Array]:
+    """Compute weighted and macro F1 as `compute_metrics` defines them.
 
     Args:
-        counts: (…, 2, C): per class, positives found, and rows it was decided for.
-        support: (…, C) positives there are.
+        counts: (…, 2, C) for each class, the positives found, then the rows predicted.
+        support: (…, C) positive rows.
 
     Returns:
-        (…,) each; 0 where there is no positive of any class.
+        (…,) each; 0 without a positive of any class.
     """
-    hits, marked = counts[..., 0, :], counts[..., 1, :]
-    f1 = 2 * hits / np.maximum(marked + support, 1)
-    present = support > 0
-    weighted = (f1 * support).sum(axis=-1) / np.maximum(support.sum(axis=-1), 1)
-    return weighted, (f1 * present).sum(axis=-1) / np.maximum(present.sum(axis=-1), 1)
+    f1 = compute_f1(counts[..., 0, :], counts[..., 1, :], support)
+    return average_classes(f1, support, empty=0.0), average_classes(f1, support > 0, empty=0.0)
 
 
-def choose_epochs(history: CountArray, support: CountArray) -> tuple[FloatArray, CountArray]:
-    """Per fold, the epoch that is best on the other folds.
+def choose_epochs(history: CountArray, support: CountArray) -> tuple[Float64Array, CountArray]:
+    """Choose, for each fold, the epoch that is best on the other folds.
 
     Args:
         history: (E, K, 2, C) counts of a head.
@@ -130,7 +124,7 @@ def choose_epochs(history: CountArray, support: CountArray) -> tuple[FloatArray,
 
 
 def rank_configurations(results: Sequence[HeadResult], failed: Sequence[TrainConfig]) -> list[Ranked]:
-    """Configurations by their mean weighted F1, best first; without those of which a head diverged.
+    """Sort configurations by mean weighted F1, best first, leaving out those with a diverged head.
 
     Args:
         results: heads, those of the first seed first.
@@ -146,7 +140,7 @@ def rank_configurations(results: Sequence[HeadResult], failed: Sequence[TrainCon
 
 
 def cross_fit(ranked: Sequence[Ranked], support: CountArray) -> dict[str, float] | None:
-    """Weighted and macro F1 of the winner, chosen on the other folds each time; None with a single fold.
+    """Score the winner by weighted and macro F1, chosen each time on the other folds; None with a single fold.
 
     Args:
         ranked: every configuration, of equally many seeds.
@@ -163,22 +157,19 @@ def cross_fit(ranked: Sequence[Ranked], support: CountArray) -> dict[str, float]
 
 
 def format_ranking(ranked: Sequence[Ranked]) -> str:
-    """The best configurations, one a line: mean and spread over seeds, and what they are."""
-    header = ["", *_TITLES, "features", "head", "loss", "lr", "weight decay"]
-    lines = [header]
+    """Format the best configurations, one a line: mean and spread over seeds, and their settings."""
+    rows = [["", *(FIGURES[key].title for key in KEY_FIGURES), "features", "head", "loss", "lr", "weight decay"]]
     for i, entry in enumerate(ranked[:SHOWN], start=1):
         config = entry.config
-        figures = [_format(entry.mean(key), entry.spread(key)) for key in KEYS]
-        what = [config.features, config.head, describe_loss(config), f"{config.lr:g}", f"{config.weight_decay:g}"]
-        lines.append([str(i), *figures, *what])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+        figures = [_format_spread(entry, key) for key in KEY_FIGURES]
+        settings = [config.features, config.head, describe_loss(config), f"{config.lr:g}", f"{config.weight_decay:g}"]
+        rows.append([str(i), *figures, *settings])
+    return "\n".join(format_table(rows))
 
 
-def _format(mean: float, spread: float | None) -> str:
-    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
+def _format_spread(entry: Ranked, key: str) -> str:
+    mean, spread = FIGURES[key].format(entry.mean(key)), entry.spread(key)
+    return mean if spread is None else f"{mean} ± {FIGURES[key].format(spread)}"
 
 
 def _without_seed(config: TrainConfig) -> TrainConfig:

@@ -21,6 +21,7 @@ from train.loop.assemble import make_head, make_meta
 from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
 from train.loop.validation import ValidationSet
+from train.metrics.figures import FIGURES
 from train.model.classifier import Classifier, Head
 from train.run import finish_run
 from train.runs.checkpoint import save_checkpoint
@@ -222,9 +223,9 @@ class Sweep:
             lines.append(f"{tried}; with a single validation scene there is no way to tell by how much")
         else:
             lines.append(
-                f"{tried}: when epoch and configuration are chosen on other scenes than those scored, weighted F1 is "
-                f"{honest['f1_weighted']:.4f}, macro F1 {honest['f1_macro']:.4f} "
-                f"(instead of {ranked[0].mean('f1_weighted'):.4f} and {ranked[0].mean('f1_macro'):.4f})"
+                f"{tried}: when epoch and configuration are chosen on other scenes than those scored, they are "
+                f"{', '.join(FIGURES[key].describe(value) for key, value in honest.items())} "
+                f"(instead of {' and '.join(FIGURES[key].format(ranked[0].mean(key)) for key in honest)})"
             )
         return [
             *lines,

@@ -17,12 +17,14 @@ from train.config import TrainConfig
 from train.data.batches import Tiles
 from train.loop.trainer import seed_dropout
 from train.loop.validation import ValidationSet
+from train.metrics.figures import KEY_FIGURES
 from train.metrics.intervals import score_resamples
+from train.metrics.scores import Float64Array
 from train.model.classifier import Head, draw_dropout, join_features
 from train.model.optimizer import scale_learning_rate
 
 from .grid import describe_loss
-from .ranking import KEYS, CountArray, FloatArray, HeadResult, assign_folds, choose_epochs, score_counts
+from .ranking import CountArray, HeadResult, assign_folds, choose_epochs, score_counts
 from .stacked_heads import Stack, StackedHeads
 
 STATE_BYTES = 2 << 30
@@ -121,7 +123,7 @@ class Progress:
 
     history: tuple[CountArray, ...]
     sound: BoolArray
-    value: FloatArray
+    value: Float64Array
     tensors: dict[str, Tensor]
 
     @classmethod
@@ -275,4 +277,4 @@ class SweepPass:
         probs: npt.NDArray[np.float32] = logits.sigmoid().numpy()[val.counted]
         whole = np.zeros(len(probs), np.intp), np.ones((1, 1))
         scores = score_resamples(probs, val.rows.labels[val.counted], *whole)
-        return {key: float(scores[key][0]) for key in KEYS}
+        return {key: float(scores[key][0]) for key in KEY_FIGURES}

@@ -129,7 +129,7 @@ def test_the_model_card_is_one(made: Made) -> None:
     metrics, test = made.read("metrics.json"), made.read("test_metrics.json")
     found = {(e.dataset_split, e.metric_name): e.metric_value for e in card.data.eval_results}
     for split, figures in (("validation", metrics), ("test", test)):
-        for name, key in (("F1 weighted", "f1_weighted"), ("F1 macro", "f1_macro"), ("mAP", "map_macro")):
+        for name, key in (("weighted F1", "f1_weighted"), ("macro F1", "f1_macro"), ("mAP", "map_macro")):
             assert found[split, name] == round(figures[key], 4)
     text = path.read_text()
     front = yaml.safe_load(text.split("---\n")[1])

@@ -23,7 +23,7 @@ from train.data.rare import (
     find_rarest,
     weigh_positives,
 )
-from train.metrics.figures import average_rarest
+from train.metrics.scores import average_rarest
 
 
 def make_labels(support: list[int]) -> np.ndarray:

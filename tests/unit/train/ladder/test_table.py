@@ -8,8 +8,9 @@ import pytest
 from tests.planted import fresh_seed
 from train.data.labels import LabelledRows
 from train.ladder.rungs import Leg, Record, choose_rungs
-from train.ladder.table import FIGURES, Gain, Result, conclude, measure_gain, tabulate
-from train.metrics.figures import compute_metrics
+from train.ladder.table import COMPARED, Result, Summary, conclude, tabulate
+from train.metrics.scores import compute_metrics
+from train.metrics.side_by_side import PairedDifference
 
 TOLERANCE = 1e-9
 RESAMPLES = 1000
@@ -26,7 +27,7 @@ def make_rows(labels: np.ndarray, scenes: np.ndarray) -> LabelledRows:
 def make_result(name: str, probs: np.ndarray, rows: LabelledRows, seconds: float = 1.0) -> Result:
     rungs = {rung.name: rung for rung in choose_rungs("neighbours,linear,mlp,1,3,6,all", 6)[0]}
     metrics = compute_metrics(probs, rows.labels, rows.class_names, loss=None)
-    intervals = {key: [metrics[key] - 0.1, metrics[key] + 0.1] for key, _ in FIGURES}
+    intervals = {key: [metrics[key] - 0.1, metrics[key] + 0.1] for key in COMPARED}
     record = Record(rungs[name], "finished", None, [Leg(1, 0.0, seconds, 0, 3 << 20)])
     return Result(record, {**metrics, "intervals": intervals}, probs, 0.5, None)
 
@@ -56,10 +57,9 @@ def test_paired_differences_equal_those_of_rows_really_drawn() -> None:
     labels = rng.random((70, 3)) < [0.6, 0.3, 0.1]
     labels[0] = True
     scenes = np.sort(rng.choice(list("abcdefgh"), 70))
-    rows = make_rows(labels, scenes)
     noise = rng.normal(size=(2, *labels.shape))
     ours, theirs = (1 / (1 + np.exp(-(labels - 0.5 + noise)))).round(2).astype(np.float32)
-    gain = measure_gain(make_result("unfreeze-1", ours, rows), make_result("mlp", theirs, rows), rows, seed)
+    gain = PairedDifference.measure(ours, theirs, labels, scenes, seed=seed)
     names = np.unique(scenes)
     drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=RESAMPLES)
     differences: dict[str, list[float]] = {"f1_weighted": [], "map_macro": []}
@@ -80,11 +80,12 @@ def test_a_single_scene_gives_a_difference_without_an_interval() -> None:
     rows = make_rows(labels, np.array(["a", "a", "a"]))
     better, worse = np.array([[0.9], [0.1], [0.8]], np.float32), np.array([[0.9], [0.85], [0.8]], np.float32)
     results = [make_result("mlp", worse, rows), make_result("unfreeze-1", better, rows)]
-    gains = {"unfreeze-1": measure_gain(results[1], results[0], rows, 0)}
+    gains = {"unfreeze-1": PairedDifference.measure(better, worse, labels, rows.scenes)}
     assert "UNFREEZE=1: +0.167 mAP over the MLP head for 1.0x the time, without an interval" in conclude(
         results, results[0], gains
     )
-    assert gains["unfreeze-1"].to_json()["intervals"] == {"f1_weighted": None, "map_macro": None}
+    written = Summary(tuple(results), results[0], gains, "", "").to_json()["table"][1]["over_reference"]
+    assert written["intervals"] == {"f1_weighted": None, "map_macro": None}
     assert "+0.167 [n/a]" in tabulate(results, results[0], gains)[2]
 
 
@@ -102,7 +103,7 @@ def say(rungs: dict[str, tuple[float, float, float, float]]) -> str:
         result.metrics["map_macro"] = 0.5 + difference
     reference = next((result for result in results if result.record.rung.name == "mlp"), results[0])
     gains = {
-        name: Gain({"map_macro": difference}, {"map_macro": (low, high)})
+        name: PairedDifference({"map_macro": difference}, {"map_macro": (low, high)})
         for name, (_, difference, low, high) in rungs.items()
         if name != reference.record.rung.name
     }
@@ -135,9 +136,9 @@ MLP = (10.0, 0.0, 0.0, 0.0)
         ),
         (
             {"mlp": MLP, "unfreeze-1": (50, 0.02, 0.01, 0.03), "unfreeze-3": (140, 0.021, 0.004, 0.038)},
-            "UNFREEZE=3 gains 0.021 mAP [+0.004, +0.038] over the MLP head for 14x the time; the best of 2 on these "
-            "very tiles, which flatters it; UNFREEZE=1 gains 0.020 mAP [+0.010, +0.030] over the MLP head for 5.0x the "
-            "time",
+            "UNFREEZE=3 gains 0.021 mAP [+0.004, +0.038] over the MLP head for 14x the time; it is the best of 2 on "
+            "these same tiles, which flatters it; UNFREEZE=1 gains 0.020 mAP [+0.010, +0.030] over the MLP head for "
+            "5.0x the time",
         ),
         (
             {"linear": (8, 0.3, 0.2, 0.4), "mlp": MLP},
@@ -147,7 +148,7 @@ MLP = (10.0, 0.0, 0.0, 0.0)
             {"neighbours": (2, 0, 0, 0), "linear": (8, 0.3, 0.2, 0.4)},
             "linear head gains 0.300 mAP [+0.200, +0.400] over the nearest neighbours for 4.0x the time",
         ),
-        ({"linear": (8, 0.3, 0.2, 0.4)}, "linear head stands alone: there is nothing to compare it with"),
+        ({"linear": (8, 0.3, 0.2, 0.4)}, "linear head is the only rung: there is nothing to compare it with"),
     ],
 )
 def test_the_sentence_claims_no_more_than_the_interval_does(

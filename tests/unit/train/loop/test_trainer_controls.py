@@ -142,7 +142,7 @@ def test_training_ends_when_patience_does(tmp_path: Path, save_every: int) -> No
     last = load_checkpoint(run.last)
     assert (last.meta.epoch, last.meta.best_epoch) == (len(history), best)
     assert said[len(history) :] == [
-        f"stopped early, after epoch {len(history)} of 60: no better f1_weighted for 3 epochs"
+        f"stopped early, after epoch {len(history)} of 60: no better weighted F1 for 3 epochs"
     ]
     # The cosine is that of all 60 epochs.
     steps = math.ceil(150 / BATCH)

@@ -83,7 +83,7 @@ def test_vectors_that_are_not_held_are_not_looked_at(sets: Sets) -> None:
     left_out = compare(replace(sets, val=replace(sets.val, vectors=in_cache)), CPU, 0)
     assert not left_out.val
     assert left_out.audit is None
-    assert left_out.notes[0].startswith("baselines and leak audit: left out")
+    assert left_out.notes[0].startswith("baselines and leak audit: skipped")
 
 
 def test_the_probe_is_scikit_learns_on_standardised_features(sets: Sets) -> None:

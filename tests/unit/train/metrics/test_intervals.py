@@ -11,8 +11,9 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from tests.seeds import fresh_seed
 from train.metrics import intervals
-from train.metrics.figures import compute_metrics
-from train.metrics.intervals import KEYS, bootstrap_difference, bootstrap_intervals, score_resamples
+from train.metrics.figures import KEY_FIGURES
+from train.metrics.intervals import bootstrap_difference, bootstrap_intervals, score_resamples
+from train.metrics.scores import compute_metrics
 
 
 @pytest.fixture
@@ -78,14 +79,16 @@ def test_every_scene_once_is_the_point_estimate(rng: np.random.Generator) -> Non
     labels[:, 1] = False
     scores = score_resamples(probs, labels, scenes, np.ones((1, 40)))
     point = compute_metrics(probs, labels, list("abcdef"), loss=0.0)
-    assert {key: scores[key][0] for key in KEYS} == pytest.approx({key: point[key] for key in KEYS}, abs=1e-9)
+    assert {key: scores[key][0] for key in KEY_FIGURES} == pytest.approx(
+        {key: point[key] for key in KEY_FIGURES}, abs=1e-9
+    )
 
 
 def test_interval_contains_the_point_estimate(rng: np.random.Generator) -> None:
     probs, labels, scenes = draw(rng)
     point = compute_metrics(probs, labels, list("abcdef"), loss=0.0)
     found = bootstrap_intervals(probs, labels, scenes)
-    assert tuple(found) == KEYS
+    assert tuple(found) == KEY_FIGURES
     for key, (low, high) in found.items():
         assert low < point[key] < high
 
@@ -109,14 +112,14 @@ def test_interval_equals_the_percentiles_of_resampled_rows(rng: np.random.Genera
 def test_interval_narrows_with_more_scenes(rng: np.random.Generator) -> None:
     few = bootstrap_intervals(*draw(rng, rows=200, scenes=20))
     many = bootstrap_intervals(*draw(rng, rows=3200, scenes=320))
-    for key in KEYS:
+    for key in KEY_FIGURES:
         # Sixteen times the scenes should quarter the width; half leaves room for the noise of either.
         assert width(many[key]) < 0.5 * width(few[key])
 
 
 def test_interval_widens_with_level(rng: np.random.Generator) -> None:
     data = draw(rng)
-    for key in KEYS:
+    for key in KEY_FIGURES:
         assert width(bootstrap_intervals(*data, level=0.99)[key]) > width(bootstrap_intervals(*data, level=0.8)[key])
 
 
@@ -125,7 +128,7 @@ def test_copies_of_a_tile_within_a_scene_add_no_certainty(rng: np.random.Generat
     probs, labels, scenes = draw(rng)
     once = bootstrap_intervals(probs, labels, scenes)
     eight = bootstrap_intervals(*(np.repeat(array, 8, axis=0) for array in (probs, labels, scenes)))
-    for key in KEYS:
+    for key in KEY_FIGURES:
         assert eight[key] == pytest.approx(once[key], abs=1e-9)
 
 
@@ -135,7 +138,7 @@ def test_seed_repeats_and_row_order_does_not_matter(rng: np.random.Generator) ->
     first = bootstrap_intervals(probs, labels, names, seed=5)
     order = rng.permutation(len(probs))
     again = bootstrap_intervals(probs[order], labels[order], names[order], seed=5)
-    for key in KEYS:
+    for key in KEY_FIGURES:
         assert again[key] == pytest.approx(first[key], abs=1e-12)
     assert bootstrap_intervals(probs, labels, names, seed=6) != first
 
@@ -143,10 +146,10 @@ def test_seed_repeats_and_row_order_does_not_matter(rng: np.random.Generator) ->
 def test_difference_is_paired(rng: np.random.Generator) -> None:
     probs, labels, scenes = draw(rng)
     same = bootstrap_difference(probs, probs, labels, scenes)
-    assert same == dict.fromkeys(KEYS, (0.0, 0.0))
+    assert same == dict.fromkeys(KEY_FIGURES, (0.0, 0.0))
     nearly = np.clip(probs + 0.01 * rng.random(probs.shape), 0, 1).astype(np.float32)
     own, difference = bootstrap_intervals(probs, labels, scenes), bootstrap_difference(nearly, probs, labels, scenes)
-    for key in KEYS:
+    for key in KEY_FIGURES:
         assert width(difference[key]) < 0.5 * width(own[key])
 
 
@@ -155,7 +158,7 @@ def test_difference_is_model_minus_baseline(rng: np.random.Generator) -> None:
     better = np.clip(probs + 0.4 * labels - 0.2, 0, 1)
     gain = bootstrap_difference(better, probs, labels, scenes)
     loss = bootstrap_difference(probs, better, labels, scenes)
-    for key in KEYS:
+    for key in KEY_FIGURES:
         assert 0 < gain[key][0] < gain[key][1]
         assert loss[key] == pytest.approx((-gain[key][1], -gain[key][0]), abs=1e-12)
 
@@ -172,7 +175,7 @@ def test_resamples_without_positives_are_skipped(rng: np.random.Generator) -> No
     labels[:10, 0] = True  # scene 0 only, which every fourth resample or so misses
     scenes = np.repeat(np.arange(4), 10)
     found = bootstrap_intervals(np.where(labels, 0.9, 0.1), labels, scenes)
-    assert found == {key: pytest.approx((1.0, 1.0), abs=1e-12) for key in KEYS}
+    assert found == {key: pytest.approx((1.0, 1.0), abs=1e-12) for key in KEY_FIGURES}
 
 
 @pytest.mark.parametrize("case", ["one scene", "no positives", "no rows"])

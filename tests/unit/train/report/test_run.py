@@ -76,7 +76,7 @@ def test_logits_of_another_run_are_not_believed(tmp_path: Path, rng: np.random.G
     run.write_json("metrics.json", metrics)
     facts = Facts.read(run)
     assert facts.evidence is None
-    assert "are not of one run" in facts.lacking
+    assert "are not from the same run" in facts.lacking
 
 
 def test_figures_that_are_not_there_leave_the_page_whole(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -89,6 +89,6 @@ def test_figures_that_are_not_there_leave_the_page_whole(tmp_path: Path, rng: np
     run.write_json("metrics.json", metrics)
     write_report(run)
     text = (run.path / "report.html").read_text()
-    assert "metrics.json is an earlier release" in text
+    assert "metrics.json is from an earlier release" in text
     assert 'id="training"' not in text
     assert f"{metrics['map_macro']:.3f}" in text

@@ -10,8 +10,8 @@ from sklearn.metrics import f1_score
 
 from tests.planted import fresh_seed
 from train.config import TrainConfig
+from train.metrics.figures import KEY_FIGURES
 from train.sweep.ranking import (
-    KEYS,
     HeadResult,
     assign_folds,
     choose_epochs,
@@ -86,7 +86,7 @@ def test_ranking_and_cross_fitting_equal_a_plain_computation(rng: np.random.Gene
     ]
     assert [entry.config.lr for entry in ranked] == [configs[c].lr for c in np.argsort(-np.array(means))]
     for entry in ranked:
-        for key in KEYS:
+        for key in KEY_FIGURES:
             values = [r.figures[key] for r in results if r.config.lr == entry.config.lr]
             assert entry.mean(key) == pytest.approx(sum(values) / 2)
             assert entry.spread(key) == pytest.approx((sum((v - sum(values) / 2) ** 2 for v in values)) ** 0.5)
@@ -114,7 +114,7 @@ def test_ranking_and_cross_fitting_equal_a_plain_computation(rng: np.random.Gene
 
 
 def make_result(lr: float, seed: int, value: float) -> HeadResult:
-    figures = dict.fromkeys(KEYS, value)
+    figures = dict.fromkeys(KEY_FIGURES, value)
     return HeadResult(replace(BASE, lr=lr, seed=seed), 1, figures, np.zeros(1), np.zeros((1, 2, 1), int), None)
 
 
