@@ -1,4 +1,4 @@
-"""Settings of an extraction, checked once and frozen, and where caches lie by default."""
+"""Settings of an extraction, checked once and frozen, and the default places of caches."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,30 +13,30 @@ from .errors import ConfigError
 CACHE_ROOT = Path("cache")
 DEMO_ROOT = CACHE_ROOT / "demo"
 LAST_CACHE = CACHE_ROOT / "last"
-"""Names the cache that was written last, for trainers that are given none. The demo's caches leave no trace here."""
+"""Holds the name of the cache that was written last: the default for trainers. Caches of the demo are not noted."""
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """What one extraction is asked to do.
+    """Settings of one extraction.
 
     Attributes:
         tiles: `gs://bucket/prefix` or a directory.
         backbone: `vitl16`, `vit7b16`, `demo`, a directory or a hub id.
         image_size: pixels a side, None for the backbone's default.
         cache: directory or `gs://…`, None for the default name.
-        precision: dtype of weights and forward pass; `auto` for that of a version that is there already, else bf16
+        precision: dtype of weights and forward pass; `auto` keeps that of an existing version, and otherwise is bf16
             where the device multiplies it and float32 elsewhere.
         pooling: vectors to store of each tile: names of `POOLINGS`, joined by `+`.
         batch_size: tiles per forward pass.
-        workers: feed processes per rank, None for one per core that computing leaves.
+        workers: feed processes per rank, None for the rank's cores less one.
         device: `auto`, `cpu` or `cuda`.
         limit: embed whole scenes up to about this many tiles.
-        scene_regex: how a scene is read off a tile's name (only for `limit`).
+        scene_regex: finds the scene in a tile's name (only for `limit`).
         unlabelled: embed tiles without a label object too.
         max_quarantined: largest share of quarantined tiles a finished cache may hold.
-        retry_quarantined: try tiles again that were quarantined before.
-        yes: go on though more than a tenth of the rows of the version in use are gone from the bucket.
+        retry_quarantined: try quarantined tiles again.
+        yes: go on although more than a tenth of the rows of the version in use are gone from the bucket.
         profile: file for a torch profiler trace of a few batches.
     """
 
@@ -80,7 +80,7 @@ class ExtractConfig:
         return tuple(self.pooling.split("+"))
 
     def cache_url(self, image_size: int) -> str:
-        """Where the cache goes: as asked, or `cache/<last two parts of TILES>-<backbone>-<size>[-limitN]`."""
+        """Return the URL of the cache: as asked, or `cache/<last two parts of TILES>-<backbone>-<size>[-limitN]`."""
         if self.cache:
             return self.cache.rstrip("/")
         parts = [part for part in self.tiles.removeprefix("gs://").split("/") if part not in ("", ".", "..")]

@@ -1,4 +1,4 @@
-"""AdamW over head and unfrozen layers, and how its learning rates rise and fall."""
+"""Make AdamW for head and unfrozen layers, and schedule its learning rates."""
 
 import math
 
@@ -10,8 +10,8 @@ from .classifier import Classifier
 
 
 def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.AdamW:
-    """The head trains at `lr`, the final norm and the last layer at `backbone_lr`, and every layer below at
-    `layer_decay` times the rate of the one above it.
+    """Make AdamW: the head trains at `lr`, the final norm and the last layer at `backbone_lr`, and every layer below at
+    `layer_decay` times the rate of the layer above it.
 
     Layer-wise decay: Clark et al. 2020, "ELECTRA"; Bao et al. 2022, "BEiT".
     """
@@ -27,7 +27,7 @@ def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.A
 
 
 def scale_learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of all steps, then half a cosine down to zero (Loshchilov & Hutter 2017)."""
+    """Return the factor of a step: linear warm-up, then half a cosine down to zero (Loshchilov & Hutter 2017)."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
