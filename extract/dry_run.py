@@ -1,6 +1,6 @@
-"""`extract run --dry-run`: what an extraction would do. Nothing is written, and no weights are loaded.
+"""`extract run --dry-run`: tell what an extraction would do. Nothing is written, and no weights are loaded.
 
-Their file is read, since its sha256 is part of the version's id.
+The weight files are read, since their sha256 is part of the version's id.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def describe_extraction(config: ExtractConfig) -> dict[str, Any] | None:
         bytes_to_read cache_bytes precision image_size`; None on the others.
 
     Raises:
-        TileprobeError: what would end the extraction before its first block.
+        TileprobeError: an error that would end the extraction before its first block.
     """
     with join_ranks(config.device, Asked.of("extract run --dry-run", config)) as ranks:
         lines, values = ranks.run_on_main(lambda: _describe(config, make_survey(config, ranks.device)))
@@ -41,7 +41,7 @@ def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[st
     table, provenance, changes = survey.table, survey.provenance, survey.changes
     version = _find_version(survey)
     if survey.earlier and version and version.recorded.batch_size != survey.earlier.recorded.batch_size:
-        changes = None  # as in `make_plan`: a version may not mix sizes of batches
+        changes = None  # as in `make_plan`: a version may not mix batch sizes
     rows = len(table)
     layout = version.layout if version else Layout(rows, provenance.width, provenance.pooling, choose_block_rows(rows))
     pending = _find_pending(version, layout, retry=config.retry_quarantined)
@@ -80,7 +80,7 @@ def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[st
 
 
 def _find_version(survey: Survey) -> Version | None:
-    """The version to fill, if it is there already."""
+    """Open the version to fill, if it exists."""
     try:
         return CacheRoot(survey.cache, read_only=True).open_version(survey.version_id)
     except CacheNotFoundError:
@@ -88,7 +88,7 @@ def _find_version(survey: Survey) -> Version | None:
 
 
 def _find_pending(version: Version | None, layout: Layout, *, retry: bool) -> list[int]:
-    """Blocks without a commit, and with `retry` those that hold quarantined rows."""
+    """Find the blocks without a commit; with `retry`, also those that hold quarantined rows."""
     if version is None:
         return list(range(layout.blocks))
     pending = ~version.committed()

@@ -1,4 +1,4 @@
-"""What changed in the bucket since an earlier version was made, and which version that is: by the two tables alone."""
+"""Find an earlier version whose rows can be kept, and what changed in the bucket since, by comparing tile tables."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,18 +17,18 @@ from extract.tiles.source import CONCURRENT_READS, Source
 from .errors import RunError
 
 _LARGEST_LOSS = 0.1
-"""Share of an earlier version's rows that may be gone from the bucket before that needs a word of the user's."""
+"""Share of an earlier version's rows that may be gone from the bucket; above it, the user must confirm."""
 
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """A table of N rows beside an earlier one.
+    """A table of N rows compared with an earlier one.
 
     Attributes:
-        row: (N,) int64, row of the same name in the earlier table, -1 where there is none.
-        same_tile: (N,) bool, rows whose tile has the earlier one's size and checksum.
-        same_label: (N,) bool, the same of its label; none is the same as none.
-        removed: rows of the earlier table whose name is not in this one.
+        row: (N,) int64, row of the same name in the earlier table, -1 if it has none.
+        same_tile: (N,) bool, whether size and checksum of the tile are the same.
+        same_label: (N,) bool, the same for the label; two missing labels are the same.
+        removed: number of rows of the earlier table whose name is not in this one.
     """
 
     row: npt.NDArray[np.int64]
@@ -38,16 +38,16 @@ class Changes:
 
     @cached_property
     def kept(self) -> int:
-        """Rows with nothing changed."""
+        """Number of rows without a change."""
         return int((self.same_tile & self.same_label).sum())
 
     @cached_property
     def relabelled(self) -> int:
-        """Rows of which only the label changed."""
+        """Number of rows whose label changed, but not the tile."""
         return int((self.same_tile & ~self.same_label).sum())
 
     def count(self) -> dict[str, int]:
-        """How many rows are `new`, `changed`, `removed`, `relabelled` and `kept`."""
+        """Count the `new`, `changed`, `removed`, `relabelled` and `kept` rows."""
         new = int((self.row < 0).sum())
         return {
             "new": new,
@@ -58,12 +58,12 @@ class Changes:
         }
 
     def describe(self) -> str:
-        """`12 new, 3 changed, 1 removed, 2 relabelled, 14,982 kept`."""
+        """Return `12 new, 3 changed, 1 removed, 2 relabelled, 14,982 kept`."""
         return ", ".join(f"{number:,} {what}" for what, number in self.count().items())
 
     def refuse_loss(self, earlier: Version, tiles: str) -> None:
-        """Check that no more than a tenth of the earlier rows is gone: most often that is another prefix, or an
-        upload that is not finished.
+        """Check that at most a tenth of the earlier rows is gone; more usually means a wrong prefix or an unfinished
+        upload.
 
         Raises:
             RunError: more are gone.
@@ -77,12 +77,12 @@ class Changes:
 
 
 def compare_tables(earlier: TileTable, table: TileTable) -> Changes:
-    """What became of the rows of `earlier`, and where those of `table` come from."""
+    """Compare two tables, by the names of the tiles."""
     row = find_names(table.tile, earlier.tile)
     same = row >= 0
 
     def agree(*columns: str) -> BoolArray:
-        # Row -1 is some row, whatever it says: there is none of that name.
+        # Where `row` is -1 any row is compared; `same` is False there.
         equal = [getattr(table, column) == getattr(earlier, column)[row] for column in columns]
         return np.asarray(np.logical_and.reduce([same, *equal]))
 
@@ -97,17 +97,17 @@ def compare_tables(earlier: TileTable, table: TileTable) -> Changes:
 def find_earlier(
     root: CacheRoot, table: TileTable, provenance: Provenance, identity: str
 ) -> tuple[Version, Changes] | None:
-    """The version beside the one of this table and provenance whose rows can be taken over, and what changed since.
+    """Find the version whose rows can be copied into the one of this table and provenance, and what changed since.
 
-    That is the version in use; if it was made from something else, the sealed one that shares most rows.
+    That is the version in use or, if its provenance differs, the sealed version that shares most rows.
 
     Args:
         root: the cache.
         table, provenance: of the version to make.
-        identity: what stands for bytes in `table`, see `Recorded`.
+        identity: what identifies the bytes in `table`, see `Recorded`.
 
     Returns:
-        None where there is none, or where the version to make is in use already or finished without being in use.
+        None if there is none, or if the version to make is in use already or finished without being in use.
     """
     wanted, in_use = provenance.version_id(table.identity_digest()), open_in_use(root)
     if in_use and in_use.id == wanted:
@@ -128,7 +128,7 @@ def find_earlier(
 
 
 def read_own_table(version: Version) -> TileTable | None:
-    """The table of a version if it is the one its id was made from, else None."""
+    """Read the table of a version; None if its id does not follow from it."""
     try:
         table = version.read_table()
     except CacheError:
@@ -137,29 +137,29 @@ def read_own_table(version: Version) -> TileTable | None:
 
 
 def open_in_use(root: CacheRoot) -> Version | None:
-    """The version in use, sealed or being redone; None where there is none that can be opened."""
+    """Open the version in use, sealed or being redone; None if there is none, or it cannot be opened."""
     current = root.current()
     return next(_open(root, [current]), None) if current else None
 
 
 def _open(root: CacheRoot, ids: Sequence[str]) -> Iterator[Version]:
-    """Those of `ids` that can be opened."""
+    """Open the versions of `ids`, leaving out those that cannot be opened."""
     for version_id in ids:
         try:
             yield root.open_version(version_id)
-        except CacheError:  # nothing can be taken over from a version that is damaged, removed or half created
+        except CacheError:  # no row can be copied from a version that is damaged, removed or half created
             continue
 
 
 _TRIED_AGAIN = (Status.PENDING, Status.GONE, Status.CHECKSUM_MISMATCH)
-"""What the tile's bytes, which are the same, do not settle."""
+"""Status codes of rows that are computed again although the bytes of their tile are the same."""
 
 
 class EarlierRows:
-    """Rows of an earlier version whose tile is the same in the table of the one in making.
+    """Copies rows of an earlier version whose tile is the same in the table of the version being made.
 
-    Blocks are read one at a time, when they are asked for: rows of a block are nearly contiguous in the earlier
-    version, so the last two blocks read are enough to read each about once.
+    Earlier blocks are read on demand. The rows of a block are nearly contiguous in the earlier version, so keeping the
+    last two blocks is enough to read each about once.
     """
 
     def __init__(self, earlier: Version, table: TileTable, source: Source) -> None:
@@ -171,15 +171,16 @@ class EarlierRows:
         self._threads = ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="labels")
 
     def copy(self, rows: slice, values: BlockValues) -> LabelBatch:
-        """Fill in what is known of `rows`: vectors, status and, where the label file is the same, label ids. Only rows
-        of a block that agrees with its commit count as known; the others stay pending.
+        """Fill in what is known of `rows`: vectors, status and, if the label file is the same, label ids.
+
+        Only rows of a block that agrees with its commit are known; the others stay pending.
 
         Args:
-            rows: of the version in making.
+            rows: of the version being made.
             values: of these rows, blank; filled in place.
 
         Returns:
-            the labels that had to be read, because their file changed since.
+            the labels that were read because their file changed.
 
         Raises:
             SourceError: a label cannot be read.

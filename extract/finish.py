@@ -79,7 +79,7 @@ def finish(
     if quarantined > config.max_quarantined * len(status):
         raise QuarantineError(
             f"{quarantined:,} of {len(status):,} tiles are quarantined, more than --max-quarantined "
-            f"{config.max_quarantined} allows: mend them and run again with --retry-quarantined, or raise it\n"
+            f"{config.max_quarantined} allows: fix them and run again with --retry-quarantined, or raise it\n"
             + describe_quarantined(version, status)
         )
     if not version.sealed:

@@ -1,8 +1,7 @@
-"""torchrun, one rank per GPU and ending quietly: `python -m extract.launch TORCHRUN-OPTIONS -m extract run …`.
+"""Run torchrun with one rank per GPU, and without its traceback: `python -m extract.launch OPTIONS -m extract run …`.
 
-torchrun answers a rank's non-zero status with its own traceback, which would bury the one line a rank printed for
-its user. Everything else is torchrun's: rendezvous, restarts, signals. A job of one rank has nobody to meet: it runs in
-this very process, and PyTorch is loaded once, not twice.
+If a rank fails, torchrun prints its own traceback, which would hide the rank's one line for the user. Rendezvous,
+restarts and signals are torchrun's. A job of one rank runs in this process, so PyTorch is loaded once.
 """
 
 import logging
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.launcher import LaunchConfig
 
 MEET_S = 300
-"""How long nodes wait for each other, where --rdzv-conf does not say."""
+"""Seconds that nodes wait for each other, unless --rdzv-conf says otherwise."""
 _GO = "go"
 _HEARD_S = 2
 
@@ -29,14 +28,14 @@ def main() -> None:
     """Run torchrun with this process's arguments; exit with the status of the first rank that failed."""
     try:
         _launch()
-    except KeyboardInterrupt:  # before torchrun answers signals, above all while torch is imported
+    except KeyboardInterrupt:  # before torchrun handles signals, mostly while torch is imported
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
 def _launch() -> None:
-    # PyTorch's C++ part adds a stack trace to a connection that fails, which would bury the one line on it here. What
-    # it calls an error in a rank, such as NCCL's, may be all there is to go by.
+    # PyTorch's C++ code adds a stack trace to a failed connection, which would hide the one line about it here. In a
+    # rank its errors are kept: those of NCCL, for example, may be the only information.
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "FATAL"
     import torch
@@ -63,15 +62,15 @@ def _launch() -> None:
         return
     least, _, most = args.nnodes.partition(":")
     if most not in ("", least):
-        # With one store for launcher and ranks, torch 2.13 gives its address to those of the first round alone; a node
-        # that joins later waits for it until all fail (dynamic_rendezvous.py, next_rendezvous).
+        # With one store for launcher and ranks, torch 2.13 gives its address only to the nodes of the first round; a
+        # node that joins later waits for it until all fail (dynamic_rendezvous.py, next_rendezvous).
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     args.rdzv_conf = ",".join([f"timeout={MEET_S},join_timeout={MEET_S}", *filter(None, [args.rdzv_conf])])
     try:
         config, *_ = config_from_args(args)
         met = meet(config) if args.rdzv_endpoint and not args.standalone else None
         run(args)
-        del met  # not before: its server is torchrun's too
+        del met  # not earlier: torchrun uses the same server
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -89,13 +88,13 @@ def _launch() -> None:
 
 
 def meet(config: "LaunchConfig") -> "Store":
-    """Wait for the other nodes, and end with one line on each where NNODES or their numbers clash.
+    """Wait for the other nodes; end every node with one line if NNODES or the numbers of nodes clash.
 
-    torchrun would wait for nodes that nobody starts, or form a job without some that were. A node that comes when all
-    that the first one counts on are there is told alone, as is any where NNODES is a range.
+    torchrun alone would wait for nodes that nobody starts, or form a job without some that were started. Only the node
+    itself is told if it comes after all nodes that the first one expects, or if NNODES is a range.
 
     Returns:
-        the store they met in; torchrun's own is the same, as long as this one is kept.
+        the store in which they met; torchrun uses the same one as long as this reference is kept.
     """
     from torch.distributed import PrefixStore
 
@@ -104,7 +103,7 @@ def meet(config: "LaunchConfig") -> "Store":
     ranged = config.min_nodes < config.max_nodes
     clash = _find_clash(store, config, f"{config.min_nodes}:{config.max_nodes}" if ranged else str(config.max_nodes))
     if clash or (not ranged and store.add("arrived", 1) == config.max_nodes):
-        # The first word stands, or some would go and some not.
+        # The first verdict counts, or some nodes would start and others not.
         stands = store.compare_set("verdict", "", clash or _GO).decode()
         verdict = clash or stands
     elif ranged:
@@ -114,13 +113,13 @@ def meet(config: "LaunchConfig") -> "Store":
         store.wait(["verdict"], timedelta(seconds=int(patience)))
         verdict = store.get("verdict").decode()
     if verdict != _GO:
-        time.sleep(_HEARD_S)  # the others may ask this process
+        time.sleep(_HEARD_S)  # the other nodes may still read from this process
         sys.exit(f"error: {verdict}")
     return server
 
 
 def _find_clash(store: "Store", config: "LaunchConfig", nnodes: str) -> str:
-    """What this node cannot have beside those that came before it; empty without such."""
+    """Return one line on how this node clashes with those that came before it; empty if it does not."""
     node, host = config.rdzv_configs.get("rank"), config.local_addr or socket.gethostname()
     first = store.compare_set("nnodes", "", f"{nnodes} on {host}").decode()
     if first.split()[0] != nnodes:
@@ -129,12 +128,12 @@ def _find_clash(store: "Store", config: "LaunchConfig", nnodes: str) -> str:
         return ""
     if node >= config.max_nodes:
         return f"NODE_RANK={node} on {host} is not below NNODES={nnodes}: number the nodes from 0 up"
-    holder = store.compare_set(f"node/{node}", "", host).decode()  # the same host, if it was started again
+    holder = store.compare_set(f"node/{node}", "", host).decode()  # the same host if the node was started again
     return "" if holder == host else f"NODE_RANK={node} is both {holder} and {host}: number the nodes from 0 up"
 
 
 def _open_store(config: "LaunchConfig") -> "Store":
-    """The store that torchrun will open too, on the node that hosts it and on the others."""
+    """Open the store that torchrun opens too, on the node that hosts it and on the others."""
     from torch.distributed import TCPStore
     from torch.distributed.elastic.rendezvous import RendezvousParameters
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend

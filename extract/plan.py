@@ -1,4 +1,4 @@
-"""What one extraction has to do: which version of the cache it fills, and which blocks of it are missing."""
+"""Plan an extraction: which version of the cache it fills, and which blocks of that version are missing."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,10 +28,10 @@ class Plan:
     Attributes:
         cache, version_id: the version to fill.
         checkpoint: of the backbone.
-        earlier_id: a version beside it whose rows are taken over where the tile is the same, if any.
+        earlier_id: another version of the cache; where a tile is the same, its row is copied from there.
         pending: blocks without a commit when the run started.
-        to_do: tiles in them that no earlier version knows.
-        all_tiles: tiles the whole bucket would give, whatever the limit.
+        to_do: tiles in them that no earlier version holds.
+        all_tiles: tiles in the whole bucket, whatever the limit.
         notes: lines for the user.
     """
 
@@ -47,13 +47,13 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Which version an extraction fills, found out without writing anything.
+    """The version that an extraction fills, found without writing anything.
 
     Attributes:
-        cache: where it lies.
+        cache: URL of the cache.
         checkpoint: of the backbone.
         table, provenance, recorded: what the version is made from.
-        earlier, changes: a version beside it whose rows can be taken over, and what changed since; both or none.
+        earlier, changes: another version whose rows can be copied, and what changed since; both or none.
         all_tiles, notes: as of a `Plan`.
     """
 
@@ -73,7 +73,7 @@ class Survey:
 
 
 def make_survey(config: ExtractConfig, device: torch.device) -> Survey:
-    """List the bucket and read the checkpoint's files, to which a hub id's are downloaded first."""
+    """List the bucket and read the checkpoint's files, downloading them first if it is a hub id."""
     checkpoint = find_checkpoint(config.backbone, config.image_size)
     source = open_source(config.tiles)
     listing = list_tiles(source, unlabelled=config.unlabelled)
@@ -98,16 +98,16 @@ def make_survey(config: ExtractConfig, device: torch.device) -> Survey:
             changes.refuse_loss(earlier, source.url)
         notes.append(f"since version {earlier.id}: {changes.describe()}")
         notes += [f"differs from the run that made it: {d}" for d in earlier.recorded.differences(recorded)]
-        # Rows that are computed must not differ from rows that are kept by the size of their batches.
+        # Computed rows must come from batches of the same size as the kept rows.
         recorded = replace(recorded, batch_size=earlier.recorded.batch_size)
     all_tiles = len(listing.table)
     return Survey(cache, checkpoint, table, provenance, recorded, earlier, changes, all_tiles, tuple(notes))
 
 
 def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) -> Plan:
-    """Survey the bucket, and open or create the version it leads to.
+    """Survey the bucket, and open or create the version to fill.
 
-    What is not finished is owned from here on, until `at_end` closes.
+    An unfinished version is locked until `at_end` closes.
     """
     survey = make_survey(config, device)
     table, provenance, recorded, version_id = survey.table, survey.provenance, survey.recorded, survey.version_id
@@ -118,7 +118,7 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
     version = root.create_version(table, provenance, recorded)
     notes += [f"differs from the run that began this version: {d}" for d in version.recorded.differences(recorded)]
     if earlier and version.recorded.batch_size != earlier.recorded.batch_size:
-        # This version was begun before the earlier one was finished.
+        # This version was started before the earlier one was finished.
         notes.append(f"nothing is taken over from {earlier.id}: a version may not mix sizes of batches")
         earlier, changes = None, None
     if config.retry_quarantined:
@@ -158,15 +158,15 @@ def choose_provenance(
 
 
 def count_rows(layout: Layout, blocks: Sequence[int], mask: BoolArray) -> int:
-    """Rows of `blocks` that are in `mask`, (N,) bool."""
+    """Count the rows of `blocks` that are in `mask`, (N,) bool."""
     return sum(int(mask[layout.block_slice(block)].sum()) for block in blocks)
 
 
 def _reopen_quarantined(version: Version, table: TileTable) -> str:
-    """Take back the commits of blocks that hold quarantined rows, so that this run tries them again."""
+    """Remove the commits of blocks with quarantined rows, so that this run tries them again."""
     rows = np.flatnonzero(version.read_status() > Status.EMBEDDED)
     if len(rows):
         version.reopen_blocks(sorted(set((rows // version.layout.block_rows).tolist())))
-        # A mended tile may be the same bytes in a new generation, and while sealed the version kept the old one.
+        # A tile may now be the same bytes in a new generation; the sealed version kept the old one.
         version.write_generation(table.generation)
     return f"{len(rows):,} quarantined tiles are tried again"

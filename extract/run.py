@@ -125,7 +125,8 @@ def _record_halved_batch(version: Version, plan: Plan, asked: int, fitting: int 
     if plan.earlier_id:
         raise RunError(
             f"a batch of {asked} tiles does not fit in memory, and the rows kept from version {plan.earlier_id} were "
-            "made in such: go on where it fits, or extract into another CACHE with a smaller --batch-size"
+            "computed in batches of that size: run this on a machine with more memory, or extract into another CACHE "
+            "with a smaller --batch-size"
         )
     if fitting is None:
         size = version.provenance.image_size

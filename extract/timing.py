@@ -21,25 +21,25 @@ _MALFORMED = ": malformed line"
 _MAX_EXAMPLES = 5
 
 _NOTEWORTHY = 0.02
-"""A share of the time below which waiting for something is not worth a word."""
+"""Share of the time below which a wait is not worth mentioning."""
 
 _TELLING_S = 5.0
-"""A shorter run has waited for the start of its workers, and little else."""
+"""Seconds below which a run has mostly waited for its workers to start."""
 
 _MOST_WORKERS = 32
 
 
 @dataclass
 class Timing:
-    """Where one rank's seconds went while it embedded, and what it met on the way.
+    """Where the time of one rank went while it embedded, and what it counted.
 
     Attributes:
         tiles: embedded or quarantined.
-        kept: rows taken over from an earlier version.
-        copy_s: seconds that took.
-        wall_s: from the first request to the last block handed over, less `copy_s`.
-        feed_s, device_s, write_s: the main process waiting for a batch, computing it, waiting for a write.
-        fetch_worker_s, decode_worker_s: seconds the feed's workers spent; they divide `feed_s`.
+        kept: rows copied from an earlier version.
+        copy_s: seconds of that copying.
+        wall_s: seconds from the first request to the end of the last write, less `copy_s`.
+        feed_s, device_s, write_s: seconds of the main process waiting for a batch, computing it, waiting for a write.
+        fetch_worker_s, decode_worker_s: seconds of the feed's workers; their ratio divides `feed_s`.
         label_lines: lines with content in the label files.
         malformed: malformed ones among them, as far as they were named.
         examples: the first few of those, `FILE:LINE`.
@@ -59,7 +59,7 @@ class Timing:
     examples: list[str] = field(default_factory=list)
 
     def add(self, other: "Timing") -> None:
-        """Count in what the same rank did besides."""
+        """Add another timing of the same rank."""
         for name in (item.name for item in fields(self)):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -120,7 +120,7 @@ class Stopwatch:
 
 
 def share_waits(timings: Sequence[Timing]) -> dict[str, float]:
-    """Shares of the ranks' time together: waiting for `fetch` and `decode`, keeping the `device` busy, waiting for
+    """Return the shares of all ranks' time: waiting for `fetch` and `decode`, computing on the `device`, waiting for
     `write`."""
     wall = max(sum(t.wall_s for t in timings), 1e-9)
     fetching = sum(t.fetch_worker_s for t in timings)
@@ -136,19 +136,19 @@ def share_waits(timings: Sequence[Timing]) -> dict[str, float]:
 
 
 def describe_waits(timings: Sequence[Timing]) -> str:
-    """`waiting: fetch 1.2 %, decode 0.4 %, device 98.3 %, write 0.1 %`."""
+    """Return `waiting: fetch 1.2 %, decode 0.4 %, device 98.3 %, write 0.1 %`."""
     return "waiting: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in share_waits(timings).items())
 
 
 def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool = False, written: str = "CACHE") -> str:
-    """One sentence: what this run waited for most, besides the device, and what would help.
+    """Return one sentence: what this run waited for most, apart from the device, and what would help.
 
     Args:
         timings: of all ranks.
         workers: feed processes a rank.
         cores: CPU cores a rank.
         on_cpu: the backbone runs on those cores, too.
-        written: what the run writes, as its user calls it.
+        written: name of what the run writes, for the user.
     """
     if max(t.wall_s for t in timings) < _TELLING_S:
         return "too short a run to tell what would help"
@@ -159,7 +159,7 @@ def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool 
     waiting = f"waiting on {slowest} {100 * shares[slowest]:.0f} %: "
     if slowest == "write":
         return waiting + f"put {written} on faster storage"
-    # Were the device never to wait, workers would have to be so many times as fast.
+    # For the device never to wait, the workers would have to be 1 / (1 - feed) times as fast.
     feed = shares["fetch"] + shares["decode"]
     wanted = min(_MOST_WORKERS, math.ceil(max(workers, 1) / max(1 - feed, 1 / _MOST_WORKERS)))
     if slowest == "decode" and (on_cpu or wanted > cores):
@@ -192,7 +192,7 @@ def describe_labels(timings: Sequence[Timing]) -> str:
 
 
 def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str:
-    """Name and reason of the quarantined tiles, the first ten."""
+    """Name the first ten quarantined tiles, each with its reason."""
     rows = np.flatnonzero(status > Status.EMBEDDED).tolist()
     names = version.read_table().tile
     lines = [f"\n  {show_name(names[row])}: {Status(status[row]).reason}" for row in rows]
@@ -200,7 +200,7 @@ def describe_quarantined(version: Version, status: npt.NDArray[np.uint8]) -> str
 
 
 def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) -> str:
-    """What the whole bucket would take, from this trial."""
+    """Estimate from this trial what the whole bucket would take."""
     seconds = all_tiles * max(t.wall_s for t in timings) / sum(t.tiles for t in timings)
     layout = version.layout
     size = estimate_cache_bytes(all_tiles, layout.width * len(layout.pooling))
@@ -211,5 +211,5 @@ def estimate_whole(version: Version, all_tiles: int, timings: Sequence[Timing]) 
 
 
 def estimate_cache_bytes(tiles: int, numbers: int) -> int:
-    """Bytes of a cache of so many tiles, each of so many pooled numbers; the tile table adds a few per cent."""
+    """Return the bytes of a cache of so many tiles with so many pooled numbers each; the table adds a few per cent."""
     return tiles * (numbers * POOLED_DTYPE.itemsize + LABEL_ID_COLUMNS * LABEL_IDS_DTYPE.itemsize)

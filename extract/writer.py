@@ -1,4 +1,4 @@
-"""Blocks on their way to the cache."""
+"""Write blocks to the cache, while the next ones are computed."""
 
 import logging
 import time
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _BegunBlock:
-    """A block of which `missing` rows have not come yet, and those that have."""
+    """A block that still misses `missing` rows, and the batches that have come."""
 
     values: BlockValues
     missing: int
@@ -26,7 +26,7 @@ class _BegunBlock:
     vectors: list[dict[str, Tensor]] = field(default_factory=list)
 
     def complete(self, first_row: int) -> BlockValues:
-        """The values of the block, with what came in its batches."""
+        """Return the values of the block, with the rows of its batches filled in."""
         rows = np.concatenate([batch.rows for batch in self.batches]) - first_row
         for name, stored in self.values.pooled.items():
             stored[rows] = torch.cat([part[name] for part in self.vectors]).cpu().numpy()
@@ -36,12 +36,12 @@ class _BegunBlock:
 
 
 class BlockWriter:
-    """Completes blocks by batches and writes each in a thread, while the next one is computed.
+    """Collects batches into blocks, and writes each block in a thread while the next one is computed.
 
-    Leaving the context waits for the block in writing; an incomplete block is abandoned, and stays pending.
+    Leaving the context waits for the block being written; an incomplete block is dropped and stays pending.
 
     Attributes:
-        wait_s: seconds that `begin`, `add` and leaving waited for a write.
+        wait_s: seconds that `begin`, `add` and leaving the context waited for a write.
     """
 
     def __init__(self, version: Version) -> None:
@@ -62,10 +62,10 @@ class BlockWriter:
             self._writing.result()
 
     def begin(self, block: int, values: BlockValues) -> None:
-        """Take a block whose pending rows come in batches; one that has none is written now.
+        """Take a block whose pending rows come in batches; write it now if it has none.
 
         Raises:
-            CacheError: what writing the previous block met.
+            CacheError: writing the previous block failed.
         """
         missing = int((values.status == Status.PENDING).sum())
         if missing:
@@ -74,13 +74,13 @@ class BlockWriter:
             self._write(block, values)
 
     def add(self, batch: TileBatch, vectors: dict[str, Tensor]) -> None:
-        """Take one batch of rows that are pending in a block that was begun.
+        """Take one batch of pending rows of a block that was begun.
 
-        The vectors of a block leave the device together, once it is complete. Waits besides only while the previous
-        block is still written.
+        The vectors of a block are copied from the device together, once it is complete. Waits if the previous block is
+        still being written.
 
         Raises:
-            CacheError: what writing the previous block met.
+            CacheError: writing the previous block failed.
         """
         block = int(batch.rows[0]) // self._version.layout.block_rows
         begun = self._begun[block]

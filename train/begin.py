@@ -1,4 +1,4 @@
-"""What is decided, checked and opened before a training run begins."""
+"""Decide, check and open what a training run needs before it begins."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -18,24 +18,24 @@ from .errors import CheckpointError, TrainError
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What rank 0 decides before training: where files go, and which state to go on from."""
+    """What rank 0 decides before training: the run directory, and the state from which to resume."""
 
     run: RunDirectory
     resume: LoadedCheckpoint | None
     notes: tuple[str, ...]
 
     def outline(self) -> Self:
-        """The same without the state itself."""
+        """Return the same without the tensors of the state."""
         return replace(self, resume=self.resume and self.resume.outline())
 
 
 def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
-    """The settings a run really uses: a resumed run's own, or completed from the head it starts from."""
+    """Return the settings that a run uses: a resumed run's own, or completed from the head it starts with."""
     if config.resume:
         run = RunDirectory.resume(config.run)
         stored = run.read_config()
         if not stored.val_cache:
-            # A split file may be lost, with the machine it was on; another release may split otherwise.
+            # The original split file may be lost, and another release may split differently.
             stored = replace(stored, data=replace(stored.data, split_file=run.split_file))
         return config.resume_from(stored), None, ()
     found = _find_head(config) if config.unfreeze else None
@@ -51,7 +51,7 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint |
                 f"{run} was trained on version {run.read_version()} of {config.cache}, which holds {version} now: "
                 "run `make train-head` again"
             )
-        # Another split would validate on tiles the head was trained on.
+        # Another split would validate on tiles that the head was trained on.
         if stored.val_cache:
             data, split, config = stored.data, stored.val_cache, replace(config, val_cache=stored.val_cache)
         else:
@@ -62,7 +62,7 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint |
 
 
 def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | None:
-    """The cached head to start from: the run asked for, else the newest beside this one, if it is of this cache."""
+    """Find the cached head to start from: the run asked for, else the newest head run in the same place and cache."""
     beside, slash, _ = config.run.rstrip("/").rpartition("/")
     run = RunDirectory.open(config.head_run) if config.head_run else RunDirectory.find(f"{beside}{slash}head")
     if run is None:
@@ -74,15 +74,15 @@ def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | N
 
 
 def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
-    """The settings that give a head of a checkpoint's shape."""
+    """Return the settings that make a head of the shape of a checkpoint."""
     return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
 
 
 def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> tuple[str, ...]:
-    """Refuse what would fail later, before anything is written; returns what to say of the room on disk.
+    """Check, before anything is written, that the run can be made; return lines about room on disk.
 
     Raises:
-        TileprobeError: the run cannot be made.
+        TileprobeError: it cannot.
     """
     version = sets.train.version
     if config.backbone and follow_links(config.backbone) != follow_links(version.recorded.backbone):
@@ -102,7 +102,7 @@ def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
 
 
 def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
-    """Rank 0: check what would fail later, then make or reopen the run directory."""
+    """On rank 0, check what would fail later, then make or reopen the run directory."""
     room = check_run(config, head, sets)
     if config.resume:
         run = RunDirectory.resume(config.run)
@@ -111,26 +111,18 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
         epoch = resume.meta.epoch if resume else 0
         run.cut_history(epoch)
         begun = f", step {resume.meta.begun.steps:,} of the next" if resume and resume.meta.begun.steps else ""
-        return Start(
-            run, resume, (*room, *run.notes, *notes, f"resuming {run} after epoch {epoch} of {config.epochs}{begun}")
-        )
+        line = f"resuming {run} after epoch {epoch} of {config.epochs}{begun}"
+        return Start(run, resume, (*room, *run.notes, *notes, line))
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
-    # The settings last: with them the directory is a run, which can be resumed.
+    # The settings come last: with them the directory is a run that can be resumed.
     write_settings(run, config, sets.train.version)
     run.finish()
-    return Start(
-        run,
-        None,
-        (
-            *room,
-            f"global batch {config.batch_size}; files go to {run}",
-        ),
-    )
+    return Start(run, None, (*room, f"global batch {config.batch_size}; files go to {run}"))
 
 
 def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> None:
-    """config.json: the settings, and what the cache was made from."""
+    """Write config.json: the settings, and what the cache was made from."""
     run.write_json(
         "config.json",
         {
@@ -143,7 +135,7 @@ def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> 
 
 
 def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
-    """A run goes on with the rows it began with, or not at all."""
+    """Check that a run resumes with the rows it began with."""
     began, now = run.read_version(), sets.train.version.id
     if began != now:
         raise TrainError(

@@ -1,4 +1,4 @@
-"""One training run, from a cache to a run directory.
+"""Run one training, from a cache to a run directory.
 
 The cached path (`unfreeze` 0) and the streamed one differ in two things only: where a batch comes from, and whether the
 classifier holds a backbone. Split, loop, metrics, checkpoints and report are the same.
@@ -15,6 +15,7 @@ from extract.ranks.signals import Stopped, stop_on_signals
 from train.data.memory import agree_on_budget
 from train.data.rare import find_rarest
 from train.data.sets import Sets, read_sets
+from train.folds.cross_validation import cross_validate
 from train.loop.assemble import MakeTiles, prepare_training
 from train.loop.determinism import deterministic_algorithms
 from train.loop.schedule import choose_batch_size
@@ -39,11 +40,11 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
     """Train as configured and leave a run directory.
 
     Returns:
-        on the main rank `run`, where it lies, `best_epoch`, and what its `metrics` and `test_metrics` files hold.
+        on the main rank `run`, its place, `best_epoch`, and the content of its `metrics` and `test_metrics` files.
 
     Raises:
-        TileprobeError: whatever a user can mend; nothing of an earlier run is touched.
-        Stopped: SIGTERM or SIGINT came; one line has said what a resumed run goes on from.
+        TileprobeError: an error that the user can fix; no earlier run is touched.
+        Stopped: SIGTERM or SIGINT came; one line says from where a resumed run goes on.
     """
     command = "train finetune" if config.unfreeze else "train head"
     with stop_on_signals(), join_ranks(config.device, Asked.of(command, config)) as ranks:
@@ -68,30 +69,14 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
 def _train(
     config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks
 ) -> dict[str, Any] | None:
-    """From the state decided on to a finished run."""
+    """Train from the chosen state on, and finish the run."""
     trainer, make_tiles = prepare_training(config, start.run, sets, ranks, head=None if start.resume else head)
     if start.resume is not None:
         trainer.restore(start.resume)
     trainer.fit(ranks.say)
-    folds = None
-    if sets.whole is not None:
-        from train.folds.cross_validation import cross_validate  # which trains its heads by what is in this room
-
-        folds = cross_validate(config, sets.whole, start.run, ranks, ranks.say)
+    folds = cross_validate(config, sets.whole, start.run, ranks, ranks.say) if sets.whole else None
     lines = folds.describe() if folds else ()
     return finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks, lines)
-
-
-def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
-    if start is None:
-        return f"stopped by {stop} before the run began"
-    try:
-        meta = load_last(start.run.path)[0].meta
-        saved, begun = meta.epoch, meta.begun.steps
-    except CheckpointError:
-        saved = begun = 0
-    steps = f" and {begun:,} steps of the next" if begun else ""
-    return f"stopped by {stop}: {saved} of {epochs} epochs{steps} of {start.run} are saved; --resume goes on from there"
 
 
 def finish_run(
@@ -103,10 +88,10 @@ def finish_run(
     ranks: Ranks,
     folds: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    """Score the best epoch on validation and test, complete its checkpoint, write the report, print the summary.
+    """Score the best epoch on validation and test set, complete its checkpoint, write the report, print the summary.
 
     Returns:
-        what `run_training` does.
+        as `run_training`.
     """
     best = ranks.run_on_main(lambda: load_best(run.path), tell=LoadedCheckpoint.outline)
     load_tensors(classifier, best.tensors, ranks)
@@ -119,28 +104,15 @@ def finish_run(
         return None
     beside = None if config.unfreeze else compare(sets, ranks.device, config.seed)
     rarest = tuple(find_rarest(sets.train.rows.labels, sets.val.rows.labels[sets.counted]).tolist())
-    val = evaluate_rows(
-        val_logits,
-        sets.val.rows,
-        sets.counted,
-        loss=config.make_loss(),
-        rarest=rarest,
-        seed=config.seed,
-    )
+    loss = config.make_loss()
+    val = evaluate_rows(val_logits, sets.val.rows, sets.counted, loss=loss, rarest=rarest, seed=config.seed)
     fitted = val.decisions
     meta = replace(best.meta, thresholds=tuple(map(float, fitted.thresholds)), temperature=fitted.temperature)
     save_checkpoint(run.best, best.tensors, meta)
     save_val_logits(run, sets.val.rows, val_logits)
     results = {f"validation, best epoch {best.meta.epoch}": val.beside(beside.val if beside else {})}
     if sets.test is not None and test_logits is not None:
-        test = evaluate_rows(
-            test_logits,
-            sets.test.rows,
-            sets.counted_test,
-            loss=config.make_loss(),
-            decisions=fitted,
-            rarest=rarest,
-        )
+        test = evaluate_rows(test_logits, sets.test.rows, sets.counted_test, loss=loss, decisions=fitted, rarest=rarest)
         results["test, scored once"] = test.beside(beside.test if beside else {})
     written = dict(zip(("metrics", "test_metrics"), (each.to_json() for each in results.values()), strict=False))
     for name, metrics in written.items():
@@ -148,7 +120,7 @@ def finish_run(
     if beside and beside.audit:
         run.write_json("audit.json", beside.audit.to_json())
     notes = beside.notes if beside else ()
-    from .report import write_events, write_report  # which take a second that only rank 0 has to spend
+    from .report import write_events, write_report  # importing them takes a second, which only rank 0 needs to spend
 
     write_events(run)
     write_report(run)
@@ -159,3 +131,15 @@ def finish_run(
         print(line)
     print(f"\nrun: {run} (best/, metrics.json, report.html, model_card.md)", flush=True)
     return {"run": str(run), "best_epoch": best.meta.epoch, **written}
+
+
+def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
+    if start is None:
+        return f"stopped by {stop} before the run began"
+    try:
+        meta = load_last(start.run.path)[0].meta
+        saved, begun = meta.epoch, meta.begun.steps
+    except CheckpointError:
+        saved = begun = 0
+    steps = f" and {begun:,} steps of the next" if begun else ""
+    return f"stopped by {stop}: {saved} of {epochs} epochs{steps} of {start.run} are saved; --resume goes on from there"

@@ -1,4 +1,4 @@
-"""A DINOv3 checkpoint: find it, and read what its files say before any weight is loaded."""
+"""Find a checkpoint, and read what its files say before any weight is loaded."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ _HUB_IDS = {
 }
 
 _TRAINED_SIZE = {"vitl16": 512, "vit7b16": 512, **dict.fromkeys(_HUB_IDS.values(), 512)}
-"""Pixels a side the satellite checkpoints were trained at; their own preprocessor says 224."""
+"""Pixels a side with which the satellite checkpoints were trained; their preprocessor says 224."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Checkpoint:
 
     Attributes:
         name: as the user gave it.
-        path: directory holding config.json, preprocessor_config.json and model*.safetensors.
+        path: directory with config.json, preprocessor_config.json and model*.safetensors.
         depth, width: transformer layers, embedding length.
         image_size: effective pixels a side, a multiple of the patch size.
         tokens: CLS, registers and patches of a tile of that size.
@@ -49,11 +49,11 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        """model.safetensors, or its shards, in name order."""
+        """Paths of model.safetensors, or of its shards in name order."""
         return _weight_files(self.path)
 
     def hash_weights(self) -> str:
-        """sha256 of the weight file's bytes; of several, over their hex digests in name order."""
+        """Return the sha256 of the weight file; of several, the sha256 of their hex digests in name order."""
         digests = []
         for file in self.weight_files:
             with file.open("rb") as stream:
@@ -65,11 +65,11 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     """Locate `vitl16`, `vit7b16`, `demo`, a local directory or a hub id, and read its configuration.
 
     Args:
-        name: which one.
-        image_size: pixels a side; default 512 for the satellite backbones, else what the checkpoint's processor says.
+        name: of the checkpoint.
+        image_size: pixels a side; default 512 for the satellite backbones, else that of the checkpoint's processor.
 
     Raises:
-        BackboneError: not found, gated, not a DINOv3 ViT, no safetensors, or an image size it cannot take.
+        BackboneError: not found, gated, of no known family, no safetensors, or an image size it cannot take.
     """
     path = _find_local(name) or download(_name_on_hub(name))
     if not _weight_files(path):
@@ -78,10 +78,10 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
 
 
 def find_configuration(name: str, image_size: int | None = None) -> tuple[Checkpoint, int]:
-    """As `find_checkpoint`, but of what lies on the hub no weight is fetched.
+    """Do as `find_checkpoint`, but download no weights from the hub.
 
     Returns:
-        the checkpoint, and bytes of it still to be downloaded; as long as there are any, weights may be missing.
+        the checkpoint, and its bytes still to be downloaded; if there are any, weights may be missing.
 
     Raises:
         BackboneError: as `find_checkpoint`.
@@ -120,23 +120,23 @@ def _read_configuration(name: str, path: Path, image_size: int | None) -> Checkp
 
 
 def count_flop(config: Mapping[str, Any], image_size: int) -> float:
-    """Floating-point operations of one tile's forward pass, from a checkpoint's config.json; a multiply-add is two.
+    """Count the floating-point operations of one tile's forward pass, from config.json; a multiply-add is two.
 
-    Counted are patch embedding, projections, attention and MLP; norms, activations and biases are well below 1 %.
+    Patch embedding, projections, attention and MLP are counted; norms, activations and biases are well below 1 %.
     """
     family = FAMILIES[config["model_type"]]
     patches = (image_size // config[family.patch_size]) ** 2
     tokens = family.find_first_patch(config) + patches
     width, hidden = config[family.width], config[family.mlp_width]
     projections = 4 * width * width + (3 if config.get(family.gated_mlp) else 2) * width * hidden
-    attention = 2 * tokens * width  # scores and weighted sum, of one token with all
+    attention = 2 * tokens * width  # scores and weighted sum of one token over all
     embedding = patches * 3 * config[family.patch_size] ** 2 * width
     return float(2 * (config[family.depth] * tokens * (projections + attention) + embedding))
 
 
 def follow_links(name: str) -> str:
-    """The name that still means this checkpoint later: of a local directory the one behind links, since one such as
-    `runs/finetune` moves on to the next run. Any other name as it is."""
+    """Return a name that still means this checkpoint later: for a local directory its path without links, since a link
+    such as `runs/finetune` moves on to the next run; any other name unchanged."""
     real = os.path.realpath(name)
     if name == "demo" or not Path(name, "config.json").is_file() or real == os.path.abspath(name):
         return name
@@ -144,7 +144,7 @@ def follow_links(name: str) -> str:
 
 
 def _find_local(name: str) -> Path | None:
-    """The directory of a checkpoint that need not come from the hub."""
+    """Return the directory of a local checkpoint; None if the name is one on the hub."""
     if name == "demo":
         return Path(str(resources.files("extract.demo").joinpath("backbone")))
     local = Path(name)
@@ -160,7 +160,7 @@ def _name_on_hub(name: str) -> str:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """By the names transformers loads them by: other tensors may lie beside them, such as an export's head."""
+    """Find the files that transformers loads; other tensors, such as an export's head, may lie next to them."""
     return sorted(path.glob("model*.safetensors"))
 
 
@@ -169,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise BackboneError(
-            f"{path} is missing: copy the checkpoint's configuration files beside its weights"
+            f"{path} is missing: copy the checkpoint's configuration files next to its weights"
         ) from error
     except (OSError, ValueError) as error:
         raise BackboneError(f"{path} cannot be read ({error}): save the checkpoint again") from error

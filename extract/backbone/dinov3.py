@@ -1,4 +1,4 @@
-"""DINOv3: find the checkpoint, load it frozen, run it, pool its tokens, unfreeze its last layers.
+"""DINOv3: load a checkpoint frozen, run it, pool its tokens, unfreeze its last layers.
 
 Source: Siméoni et al. 2025, "DINOv3"; the model code is transformers' `DINOv3ViTModel`.
 """
@@ -24,10 +24,14 @@ from .precision import DTYPES, Precision
 
 
 class Backbone(nn.Module):
-    """A DINOv3 ViT that gives pooled embeddings; frozen, except for the last layers once they are unfrozen.
+    """A DINOv3 ViT that computes pooled embeddings; frozen, except for the last layers once they are unfrozen.
 
-    Frozen parts stay in eval() whatever `train()` says: in training mode DINOv3 jitters its position embeddings, so
+    Frozen parts stay in eval() whatever `train()` is told: in training mode DINOv3 jitters its position embeddings, so
     even frozen features would be random.
+
+    Attributes:
+        first_patch: index of the first patch token.
+        trained_layers: number of unfrozen layers.
     """
 
     def __init__(self, vit: Any) -> None:
@@ -44,7 +48,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, precision: Precision, device: torch.device) -> Self:
-        """Load weights in `precision` onto `device`; its layers are packed where that is faster, see `packed`.
+        """Load weights in `precision` onto `device`; pack the layers where that is faster, see `onednn`.
 
         Raises:
             BackboneError: the weights are damaged or do not fill the architecture.
@@ -56,7 +60,7 @@ class Backbone(nn.Module):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            # The dtype is given here, never by .to(dtype) afterwards, which would also round the RoPE frequencies.
+            # Set the dtype here, not by .to(dtype) afterwards, which would also round the RoPE frequencies.
             vit, loading = AutoModel.from_pretrained(
                 checkpoint.path,
                 dtype=DTYPES[precision],
@@ -64,13 +68,13 @@ class Backbone(nn.Module):
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to name the tensor below, where the library would refer to its log
+                ignore_mismatched_sizes=True,  # the error below names the tensor; the library's refers to its log
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BackboneError(f"cannot load {checkpoint.path}: {error}") from error
         mismatched = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]
         unfilled = sorted([*loading["missing_keys"], *mismatched])
-        if unfilled:  # transformers would leave these at random values with a warning
+        if unfilled:  # transformers leaves these at random values, with a warning
             raise BackboneError(
                 f"{checkpoint.path} leaves {len(unfilled)} tensors unfilled, such as {unfilled[0]}: "
                 "it does not belong to this architecture"
@@ -85,7 +89,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def outline(cls, checkpoint: Checkpoint) -> Self:
-        """The architecture alone, on torch's meta device: to count parameters without reading or holding any."""
+        """Make the architecture without weights, on torch's meta device, to count parameters."""
         from transformers import AutoConfig, AutoModel
 
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
@@ -105,7 +109,7 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the frozen part, in which pixel values are expected."""
+        """Dtype of the frozen part and of its pixel values."""
         dtype: torch.dtype = self.vit.embeddings.patch_embeddings.weight.dtype
         return dtype
 
@@ -115,14 +119,14 @@ class Backbone(nn.Module):
         return device
 
     def forward(self, pixel_values: Tensor, pooling: Sequence[str] = DEFAULT_POOLING) -> dict[str, Tensor]:
-        """Pooled embeddings of (B, 3, S, S) pixel values: per name in `pooling` (B, D) float32."""
+        """Embed (B, 3, S, S) pixel values: (B, D) float32 for each name in `pooling`."""
         with torch.no_grad():
             hidden = self.run_prefix(pixel_values)
         return self.run_suffix(hidden, pooling)
 
     def run_prefix(self, pixel_values: Tensor) -> Tensor:
-        """Tokens (B, T, D) that enter the first trained layer, in the frozen part's dtype."""
-        # One memory layout, whatever path the pixels came by: another takes another convolution, and rounds otherwise.
+        """Return the tokens (B, T, D) that enter the first trained layer, in the dtype of the frozen part."""
+        # Always the same memory layout: another selects another convolution, which rounds differently.
         pixel_values = pixel_values.to(self.dtype, memory_format=torch.contiguous_format)
         with torch.autocast(pixel_values.device.type, enabled=False):
             hidden: Tensor = self.vit.embeddings(pixel_values)
@@ -132,18 +136,17 @@ class Backbone(nn.Module):
         return hidden
 
     def run_one_layer(self, pixel_values: Tensor) -> Tensor:
-        """Tokens (B, T, D) after the first layer alone."""
+        """Return the tokens (B, T, D) after the first layer."""
         hidden: Tensor = self.vit.embeddings(pixel_values)
         rope = self.vit.rope_embeddings(pixel_values)
         return self.layers[0](hidden, position_embeddings=rope)  # type: ignore[no-any-return]
 
     def run_suffix(self, hidden: Tensor, pooling: Sequence[str] = DEFAULT_POOLING) -> dict[str, Tensor]:
-        """From the prefix's tokens (B, T, D) to pooled embeddings, as `forward`; carries gradients where layers are
-        trained."""
+        """Turn the tokens (B, T, D) of `run_prefix` into pooled embeddings, with gradients if layers are trained."""
         keep = count_tokens_read(pooling)
         if self.trained_layers:
             hidden = hidden.float()
-            # Position embeddings depend on the size of the tiles alone; they are square, so the tokens tell it.
+            # Position embeddings depend only on the size of the tiles, which are square: the tokens give it.
             side = math.isqrt(hidden.shape[1] - self.first_patch) * self._patch_size
             rope = self.vit.rope_embeddings(hidden.new_empty(1, 3, side, side))
             *layers, last = self.trained
@@ -169,14 +172,14 @@ class Backbone(nn.Module):
         self.vit.save_pretrained(directory)
 
     def _pool(self, hidden: Tensor, pooling: Sequence[str]) -> dict[str, Tensor]:
-        """Final norm and means in float32, whatever came before. Tokens are CLS, the registers, then the patches."""
+        """Apply the final norm and pool, in float32 whatever the dtype of the layers."""
         norm = self.vit.norm
         with torch.autocast(hidden.device.type, enabled=False):
             tokens = layer_norm(hidden.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
             return pool_tokens(tokens, pooling, self.first_patch)
 
     def unpack(self) -> None:
-        """Make every layer a plain one again, with weights that have names: what is saved or traced must be."""
+        """Undo packing: the weights have names again, which saving and tracing need."""
         for layer in self.layers:
             unpack(layer)
 
@@ -184,15 +187,15 @@ class Backbone(nn.Module):
         """Make the last `layers` transformer layers and the final norm trainable, as float32 master weights.
 
         Args:
-            layers: how many.
-            checkpointing: keep each trained layer's input only, and compute the rest again in the backward pass
+            layers: number of layers.
+            checkpointing: keep only the input of each trained layer, and compute the rest again in the backward pass
                 (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
 
         Returns:
-            Names of the tensors that will train.
+            names of the tensors that will train.
 
         Raises:
-            BackboneError: more layers than there are, fewer than one, or a checkpoint in which none is trainable.
+            BackboneError: fewer than one layer or more than there are, or no tensor in them is trainable.
         """
         if not 1 <= layers <= len(self.layers):
             raise BackboneError(
@@ -201,7 +204,7 @@ class Backbone(nn.Module):
         self.trained_layers, self.checkpointing = layers, checkpointing
         for layer in self.trained:
             unpack(layer)
-        let_keep_first(self.trained[-1])
+        enable_keeping_first(self.trained[-1])
         for module in self.list_trained():
             module.float().requires_grad_(True)
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
@@ -217,13 +220,13 @@ class Backbone(nn.Module):
 
 
 class _KeepsFirst:
-    """A transformer layer of transformers' `DINOv3ViTModel`, whose class comes behind this one."""
+    """Mixed in before the class of a layer of transformers' `DINOv3ViTModel`."""
 
     def forward(self: Any, hidden: Tensor, *, keep: int | None = None, **options: Any) -> Tensor:
-        """(B, T, D) to (B, T, D), or to its first `keep` tokens, (B, keep, D).
+        """Turn (B, T, D) into (B, T, D), or only into its first `keep` tokens, (B, keep, D).
 
-        Keys and values are still those of all tokens. Of vitl16 at 224 with three layers trained, a training step took
-        0.94 of the time so.
+        Keys and values still come from all tokens. With vitl16 at 224 px and three trained layers, a training step took
+        0.94 of the time.
         """
         if keep is None:
             return super().forward(hidden, **options)  # type: ignore[misc, no-any-return]
@@ -233,10 +236,10 @@ class _KeepsFirst:
         return outputs
 
 
-def let_keep_first(layer: Any) -> None:
-    """Let a layer of transformers' `DINOv3ViTModel` be called with `keep`, see `_KeepsFirst`; in place.
+def enable_keeping_first(layer: Any) -> None:
+    """Add the argument `keep` to a layer of transformers' `DINOv3ViTModel`, in place; see `_KeepsFirst`.
 
-    Called otherwise, it computes what it did. It stays the module it was, so hooks, such as those of FSDP, still run.
+    Without it the layer computes what it did. It stays the same module, so hooks, such as those of FSDP, still run.
     """
     kind = type(layer)
     if not issubclass(kind, _KeepsFirst):

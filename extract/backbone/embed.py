@@ -40,9 +40,9 @@ class TileEmbedder:
 
     @torch.inference_mode()
     def embed(self, batch: TileBatch) -> dict[str, Tensor]:
-        """Per pooling (n, D) float16 on the backbone's device, NaN in rows that are not embedded.
+        """Return (n, D) float16 for each pooling, on the backbone's device; NaN in rows that are not embedded.
 
-        On CUDA the work is only queued: reading the result waits for it.
+        On CUDA this only queues the work; reading the result waits for it.
         """
         pixels = self.transform(batch.images, device=self.backbone.device, dtype=self.backbone.dtype)
         pooled = self.backbone(pad_batch(pixels, self.batch_size), self.pooling)
@@ -55,7 +55,8 @@ class TileEmbedder:
 
     @torch.inference_mode()
     def fits(self) -> bool:
-        """Whether a batch fits in memory, by running one layer on zeros: no layer needs more, and none keeps any."""
+        """Return whether a batch fits in memory. One layer is run on zeros: peak memory is one layer's, since inference
+        keeps nothing between layers."""
         size, backbone = self.transform.image_size, self.backbone
         try:
             backbone.run_one_layer(

@@ -1,4 +1,4 @@
-"""Checkpoints on the hub: what they would take to fetch, fetching them, and what a refusal means for a user."""
+"""Download checkpoints from the hub, measure downloads, and explain what the hub refuses."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,21 +9,21 @@ from extract.errors import BackboneError
 
 CONFIGURATION = ("config.json", "preprocessor_config.json")
 _FILES = (*CONFIGURATION, "*.safetensors", "*.safetensors.index.json")
-"""What is fetched of a model on the hub."""
+"""Files of a model that are downloaded."""
 
 
 def no_checkpoint(name: str) -> BackboneError:
-    """What a name that leads nowhere gets."""
+    """Make the error for a name that leads nowhere."""
     return BackboneError(
         f"no checkpoint at {name}: BACKBONE is vitl16, vit7b16, demo, a directory with config.json, or a hub id"
     )
 
 
 def download(hub_id: str, files: Sequence[str] = _FILES) -> Path:
-    """Fetch `files` of a model, those that are not there yet; returns their directory.
+    """Download those `files` of a model that are not here yet; return their directory.
 
     Raises:
-        BackboneError: gated, private, missing or out of reach.
+        BackboneError: the model is gated, private, missing or out of reach.
     """
     from huggingface_hub import snapshot_download
 
@@ -32,7 +32,7 @@ def download(hub_id: str, files: Sequence[str] = _FILES) -> Path:
 
 
 def measure_download(hub_id: str) -> int:
-    """Bytes that `download` would fetch; nothing is fetched.
+    """Return the bytes that `download` would fetch; fetch nothing.
 
     Raises:
         BackboneError: as `download`.
@@ -43,7 +43,7 @@ def measure_download(hub_id: str) -> int:
     with _hub_errors(hub_id):
         try:
             files = snapshot_download(hub_id, allow_patterns=list(_FILES), dry_run=True)
-        except DryRunError:  # the hub is out of reach: either all is there from before, or it is said why it is not
+        except DryRunError:  # the hub is out of reach: `download` then finds all files here, or raises the reason
             download(hub_id)
             return 0
         return sum(file.file_size or 0 for file in files if file.will_download)
@@ -51,7 +51,7 @@ def measure_download(hub_id: str) -> int:
 
 @contextmanager
 def _hub_errors(hub_id: str) -> Iterator[None]:
-    """Explain what goes wrong with a request to the hub."""
+    """Turn an error of a request to the hub into one line."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -75,7 +75,7 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
         ) from error
     except HFValidationError as error:
         raise no_checkpoint(hub_id) from error
-    # A connection that breaks during the download comes as an exception of the hub client's own HTTP library.
+    # A connection that breaks during a download raises an exception of the HTTP library inside the hub client.
     except Exception as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
             raise BackboneError(

@@ -1,8 +1,8 @@
-"""Frozen layers on an x86 CPU: all their products by oneDNN, and laid out as it reads them.
+"""Run frozen layers on an x86 CPU with oneDNN, with weights packed in the layout that it reads.
 
-A plain `Linear` in bf16 lays its weight out anew at every call, and what follows it goes over the memory once more.
-Packed, a product gives the same bits; an activation is applied to it before it is rounded to bf16, and not after. In
-float32, and in its attention, PyTorch multiplies by MKL, which leaves an AMD CPU half idle.
+A plain `Linear` in bf16 repacks its weight at every call, and the activation after it passes over the memory once more.
+A packed product gives the same bits; its activation is applied before rounding to bf16, not after. For float32, and for
+attention, PyTorch uses MKL, which leaves an AMD CPU half idle.
 """
 
 import copy
@@ -16,24 +16,24 @@ import torch
 from torch import Tensor, nn
 
 SDPA, ONEDNN = "sdpa", "onednn"
-"""PyTorch's attention and `attend`: their names in a model's configuration and in what a cache records."""
+"""Names of PyTorch's attention and of `attend`, in the configuration of a model and in what a cache records."""
 
 _FUSED = {"gelu": ("gelu", "none"), "silu": ("swish", "")}
-"""By their names in a configuration the activations that oneDNN applies, as it calls them, and their variant."""
+"""Activations that oneDNN applies: name in a configuration -> its name and variant in oneDNN."""
 
 _BEFORE_ACTIVATION = ("gate_proj", "up_proj")
-"""The product whose result is activated: the first of these that a layer's MLP has."""
+"""The activation follows the first of these products that the MLP of a layer has."""
 
 _SCORES = 2 << 20
-"""Bytes of scores a thread computes before it goes on with them: what its cache holds."""
+"""Bytes of attention scores that a thread computes at a time: they fit in its CPU cache."""
 
 
 class PackedLinear(nn.Module):
-    """What `linear` gives in inference, followed by an activation; there are no gradients and no `state_dict()`.
+    """Computes `linear` and an activation in inference; it has no gradients and no `state_dict()`.
 
     Args:
-        linear: bf16 or float32 on the CPU.
-        activation: by its name in a configuration; None applies none.
+        linear: bf16 or float32, on the CPU.
+        activation: its name in a configuration; None for no activation.
     """
 
     def __init__(self, linear: nn.Linear, activation: str | None = None) -> None:
@@ -44,14 +44,14 @@ class PackedLinear(nn.Module):
         self._activation, self._variant = _FUSED[activation] if activation else ("none", "")
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(…, in) to (…, out), both in the dtype of the weight."""
+        """Turn (…, in) into (…, out), both in the dtype of the weight."""
         outputs: Tensor = torch.ops.mkldnn._linear_pointwise(
             inputs, self._weight, self._bias, self._activation, [], self._variant
         )
         return outputs
 
     def unpack(self) -> nn.Linear:
-        """The plain layer again, with the bits it had."""
+        """Return the plain layer, bit for bit."""
         weight = self._weight.to_dense()
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=self._bias is not None, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -61,7 +61,7 @@ class PackedLinear(nn.Module):
 
 
 class _Applied(nn.Module):
-    """In place of an activation that the product before it has applied already."""
+    """Replaces an activation that the packed product before it has applied."""
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
@@ -75,18 +75,18 @@ class _Applied(nn.Module):
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention (Vaswani et al. 2017, "Attention Is All You Need") as transformers calls for it.
+    """Compute attention as transformers calls it (Vaswani et al. 2017, "Attention Is All You Need").
 
-    Scores and their softmax are float32; the weights are rounded to bf16 for the second product.
+    Scores and softmax are float32; the weights are rounded to bf16 for the second product.
 
     Args:
-        module: the layer's attention; not used.
+        module: the layer's attention; unused.
         query, key, value: (B, H, T, D), bf16.
-        attention_mask: none.
-        scaling: what scores are multiplied by.
+        attention_mask: None.
+        scaling: factor on the scores.
 
     Returns:
-        (B, T, H, D) in bf16, and no weights.
+        (B, T, H, D) in bf16, and None for the weights.
     """
     batch, heads, tokens, width = query.shape
     queries, keys, values = (part.reshape(batch * heads, tokens, width) for part in (query, key, value))
@@ -104,9 +104,9 @@ def attend(
 
 @contextmanager
 def _float32_by_onednn() -> Iterator[None]:
-    """Let oneDNN compute float32 products, which PyTorch allows if it may round their factors to bf16, as these are.
+    """Let oneDNN compute float32 products. PyTorch allows that if it may round their factors to bf16; these are bf16.
 
-    For bf16 factors and a float32 result there is nothing else but MKL, which takes twice as long on an AMD CPU.
+    The only other way from bf16 factors to a float32 result is MKL, which takes twice as long on an AMD CPU.
     """
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
@@ -118,7 +118,7 @@ def _float32_by_onednn() -> Iterator[None]:
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies this dtype there, on x86-64: nothing else was tried. What cannot stays as it is."""
+    """Return whether oneDNN can pack this dtype on this device; only x86-64 was tried."""
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
     if not torch.backends.mkldnn.is_available():
@@ -127,9 +127,9 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """By the name that transformers calls it the attention of frozen layers in this dtype.
+    """Return the name, in transformers, of the attention to use in frozen layers of this dtype.
 
-    PyTorch's own where AMX multiplies, for which it is made: `attend` was not tried there.
+    With AMX it is PyTorch's own, which is made for AMX; `attend` was not tried there.
     """
     if dtype != torch.bfloat16 or not can_pack(device, dtype):
         return SDPA
@@ -141,7 +141,7 @@ def pack(layer: nn.Module, activation: str) -> None:
 
     Args:
         layer: of transformers' `DINOv3ViTModel`.
-        activation: the name of its activation in the configuration; one that oneDNN lacks stays a step of its own.
+        activation: its name in the configuration; an activation that oneDNN lacks stays a separate step.
     """
     weight: Tensor = next(layer.parameters())
     _set_attention(layer, choose_attention(weight.device, weight.dtype))
@@ -160,7 +160,7 @@ def _set_attention(layer: Any, name: str) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ONEDNN, attend)
-    layer.attention.config = copy.copy(layer.attention.config)  # which all layers share
+    layer.attention.config = copy.copy(layer.attention.config)  # a copy: all layers share the configuration
     layer.attention.config._attn_implementation = name
 
 
@@ -185,12 +185,12 @@ _KEPT = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep what is freed for what is next asked for, up to 1 GiB; nothing where it is not glibc's.
+    """Make glibc's malloc reuse freed memory of up to 1 GiB; with another malloc, do nothing.
 
-    By itself it maps what is over 32 MiB anew each time, as the widest activations of a batch are: on a virtual machine
-    whose fresh pages took 4 us each that was a tenth of a forward pass. A process grows by a few such activations.
+    By default it maps every allocation above 32 MiB anew, such as the widest activations of a batch: on a virtual
+    machine where a new page took 4 us, that was a tenth of a forward pass. The process grows by a few activations.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # An older glibc refuses such a threshold. Asked for the second alone, it would no longer adapt the first.
+    # An older glibc refuses such a threshold. Setting only the second one would stop glibc from adapting the first.
     if mallopt and mallopt(_M_MMAP_THRESHOLD, _KEPT):
         mallopt(_M_TRIM_THRESHOLD, _KEPT)

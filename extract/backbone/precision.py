@@ -1,4 +1,4 @@
-"""Which number format the backbone computes in: bf16 where the device multiplies it, float32 where it would pretend."""
+"""Choose the number format of the backbone: bf16 if the device has instructions for it, else float32."""
 
 from typing import Literal
 
@@ -9,11 +9,11 @@ PrecisionChoice = Literal["auto"] | Precision
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "float32": torch.float32}
 
 _CPU_BF16 = ("amx_bf16", "avx512_bf16", "avx10_2", "bf16", "sve_bf16")
-"""Instruction sets that multiply bf16, by their names on x86-64 and on ARM."""
+"""Instruction sets that multiply bf16, as PyTorch names them on x86-64 and on ARM."""
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 products run on the device's own instructions.
+    """Return whether the device has instructions for bf16 products.
 
     Without them PyTorch falls back to scalar code: a 1024-cubed product took 180 times as long as in float32 on an
     AVX2 CPU (torch 2.13).
@@ -25,5 +25,5 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(device: torch.device) -> Precision:
-    """The fastest precision that keeps embeddings accurate."""
+    """Return the fastest precision that keeps embeddings accurate."""
     return "bf16" if multiplies_bf16(device) else "float32"

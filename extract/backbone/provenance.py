@@ -1,4 +1,4 @@
-"""What embeddings depend on, and what is recorded beside it."""
+"""Collect what embeddings depend on (provenance), and what is recorded with it."""
 
 import platform
 from importlib.metadata import version as installed_version
@@ -50,10 +50,10 @@ def find_cached_checkpoint(
     Args:
         version: of a cache.
         backbone: name or directory where it is now; None for what the version recorded.
-        remedy: what to do where another lies there, for the message.
+        remedy: for the message, what to do if another checkpoint is found there.
 
     Raises:
-        ProvenanceError: what lies there has other weights or settings.
+        ProvenanceError: the checkpoint found there has other weights or settings.
     """
     checkpoint = find_checkpoint(backbone or version.recorded.backbone, version.provenance.image_size)
     differences = find_other_ingredients(version.provenance, checkpoint)
@@ -74,7 +74,7 @@ def find_other_ingredients(provenance: Provenance, checkpoint: Checkpoint) -> li
 def record_environment(
     backbone: str, source: Source, batch_size: int, device: torch.device, precision: str
 ) -> Recorded:
-    """What is worth knowing about where embeddings were computed."""
+    """Describe the environment in which embeddings are computed."""
     cuda = device.type == "cuda"
     return Recorded(
         backbone=backbone,

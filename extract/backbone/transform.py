@@ -1,4 +1,4 @@
-"""uint8 tiles to the backbone's pixel values, on the device: rescale, resize, normalise."""
+"""Turn uint8 tiles into the backbone's pixel values, on the device: rescale, resize, normalise."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ RESAMPLING = "bilinear-antialias"
 
 @dataclass(frozen=True)
 class TileTransform:
-    """The one way from pixels to `pixel_values`, in the order of DINOv3ViTImageProcessor: rescale to 0..1, bilinear
-    antialiased resize to a square, normalise per channel.
+    """The only path from pixels to `pixel_values`. As DINOv3ViTImageProcessor, it rescales to 0..1, resizes to a square
+    (bilinear, antialiased) and normalises per channel.
 
     Attributes:
         image_size: pixels a side of the result.
@@ -26,7 +26,7 @@ class TileTransform:
     std: tuple[float, float, float]
 
     def __call__(self, images: TileImages, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(B, 3, S, S) `dtype` on `device`. Computed in float32; bytes, not floats, travel to the device."""
+        """Return (B, 3, S, S) of `dtype` on `device`, computed in float32. The device receives bytes, not floats."""
         if isinstance(images, Tensor):
             pixels = self._resize(images.to(device, non_blocking=True))
         else:
@@ -43,5 +43,5 @@ class TileTransform:
 
 
 def describe_scale(tile_size: int, image_size: int) -> str:
-    """What resizing does to a small object: `512 px -> 224 px: a 15 px car becomes 6.6 px`."""
+    """Tell what resizing does to a small object: `512 px -> 224 px: a 15 px car becomes 6.6 px`."""
     return f"{tile_size} px -> {image_size} px: a 15 px car becomes {15 * image_size / tile_size:.3g} px"

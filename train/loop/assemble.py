@@ -1,4 +1,4 @@
-"""A training put together: model, sets and trainer."""
+"""Put a training together: model, sets and trainer."""
 
 from collections.abc import Callable
 
@@ -29,8 +29,11 @@ MakeTiles = Callable[[LabelledCache], Tiles]
 def prepare_training(
     config: TrainConfig, run: RunDirectory, sets: Sets, ranks: Ranks, *, head: LoadedCheckpoint | None = None
 ) -> tuple[Trainer, MakeTiles]:
-    """Model, sets and trainer; on the streamed path the backbone too, once step 0 has passed, and from a trained head
-    if there is one."""
+    """Make the trainer, and the function that makes the tiles of a set.
+
+    The classifier starts from `head` where there is one. On the streamed path it holds the backbone, once step 0 has
+    passed.
+    """
     version = sets.train.version
     features = tuple(config.features.split("+"))
     make_tiles: MakeTiles = lambda cache: open_cached_tiles(cache, ranks)  # noqa: E731
@@ -43,7 +46,7 @@ def prepare_training(
         stream = TileStream(version, checkpoint, ranks, workers=config.workers, augmentation=augmentation)
         stream.unfreeze(config.unfreeze, checkpointing=config.grad_checkpoint, amp=use_amp(config.amp, ranks.device))
         if config.cache_prefix:
-            # In the shape that a step computes: another would round differently.
+            # Use the batch shape of a training step: another shape rounds differently.
             share = -(-config.batch_size // ranks.world_size)
             stream.keep_prefix(sets.train, sets.val, config.scratch, batch=-(-share // config.accumulate))
         backbone, make_tiles = stream.backbone, stream.build
@@ -59,13 +62,13 @@ def prepare_training(
 
 
 def make_head(meta: CheckpointMeta, width: int, seed: int) -> Head:
-    """A fresh head; the same for every rank and run of a seed."""
+    """Make a new head; the same on every rank and in every run of a seed."""
     torch.manual_seed(seed)
     return Head(width * len(meta.features), len(meta.class_ids), hidden=meta.hidden, dropout=meta.dropout)
 
 
 def make_meta(config: TrainConfig, cache: LabelledCache) -> CheckpointMeta:
-    """What a checkpoint of this run belongs to, before its first epoch."""
+    """Describe what the checkpoints of this run belong to, as before its first epoch."""
     provenance, rows = cache.version.provenance, cache.rows
     return CheckpointMeta(
         epoch=0,
@@ -87,13 +90,10 @@ def make_meta(config: TrainConfig, cache: LabelledCache) -> CheckpointMeta:
 def _compare_cached_and_streamed(
     config: TrainConfig, classifier: Classifier, make_tiles: MakeTiles, sets: Sets, ranks: Ranks
 ) -> None:
-    """The starting head on cached vectors and on streamed tiles, side by side."""
+    """Print the mAP of the starting head on cached vectors and on streamed tiles."""
     on_cache = Classifier(classifier.head, None, classifier.features)
     figures = []
-    for model, tiles in (
-        (on_cache, open_cached_tiles(sets.val, ranks)),
-        (classifier, make_tiles(sets.val)),
-    ):
+    for model, tiles in ((on_cache, open_cached_tiles(sets.val, ranks)), (classifier, make_tiles(sets.val))):
         logits = predict_logits(model, tiles, ranks, amp=use_amp(config.amp, ranks.device))
         if logits is not None:
             scored = score_epoch(logits, sets.val.rows, sets.counted, loss=config.make_loss())

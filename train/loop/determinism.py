@@ -1,8 +1,8 @@
 """Bit-equal runs on one machine (`--deterministic`).
 
-Order, dropout and first weights follow from the seed in any run, and so does every sum on a CPU with the same number
-of threads. On CUDA some kernels add in whatever order their blocks end in; here they give way to slower ones that do
-not, and an operation that has no such kernel is an error. See "Reproducibility" in PyTorch's notes.
+Order, dropout and initial weights follow from the seed in any run, and so does every sum on a CPU with the same number
+of threads. On CUDA some kernels add in the order in which their blocks happen to end. Here slower, deterministic ones
+take their place, and an operation without such a kernel raises an error. See "Reproducibility" in PyTorch's notes.
 """
 
 import os
@@ -14,12 +14,12 @@ import torch
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Have torch use deterministic algorithms only, where `wanted`; the settings are as they were afterwards."""
+    """Make torch use deterministic algorithms only, if `wanted`; restore the settings afterwards."""
     if not wanted:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    # Read when cuBLAS is first used; without it torch refuses a product on CUDA.
+    # cuBLAS reads this on first use; without it torch refuses matrix products on CUDA.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

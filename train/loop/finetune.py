@@ -1,4 +1,4 @@
-"""What fine-tuning needs beyond the cached path: the cache's own backbone, its tiles, and a head to start from."""
+"""Prepare fine-tuning: check backbone, tiles and starting head, and stream tiles through the backbone of the cache."""
 
 import time
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ from .step_zero import StepZero
 
 
 def check_finetuning(caches: Sequence[LabelledCache], unfreeze: int) -> None:
-    """Refuse, before anything is written, what would fail or mislead later.
+    """Check, before anything is written, that the layers can be trained on these tiles.
 
     Args:
         caches: the sets of the run, the training rows first.
         unfreeze: layers to train.
 
     Raises:
-        TrainError: more layers than there are, or tiles that are not those of the cache.
-        ProvenanceError: the backbone found now is not the one that made the cache.
+        TrainError: there are fewer layers, or the tiles are not those of the cache.
+        ProvenanceError: the backbone found is not the one that made the cache.
     """
     version = caches[0].version
     checkpoint = find_cached_checkpoint(version)
@@ -47,10 +47,10 @@ def check_finetuning(caches: Sequence[LabelledCache], unfreeze: int) -> None:
 
 
 def check_head(meta: CheckpointMeta, cache: LabelledCache) -> None:
-    """A head may only start on embeddings and classes it knows.
+    """Check that a head was trained on the embeddings and classes of this cache.
 
     Raises:
-        CheckpointError: it is of another backbone, image size or class list, or of fine-tuned embeddings.
+        CheckpointError: it was trained with another backbone, image size or class list, or on fine-tuned layers.
     """
     provenance = cache.version.provenance
     if meta.unfreeze:
@@ -74,7 +74,7 @@ def check_head(meta: CheckpointMeta, cache: LabelledCache) -> None:
 def plan_prefixes(
     train: LabelledCache, val: LabelledCache, scratch: str, unfreeze: int, views: int
 ) -> list[tuple[PrefixCache, Index]]:
-    """What to keep of the sets that every epoch looks at: of each version, the slots in use."""
+    """Return the prefix caches of the training and validation set, one per version, each with the slots it needs."""
     checkpoint = find_cached_checkpoint(train.version)
     versions = {cache.version.id: cache.version for cache in (train, val)}
     prefixes = [PrefixCache(scratch, version, checkpoint, unfreeze, views) for version in versions.values()]
@@ -86,7 +86,7 @@ def plan_prefixes(
 
 
 class TileStream:
-    """A backbone and the feeds of its tiles; every set of a run streams through it."""
+    """Streams every set of a run through one backbone, with one feed for each source of tiles."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class TileStream:
         self._prefixes: dict[str, PrefixCache] = {}
 
     def unfreeze(self, layers: int, *, checkpointing: bool, amp: bool) -> None:
-        """Check step 0, then make the last `layers` trainable.
+        """Run step 0, then make the last `layers` trainable.
 
         Raises:
             StepZeroError: streamed embeddings are not the cache's.
@@ -124,10 +124,10 @@ class TileStream:
         ranks.say(f"training {size}: the last {layers} layers and the final norm")
 
     def keep_prefix(self, train: LabelledCache, val: LabelledCache, scratch: str, *, batch: int) -> None:
-        """Run the frozen layers over these sets once, and have `build` read the result from now on.
+        """Run the frozen layers over these sets once and store the result; `build` reads it from then on.
 
         Raises:
-            TrainError: the disk is full, or a tile is not what it was.
+            TrainError: the disk is full, or a tile has changed.
         """
         views = self._augmentation.count_views()
         for prefix, slots in plan_prefixes(train, val, scratch, self.backbone.trained_layers, views):
@@ -143,7 +143,7 @@ class TileStream:
             self._prefixes[prefix.version] = prefix
 
     def build(self, cache: LabelledCache) -> StreamedTiles | PrefixTiles:
-        """The cache's rows: as tokens where all are kept, else as pixel values, read from where tiles came from."""
+        """Make the tiles of a set: stored tokens if all of its rows are there, else pixel values from the source."""
         prefix = self._prefixes.get(cache.version.id)
         if prefix is None or len(prefix.find_missing(cache.rows.index * prefix.views)):
             return self._stream(cache)

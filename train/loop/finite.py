@@ -1,7 +1,6 @@
 """End training on every rank when a loss is no longer finite, and name the tiles it came from."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,14 +11,6 @@ from train.errors import TrainError
 
 CHECK_STEPS = 20
 """Steps between two checks: each check waits for the device and for the other ranks."""
-
-
-class _Step(NamedTuple):
-    """One step, counted from 1 over all epochs: the rows of this rank, and whether the loss of each is finite."""
-
-    number: int
-    rows: Tensor
-    finite: Tensor
 
 
 class FiniteLosses:
@@ -33,15 +24,20 @@ class FiniteLosses:
     def __init__(self, ranks: Ranks, describe: Callable[[int, list[int]], TrainError]) -> None:
         self._ranks = ranks
         self._describe = describe
-        self._steps: list[_Step] = []
+        self._steps: list[tuple[int, Tensor, Tensor]] = []
 
     def note(self, number: int, rows: Tensor, finite: Tensor) -> None:
-        """Take one step: its number, and of its rows (b,) whether the loss is finite, (b,) bool.
+        """Take one step.
+
+        Args:
+            number: of the step, counted from 1 over all epochs.
+            rows: (b,) int64, this rank's rows.
+            finite: (b,) bool, whether the loss of each is finite.
 
         Raises:
             TrainError: as `check`, if this step makes one due.
         """
-        self._steps.append(_Step(number, rows, finite))
+        self._steps.append((number, rows, finite))
         if len(self._steps) == CHECK_STEPS:
             self.check()
 
@@ -53,14 +49,14 @@ class FiniteLosses:
                 all ranks is named.
         """
         steps, self._steps = self._steps, []
-        finite = torch.cat([step.finite for step in steps]).all() if steps else torch.ones((), dtype=torch.bool)
+        finite = torch.cat([part for _, _, part in steps]).all() if steps else torch.ones((), dtype=torch.bool)
         agreed = finite.to(self._ranks.device, torch.int32)
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         if agreed:
             return
-        mine = next(((step.number, _find_bad_rows(step)) for step in steps if not step.finite.all()), None)
+        bad = ((number, rows[~part.cpu()].tolist()) for number, rows, part in steps if not part.all())
         found: list[tuple[int, list[int]] | None] = [None] * self._ranks.world_size
-        dist.all_gather_object(found, mine)
+        dist.all_gather_object(found, next(bad, None))
         first = min(number for number, _ in filter(None, found))
         rows = sorted(row for number, part in filter(None, found) if number == first for row in part)
 
@@ -68,8 +64,3 @@ class FiniteLosses:
             raise self._describe(first, rows)
 
         self._ranks.run_everywhere(refuse)
-
-
-def _find_bad_rows(step: _Step) -> list[int]:
-    rows: list[int] = step.rows[~step.finite.cpu()].tolist()
-    return rows

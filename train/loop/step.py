@@ -1,4 +1,4 @@
-"""One optimiser step over a global batch, in as many parts as memory asks for."""
+"""Do one optimiser step over a global batch, in as many parts as memory requires."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -23,12 +23,12 @@ _OUT_OF_MEMORY = ("can't allocate memory", "could not create a primitive", "coul
 
 
 class StepResult(NamedTuple):
-    """What one rank saw of a step; all of it stays on the device.
+    """Result of a step on one rank; all of it stays on the device.
 
     Attributes:
-        summed: the loss of its rows and all classes, added up.
-        finite: (b,) bool, which of its rows have a finite loss.
-        clipped: whether the gradient was longer than `clip_norm`.
+        summed: loss summed over the rank's rows and all classes.
+        finite: (b,) bool, whether the loss of each of its rows is finite.
+        clipped: whether the norm of the gradient exceeded `clip_norm`.
     """
 
     summed: Tensor
@@ -37,13 +37,13 @@ class StepResult(NamedTuple):
 
 
 class TrainStep:
-    """Forward, backward and update of what a classifier trains.
+    """Computes forward pass, backward pass and update of the trained part of a classifier.
 
     Args:
         classifier: trained in place.
-        config: of loss, rates, clipping and parts.
-        class_weights: (C,) on the device, of the positives; None leaves them alone.
-        ranks: over which gradients are averaged.
+        config: loss, learning rates, clipping and number of parts.
+        class_weights: (C,) on the device, weights of the positives; None for 1.
+        ranks: gradients are averaged over them.
     """
 
     def __init__(self, classifier: Classifier, config: TrainConfig, class_weights: Tensor | None, ranks: Ranks) -> None:
@@ -57,7 +57,7 @@ class TrainStep:
         if config.shard and ranks.world_size > 1:
             shard_trained(classifier, ranks)
         elif ranks.world_size > 1:
-            # With a size given, the first bucket is as large as the others: a head goes out in one message, not two.
+            # With a given size the first bucket is as large as the others: a head is sent in one message, not two.
             self._part = DistributedDataParallel(TrainedPart(classifier), forward_sync_buffers=False, bucket_cap_mb=25)
         self.optimizer = make_optimizer(  # of the shards, where there are any
             classifier,
@@ -68,10 +68,10 @@ class TrainStep:
         )
 
     def close(self) -> None:
-        """Let go of DDP.
+        """Release DDP; must be called before the process group is destroyed.
 
-        It must go before the process group does. Were it the group's last owner, the group's threads would be joined
-        with the GIL held, and one that needs the GIL to free a tensor would never end (torch 2.13, gloo).
+        If DDP were the last owner of the group, the group's threads would be joined with the GIL held, and a thread
+        that needs the GIL to free a tensor would never end (torch 2.13, gloo).
         """
         self._part = nn.Identity()
 
@@ -80,10 +80,10 @@ class TrainStep:
 
         Args:
             batch: the share.
-            scale: of every group's peak learning rate.
+            scale: factor on the peak learning rate of every group.
 
         Raises:
-            TrainError: the share does not fit in memory; names the largest that does.
+            TrainError: the share does not fit in memory; the message names the largest that does.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
@@ -99,7 +99,7 @@ class TrainStep:
                     if not is_out_of_memory(error):
                         raise
                     reason = (str(error).splitlines() or ["MemoryError"])[0]
-                # Not while the exception is there, which holds on to all that the failed attempt had computed.
+                # Only after the exception is gone: it keeps all that the failed attempt had computed.
                 if reason is not None:
                     raise self._find_what_fits(part, reason)
         clipped = self._clip()
@@ -108,21 +108,21 @@ class TrainStep:
         return StepResult(together.sum(), together.isfinite().all(dim=1), clipped)
 
     def _accumulate(self, part: Batch) -> Tensor:
-        """Add a part's gradient to that of the parts before; returns its losses (b, C), detached."""
-        # No weight is used twice: autocast's cache would only hold on to the copies of all layers.
+        """Add the gradient of a part to those of earlier parts; return its losses (b, C), detached."""
+        # No weight is used twice, so autocast's cache would only keep copies of all layers.
         with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._amp, cache_enabled=False):
             logits = self._part(self._classifier.encode(part.inputs))
         losses = self._loss(logits, part.labels.float())
         if self._class_weights is not None:
             losses = weigh_positives(losses, part.labels, self._class_weights)
-        # DDP and FSDP average over ranks: scaled like this the gradient is that of the mean over the global batch.
+        # DDP and FSDP average over ranks: this factor makes it the gradient of the mean over the global batch.
         (losses.sum() * self._ranks.world_size / (part.global_size * part.labels.shape[1])).backward()
         return losses.detach()
 
     def _without_sync(self) -> AbstractContextManager[None]:
-        """Keep a part's gradient on this rank: the last part sends all of it at once.
+        """Keep a part's gradient on this rank; the last part sends the sum.
 
-        Not where layers are sharded: what each part adds goes to its shard, or every rank would hold whole gradients.
+        With sharded layers each part sends its own gradient, or every rank would hold whole gradients.
         """
         return self._part.no_sync() if isinstance(self._part, DistributedDataParallel) else nullcontext()
 
@@ -135,9 +135,9 @@ class TrainStep:
         return whole > self._config.clip_norm
 
     def _find_what_fits(self, part: Batch, reason: str) -> TrainError:
-        """What to do about too little memory, found by trying ever smaller parts."""
+        """Return the error for too little memory; find a size that fits by trying smaller and smaller parts."""
         size = f"{len(part.inputs):,} tiles at once do not fit in memory"
-        if is_sharded(self._classifier):  # no rank can try alone
+        if is_sharded(self._classifier):  # one rank cannot try alone
             return TrainError(
                 f"{size} ({reason}): --accumulate {2 * self._config.accumulate} trains the same batches in parts of "
                 "half that size; --grad-checkpoint needs less memory for each, a larger NPROC for the weights"
@@ -156,7 +156,7 @@ class TrainStep:
                 self.optimizer.zero_grad(set_to_none=True)
         if not fits:
             return TrainError(f"{size}, and not even 1 does ({reason}): lower --unfreeze, or add --grad-checkpoint")
-        # The share of the largest batch, however many parts it is in now.
+        # The share of a full batch, however many parts it is divided into now.
         share = -(-self._config.batch_size // self._ranks.world_size)
         return TrainError(
             f"{size}, {fits:,} do: --accumulate {-(-share // fits)} trains the same batches of "
@@ -165,8 +165,10 @@ class TrainStep:
 
 
 def split_batch(batch: Batch, parts: int, ranks: Ranks) -> list[Batch]:
-    """A share in up to `parts` parts of even size, as many on every rank; gradients over them add up to that of the
-    share."""
+    """Divide a share into up to `parts` parts of even size, equally many on every rank.
+
+    The gradients of the parts add up to that of the share.
+    """
     size = max(1, -(-batch.global_size // (ranks.world_size * parts)))
     inputs, labels, rows = (
         split_evenly(of_share, batch.global_size, size, ranks) for of_share in (batch.inputs, batch.labels, batch.rows)
@@ -175,7 +177,7 @@ def split_batch(batch: Batch, parts: int, ranks: Ranks) -> list[Batch]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether that is what an allocation failed for; on the CPU neither PyTorch nor oneDNN has an exception for it."""
+    """Return whether an allocation failed. On the CPU neither PyTorch nor oneDNN has its own exception for that."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
         return True

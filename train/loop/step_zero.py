@@ -1,7 +1,6 @@
-"""Step 0 of fine-tuning: is what is streamed now what the cache holds?
+"""Step 0 of fine-tuning: check that streamed embeddings equal the cached ones.
 
-Everything rests on a cached embedding and a streamed one being the same, so training refuses to begin before it has
-embedded some cached rows again.
+A cached embedding and a streamed one must be the same, so training embeds some cached rows again before it begins.
 """
 
 import numpy as np
@@ -24,12 +23,12 @@ _ROWS = 128
 
 
 def choose_block(version: Version) -> int:
-    """The block whose rows are compared: in the middle, far from what either end may have of its own."""
+    """Return the block whose rows are compared: the one in the middle, since the first and last may be special."""
     return version.layout.blocks // 2
 
 
 class StepZero:
-    """Some cached rows, chosen as whole batches of the extraction, since a batch's shape moves its vectors a little."""
+    """Compares cached rows that form whole batches of the extraction: a batch of another shape moves its vectors."""
 
     def __init__(self, version: Version, source: Source, feed: TileFeed, checkpoint: Checkpoint) -> None:
         self._version = version
@@ -41,13 +40,14 @@ class StepZero:
         self._rows = range(block.start, min(block.start + max(batch, _ROWS // batch * batch), block.stop))
 
     def check_reproduction(self, backbone: Backbone) -> str:
-        """Embed the rows in the cache's own precision.
+        """Embed the rows in the precision of the cache.
 
         Returns:
-            A line for the user.
+            a line for the user.
 
         Raises:
-            StepZeroError: a row differs by more than 1e-3 of its norm; names what differs from the extraction.
+            StepZeroError: a row differs by more than 1e-3 of its norm; the message names what differs from the
+                extraction.
         """
         stored, streamed = self._embed(backbone)
         difference = float(np.max(np.linalg.norm(streamed - stored, axis=1) / np.linalg.norm(stored, axis=1)))
@@ -70,10 +70,10 @@ class StepZero:
         )
 
     def check_training_precision(self, backbone: Backbone, *, amp: bool) -> str:
-        """Embed the rows as training will, with float32 master weights and, where it is used, autocast.
+        """Embed the rows as training will: with float32 master weights, and under autocast if training uses it.
 
         Returns:
-            A line for the user.
+            a line for the user.
 
         Raises:
             StepZeroError: the median cosine with the cache is below 0.999.
@@ -90,7 +90,7 @@ class StepZero:
         return f"step 0: in training precision their median cosine is {cosine:.6f}"
 
     def _embed(self, backbone: Backbone) -> tuple[np.ndarray, np.ndarray]:
-        """(n, pooled widths) float64 stored and streamed vectors of the embedded rows, pooled arrays side by side."""
+        """Return stored and streamed vectors of the embedded rows, each (n, width x pooled arrays) float64."""
         version, table = self._version, self._version.read_table()
         batch = version.recorded.batch_size
         embedder = TileEmbedder.for_version(version, backbone, self._checkpoint)
@@ -99,7 +99,7 @@ class StepZero:
         values = version.read_block(self._rows.start // version.layout.block_rows)
         first = version.layout.block_slice(self._rows.start // version.layout.block_rows).start
         for tiles in self._feed.read(request_batches(table, self._rows, batch)):
-            # A tile that is not what it was may be one that this run does not use: those it uses were checked before.
+            # Skip tiles that have changed: this run does not use them, as those it uses were checked before.
             embedded = (values.status[tiles.rows - first] == Status.EMBEDDED) & (tiles.status == Status.EMBEDDED)
             vectors = {name: pooled.cpu().numpy() for name, pooled in embedder.embed(tiles).items()}
             streamed.append(_join(vectors, version.layout.pooling))

@@ -1,4 +1,4 @@
-"""The training loop, the same for cached vectors and streamed tiles."""
+"""Train a classifier epoch by epoch; the loop is the same for cached vectors and streamed tiles."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -76,8 +76,13 @@ class Trainer:
         self._step = TrainStep(classifier, config, weights, ranks)
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
-        """Go on after the epoch, or the step within one, that a checkpoint was saved at; rank 0 has it, the others its
-        outline."""
+        """Go on after the epoch, or the step within it, at which a checkpoint was saved.
+
+        Rank 0 has the whole checkpoint, the other ranks its outline.
+
+        Raises:
+            CheckpointError: it holds no optimiser state, or belongs to another model.
+        """
         if checkpoint.optimizer is None:
             raise CheckpointError("this checkpoint holds no optimiser state: it cannot be resumed")
         load_tensors(self.classifier, checkpoint.tensors, self._ranks)
@@ -86,10 +91,10 @@ class Trainer:
         self._epoch, self._best, self._best_epoch, self._begun = meta.epoch, meta.best, meta.best_epoch, meta.begun
 
     def fit(self, note: Callable[[str], None]) -> None:
-        """Train the remaining epochs; `best/` and `last/` and a history line an epoch are left in the run directory.
+        """Train the remaining epochs; write `best/`, `last/` and one history line per epoch to the run directory.
 
         Raises:
-            TrainError: the loss is no longer finite; it names the rows.
+            TrainError: the loss is no longer finite; the message names the tiles.
             CheckpointError: a checkpoint cannot be written.
         """
         try:
@@ -112,7 +117,7 @@ class Trainer:
                 started = time.perf_counter()
                 logits = predict_logits(self.classifier, self._val.tiles, self._ranks, amp=self._amp)
                 self._epoch += 1
-                # What fails on rank 0 alone ends every rank.
+                # An error on rank 0 ends every rank.
                 closed = self._ranks.run_on_main(partial(self._close_epoch, logits, trained, timing, started))
                 if closed.best or closed.due:
                     state = self._gather(optimizer=closed.due)
@@ -126,15 +131,14 @@ class Trainer:
             )
 
     def _is_over(self) -> bool:
-        """Rank 0, and any rank just restored: whether no epoch is left, or patience with the last ones is over."""
+        """Return whether no epoch is left or patience has run out; valid on rank 0, and on any rank just restored."""
         if self._epoch == self.config.epochs:
             return True
         patience = self.config.patience
         return patience is not None and self._epoch - (self._best_epoch or self._epoch) >= patience
 
     def _train_epoch(self, bar: "tqdm[Any]", timing: EpochTiming) -> dict[str, float]:
-        """Train what is left of an epoch; its mean loss over all ranks, and what the options in use did, for the
-        history."""
+        """Train the rest of an epoch; return the mean loss over all ranks, and what the options in use did."""
         config, started = self.config, time.perf_counter()
         self.classifier.train()
         steps, done = self._schedule.number_steps(self._epoch), self._begun.steps
@@ -143,7 +147,7 @@ class Trainer:
         )
         total = torch.tensor(self._begun.summed_loss, dtype=torch.float64, device=self._ranks.device)
         if not self._ranks.is_main:
-            total.zero_()  # what was summed before counts once
+            total.zero_()  # the sum restored from a checkpoint counts once
         clipped = torch.tensor(self._begun.clipped, device=self._ranks.device)
         losses = FiniteLosses(self._ranks, self._describe_not_finite)
         for taken, batch in enumerate(_time_waits(batches, timing), start=done):
@@ -172,7 +176,7 @@ class Trainer:
         return figures
 
     def _save_begun(self, steps: int, total: torch.Tensor, clipped: torch.Tensor) -> None:
-        """Save `last/` within an epoch."""
+        """Save `last/` after so many steps of an epoch."""
         everywhere = total.clone()
         dist.all_reduce(everywhere)
         self._begun = Begun(steps, float(everywhere), int(clipped))
@@ -197,15 +201,11 @@ class Trainer:
         )
 
     def _close_epoch(
-        self,
-        logits: torch.Tensor | None,
-        trained: dict[str, float],
-        timing: EpochTiming,
-        started: float,
+        self, logits: torch.Tensor | None, trained: dict[str, float], timing: EpochTiming, started: float
     ) -> "_ClosedEpoch":
-        """Rank 0: score the validation rows, leave the figures in the run directory, and say what is to be saved."""
+        """On rank 0, score the validation rows and write the figures; return what is to be saved."""
         assert logits is not None
-        # The very last step of an epoch can spoil the weights after its loss was still finite.
+        # The last step of an epoch can spoil the weights although its loss was still finite.
         spoilt = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if spoilt:
             raise TrainError(
@@ -232,23 +232,18 @@ class Trainer:
         return _ClosedEpoch(metrics, best, over or self._epoch % self.config.save_every == 0, over)
 
     def _save_epoch(self, closed: "_ClosedEpoch", state: "_State") -> None:
-        """Rank 0: the checkpoints that are due."""
+        """On rank 0, write the checkpoints that are due."""
         if closed.best:
             self._save(self._run.best, replace(state, optimizer=None))
         if closed.due:
-            sync(self._run.history)  # a checkpoint that outlived its history line could not be resumed
+            sync(self._run.history)  # without its history line a checkpoint cannot be resumed
             self._save(self._run.last, state)
             self._run.upload()
 
     def _tell(
-        self,
-        closed: "_ClosedEpoch",
-        loss: float,
-        timing: EpochTiming,
-        bar: "tqdm[Any]",
-        note: Callable[[str], None],
+        self, closed: "_ClosedEpoch", loss: float, timing: EpochTiming, bar: "tqdm[Any]", note: Callable[[str], None]
     ) -> None:
-        """One line for the user."""
+        """Print one line about the epoch."""
         shown = FIGURES["loss"].describe(loss)
         scored = [(FIGURES[key], closed.metrics[key]) for key in ("f1_weighted", "map_macro")]
         bar.set_postfix_str(
@@ -262,7 +257,7 @@ class Trainer:
         )
 
     def _gather(self, *, optimizer: bool) -> "_State":
-        """What rank 0 is to save; every rank must call it."""
+        """Gather what rank 0 saves; every rank must call this."""
         tensors = gather_tensors(self.classifier.trained_tensors(), self._ranks)
         return _State(tensors, gather_state(self._step.optimizer, self._ranks) if optimizer else None)
 
@@ -272,13 +267,13 @@ class Trainer:
 
 
 def seed_dropout(seed: int, epoch: int, rank: int, steps: int = 0) -> None:
-    """Make the draws after so many steps of an epoch depend on these alone, so that a resumed run repeats them."""
+    """Seed dropout from these four numbers alone, so that a resumed run repeats its draws."""
     torch.manual_seed(((seed * 1_000_003 + epoch) * 8_191 + rank) ^ (steps << 40))
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """What a checkpoint is written from: tensors by name, and the optimiser's state if that is to be in it."""
+    """Content of a checkpoint: tensors by name, and the optimiser's state if it is saved too."""
 
     tensors: dict[str, torch.Tensor]
     optimizer: dict[str, Any] | None
@@ -286,8 +281,7 @@ class _State:
 
 @dataclass(frozen=True, eq=False)
 class _ClosedEpoch:
-    """What rank 0 made of an epoch: its metrics, whether it is the best so far, whether `last/` is due, and whether
-    training is over."""
+    """An epoch: its metrics, whether it is the best so far, whether `last/` is due, and whether training is over."""
 
     metrics: dict[str, Any]
     best: bool
@@ -296,7 +290,7 @@ class _ClosedEpoch:
 
 
 def _time_waits(batches: Iterator[Batch], timing: EpochTiming) -> Iterator[Batch]:
-    """The same batches, with the seconds spent waiting for each counted."""
+    """Yield the batches; count the seconds spent waiting for each."""
     while True:
         started = time.perf_counter()
         batch = next(batches, None)

@@ -1,4 +1,4 @@
-"""Logits of the validation rows."""
+"""Compute the logits of the validation rows."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ from train.model.classifier import Classifier
 
 @torch.inference_mode()
 def predict_logits(classifier: Classifier, tiles: Tiles, ranks: Ranks, *, amp: bool) -> Tensor | None:
-    """Logits of all n tiles in order, (n, C) float32 on the CPU of rank 0; None on the others.
+    """Return the logits of all n tiles in order, (n, C) float32 on the CPU of rank 0; None on the other ranks.
 
-    Each rank computes an unpadded share, so no row is counted twice.
+    Each rank computes a share without padding, so no row is counted twice.
     """
     classifier.eval()
     parts = []
@@ -39,12 +39,12 @@ def predict_logits(classifier: Classifier, tiles: Tiles, ranks: Ranks, *, amp: b
 
 @dataclass(frozen=True, eq=False)
 class ValidationSet:
-    """Tiles to select the best epoch by.
+    """Tiles that select the best epoch.
 
     Attributes:
-        tiles: their inputs, empty ones included.
-        rows: their labels and scenes.
-        counted: (n,) bool, the rows of the main figures.
+        tiles: inputs, empty tiles included.
+        rows: labels and scenes.
+        counted: (n,) bool, the rows that the main figures count.
     """
 
     tiles: Tiles

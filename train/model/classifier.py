@@ -25,8 +25,10 @@ class Head(nn.Sequential):
 
 
 class Dropout(nn.Module):
-    """In training each value is zeroed with probability `p`, and the others are scaled up to keep the mean (Srivastava
-    et al. 2014, "Dropout")."""
+    """Zeroes each value with probability `p` in training and scales the others up, which keeps the mean.
+
+    Srivastava et al. 2014, "Dropout".
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -39,9 +41,9 @@ class Dropout(nn.Module):
 
 
 def draw_dropout(shape: Sequence[int], p: float, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What dropout multiplies values of that shape by: 0, or 1 over the share that is kept.
+    """Return the factors of dropout for values of this shape: 0, or 1 over the share that is kept.
 
-    On the CPU from 16 random bits a value, four values a draw: PyTorch's own dropout draws a double for each, which
+    On the CPU each value takes 16 random bits, four values a draw: PyTorch's own dropout draws a double for each, which
     took a sixth of the head's step on 2 cores. `p` is rounded to a multiple of 2**-16.
     """
     if device.type != "cpu":
@@ -53,12 +55,12 @@ def draw_dropout(shape: Sequence[int], p: float, *, device: torch.device, dtype:
 
 
 class Classifier(nn.Module):
-    """Logits from cached embeddings (no backbone) or from pixel values (with one).
+    """Computes logits from cached embeddings (no backbone) or from pixel values (with one).
 
-    It is two parts in a row: `encode`, which never carries gradients, and `classify`, which holds all that is trained.
+    It runs two parts: `encode`, which never carries gradients, and `classify`, which holds everything that is trained.
 
     Args:
-        head: of the features' width.
+        head: takes vectors of the width of all features.
         backbone: None on the cached path.
         features: names of pooled arrays, joined in this order.
     """
@@ -70,63 +72,62 @@ class Classifier(nn.Module):
         self.features = features
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, F) float embeddings, (B, 3, S, S) pixel values or (B, T, D) tokens, to (B, C) logits."""
+        """Turn (B, F) float embeddings, (B, 3, S, S) pixel values or (B, T, D) tokens into (B, C) logits."""
         return self.classify(self.encode(inputs))
 
     def encode(self, inputs: Tensor) -> Tensor:
-        """What enters the trained part: of pixel values, the tokens (B, T, D) after the frozen layers; of embeddings
-        and of tokens kept from before, they themselves."""
+        """Turn pixel values into the tokens (B, T, D) after the frozen layers; return other inputs unchanged."""
         if self.backbone is None or inputs.ndim != 4:
             return inputs
         with torch.no_grad():
             return _fill_up(inputs, self.backbone.run_prefix)
 
     def classify(self, encoded: Tensor) -> Tensor:
-        """From what `encode` gives to (B, C) logits, with gradients for all that is trained."""
+        """Turn the result of `encode` into (B, C) logits, with gradients for everything that is trained."""
         return _fill_up(encoded, self._classify)
 
     def _classify(self, encoded: Tensor) -> Tensor:
         if self.backbone is not None:
             encoded = join_features(self.backbone.run_suffix(encoded, self.features), self.features)
-        # Figures are of float32 logits on every device: rounded by autocast, many would tie.
+        # Metrics use float32 logits on every device: rounded by autocast, many would tie.
         with nullcontext() if self.training else torch.autocast(encoded.device.type, enabled=False):
             logits: Tensor = self.head(encoded.float())
         return logits
 
     def list_trained(self) -> list[nn.Module]:
-        """The modules that training changes."""
+        """Return the modules that training changes."""
         return [self.head, *(self.backbone.list_trained() if self.backbone else ())]
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """What training changes: the head's tensors and those of unfrozen layers, by their name in this module."""
+        """Return the tensors that training changes, those of head and unfrozen layers, by their name in this module."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in self.state_dict().items() if name in trained}
 
 
 class TrainedPart(nn.Module):
-    """The part of a classifier that training changes, as a module of its own: (B, ...) encoded inputs to (B, C) logits.
+    """The trained part of a classifier as a separate module: (B, ...) encoded inputs to (B, C) logits.
 
-    Wrapped alone, DDP neither sends the frozen layers to every rank nor looks at them.
+    DDP wraps only this, so it neither broadcasts the frozen layers nor tracks them.
     """
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.modules_trained = nn.ModuleList(classifier.list_trained())
-        self._classify = classifier.classify  # a method, so the frozen layers stay outside
+        self._classify = classifier.classify  # a bound method: the frozen layers are not part of this module
 
     def forward(self, encoded: Tensor) -> Tensor:
         return self._classify(encoded)
 
 
 def join_features(pooled: Mapping[str, Tensor], features: tuple[str, ...]) -> Tensor:
-    """(B, len(features) x D) from pooled arrays of (B, D)."""
+    """Join pooled arrays of (B, D) to (B, len(features) x D)."""
     return torch.cat([pooled[name] for name in features], dim=1) if len(features) > 1 else pooled[features[0]]
 
 
 def _fill_up(rows: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-    """`compute(rows)`, also for a rank without a row in the last batch: transformers' attention cannot reshape nothing.
+    """Return `compute(rows)`, also for a rank without rows in the last batch: attention cannot reshape an empty tensor.
 
-    The result for no rows still hangs on every weight, with a gradient of zero, as DDP expects.
+    An empty result stays attached to every weight (zero gradients), as DDP requires.
     """
-    # A copy, since hooks on the gradient of a view may be lost.
+    # Clone the empty result: hooks on the gradient of a view may be lost.
     return compute(rows) if len(rows) else compute(rows.new_zeros(1, *rows.shape[1:]))[:0].clone()

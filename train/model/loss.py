@@ -1,4 +1,4 @@
-"""The losses a head can be trained with: pure functions of logits and labels, one value per tile and class."""
+"""Losses for training a head: pure functions of logits and labels, one value per tile and class."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ LOSS_PARAMETERS: dict[LossName, tuple[str, ...]] = {
     "focal": ("alpha", "gamma"),
     "asymmetric": ("gamma_pos", "gamma_neg", "margin"),
 }
-"""What of `LossConfig` each takes, in the order that `--losses` of a sweep names it."""
+"""The parameters in `LossConfig` that each loss takes, in the order in which `--losses` of a sweep names them."""
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """A loss and its parameters; called with (B, C) logits and labels it gives (B, C) float32, unreduced.
+    """A loss and its parameters; a call with (B, C) logits and labels returns (B, C) float32, unreduced.
 
     Attributes:
-        name: which of the functions below, see `_FUNCTIONS`.
+        name: of one of the functions below.
         alpha, gamma: of the focal loss.
         gamma_pos, gamma_neg, margin: of the asymmetric loss.
     """
@@ -44,7 +44,7 @@ class LossConfig:
 
 
 def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float = 0.65, gamma: float = 2.0) -> Tensor:
-    """Focal loss of every logit, unreduced: `-alpha_t (1 - p_t)**gamma log(p_t)`.
+    """Compute the focal loss of every logit, unreduced: `-alpha_t (1 - p_t)**gamma log(p_t)`.
 
     Lin, Goyal, Girshick, He, Dollár: "Focal Loss for Dense Object Detection", ICCV 2017, equation 5, with the
     independent sigmoid of multi-label classification. `p_t` is the probability given to the truth. At `gamma` 0 it is
@@ -52,7 +52,7 @@ def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float = 0.65, gamma: fl
 
     Args:
         logits: (B, C), any floating dtype, before the sigmoid.
-        labels: (B, C), bool or 0/1 of any dtype. Soft labels are not supported: anything but 0 counts as 1.
+        labels: (B, C), bool or 0/1 of any dtype. Soft labels are not supported: every value but 0 counts as 1.
         alpha: weight of the positives, in 0..1; negatives weigh `1 - alpha`.
         gamma: focusing exponent, >= 0.
 
@@ -65,22 +65,22 @@ def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float = 0.65, gamma: fl
     _check_shapes(logits, labels)
     if not 0.0 <= alpha <= 1.0 or gamma < 0.0:
         raise ValueError(f"alpha must lie in 0..1 and gamma must not be negative: got alpha {alpha}, gamma {gamma}")
-    # Half precision loses the small probabilities and turns 0 * log(0) into NaN.
+    # Half precision loses small probabilities and turns 0 * log(0) into NaN.
     with torch.autocast(device_type=logits.device.type, enabled=False):
         positive = labels != 0
         logits = logits.float()
         margin = torch.where(positive, logits, -logits)
         weight = torch.where(positive, alpha, 1.0 - alpha)
-        # sigmoid(-margin) is 1 - p_t without the cancellation, and underflows to 0 when the margin is large; its floor
+        # sigmoid(-margin) is 1 - p_t without cancellation. It underflows to 0 where the margin is large; the floor
         # keeps the derivative of a fractional power finite there, where 0 * inf would be NaN.
         missing = torch.sigmoid(-margin).clamp_min(torch.finfo(torch.float32).tiny)
         return -weight * missing.pow(gamma) * functional.logsigmoid(margin)
 
 
 def bce_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of every logit, unreduced: `-log(p_t)`.
+    """Compute the binary cross-entropy of every logit, unreduced: `-log(p_t)`.
 
-    Args, result and errors are those of `focal_loss`.
+    Arguments, result and errors are those of `focal_loss`.
     """
     _check_shapes(logits, labels)
     with torch.autocast(device_type=logits.device.type, enabled=False):
@@ -91,7 +91,7 @@ def bce_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def asymmetric_loss(
     logits: Tensor, labels: Tensor, *, gamma_pos: float = 0.0, gamma_neg: float = 4.0, margin: float = 0.05
 ) -> Tensor:
-    """Asymmetric loss of every logit, unreduced; easy negatives count less than easy positives, or not at all.
+    """Compute the asymmetric loss of every logit, unreduced; easy negatives count less than easy positives, or nothing.
 
     Ridnik, Ben-Baruch, Zamir, Noy, Friedman, Protter, Zelnik-Manor: "Asymmetric Loss For Multi-Label Classification",
     ICCV 2021, equations 4 to 7, with the parameters the paper uses for MS-COCO: `-(1 - p)**gamma_pos log(p)` where the
@@ -121,10 +121,10 @@ def asymmetric_loss(
         signed = torch.where(positive, logits, -logits)
         log_right = functional.logsigmoid(signed)
         if margin:
-            # 1 - p_m is 1 - p + margin, but never more than 1.
+            # 1 - p_m is 1 - p + margin, at most 1.
             shifted = torch.logaddexp(log_right, log_right.new_tensor(math.log(margin))).clamp_max(0.0)
             log_right = torch.where(positive, log_right, shifted)
-        # The floor is there for what it does in `focal_loss`.
+        # The floor has the same purpose as in `focal_loss`.
         tiny = torch.finfo(torch.float32).tiny
         wrong = (torch.sigmoid(-signed) - torch.where(positive, 0.0, margin)).clamp_min(tiny)
         return -torch.where(positive, wrong.pow(gamma_pos), wrong.pow(gamma_neg)) * log_right

@@ -1,8 +1,8 @@
-"""What training changes, shared out over the ranks (FSDP2), and the way from whole tensors to shards and back.
+"""Shard what training changes over the ranks (FSDP2), and convert whole tensors to shards and back.
 
-Each rank holds its part of every trained layer, of its gradient and of AdamW's moments; a layer is whole on a rank only
-while it computes. Frozen layers stay whole on every rank. Files know nothing of this: rank 0 reads and writes whole
-tensors, so a run may go on on other ranks, with or without shards.
+Each rank holds a part of every trained layer, of its gradient and of AdamW's moments; a layer is whole on a rank only
+while it computes. Frozen layers stay whole on every rank. Files are independent of this: rank 0 reads and writes whole
+tensors, so a run may resume on another number of ranks, with or without shards.
 
 Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel".
 """
@@ -24,22 +24,22 @@ from .classifier import Classifier
 
 
 def shard_trained(classifier: Classifier, ranks: Ranks) -> None:
-    """Leave on each rank its part of what is trained: every layer a group that is gathered and let go by itself, final
-    norm and head another.
+    """Shard the trained part in place: each layer is a group, gathered and released together; final norm and head form
+    another.
 
-    From then on the ranks must call the classifier equally often, be it with no row, in training and in evaluation.
+    From then on all ranks must call the classifier equally often, even without rows, in training and in evaluation.
     """
     assert classifier.backbone is not None
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for layer in classifier.backbone.trained:
         fully_shard(layer, mesh=mesh)
     frozen = {parameter for parameter in classifier.parameters() if not parameter.requires_grad}
-    # The last group too is let go after each forward pass: what is read and written in between are shards.
+    # Release the last group after each forward pass, too: in between, only shards are read and written.
     fully_shard(classifier, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
 
 
 def describe_shards(ranks: Ranks) -> str:
-    """A line for the user."""
+    """Return a line for the user."""
     if ranks.world_size == 1:
         return "--shard: one rank holds every layer whole: NPROC=2 or more would share them out"
     return (
@@ -53,7 +53,7 @@ def is_sharded(classifier: Classifier) -> bool:
 
 
 def gather_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Of tensors in shards the whole, on rank 0's CPU and nowhere else; others as they are. Every rank must call it."""
+    """Gather sharded tensors on the CPU of rank 0 only; return others as they are. Every rank must call this."""
     found = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, DTensor):
@@ -66,18 +66,18 @@ def gather_tensors(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Ten
 
 
 def gather_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
-    """An optimiser's `state_dict()`, its tensors as `gather_tensors` gives them."""
+    """Return the `state_dict()` of an optimiser, its tensors gathered as by `gather_tensors`."""
     state = optimizer.state_dict()
     return {**state, "state": {number: gather_tensors(held, ranks) for number, held in state["state"].items()}}
 
 
 def send(tensor: Tensor, like: Tensor, ranks: Ranks) -> Tensor:
-    """What rank 0 has of a tensor, on every rank: its shard where `like` is one, else a copy on `like`'s device.
+    """Send a tensor from rank 0; return this rank's shard if `like` is sharded, else a copy on the device of `like`.
 
     Args:
-        tensor: on the other ranks only its shape and dtype count.
-        like: how it is to lie.
-        ranks: all of which must call this.
+        tensor: on the other ranks only its shape and dtype matter.
+        like: gives device and sharding.
+        ranks: all must call this.
     """
     held = tensor.to(like.device) if ranks.is_main else torch.empty_like(tensor, device=like.device)
     if isinstance(like, DTensor):
@@ -87,7 +87,7 @@ def send(tensor: Tensor, like: Tensor, ranks: Ranks) -> Tensor:
 
 
 def send_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Load an optimiser's `state_dict()` that rank 0 has, as `send` sends it; moments lie as their parameters do."""
+    """Load the `state_dict()` of an optimiser from rank 0 on all ranks; moments are sharded as their parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     sent = {}
     for number, held in state["state"].items():
@@ -101,15 +101,15 @@ def send_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, ranks
 
 
 def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor], ranks: Ranks | None = None) -> None:
-    """Copy a checkpoint's tensors into the classifier.
+    """Copy the tensors of a checkpoint into the classifier.
 
     Args:
         classifier: whole or sharded.
         tensors: by name.
-        ranks: where rank 0 alone has the tensors, and the others their outlines.
+        ranks: given if only rank 0 has the tensors, and the others their outlines.
 
     Raises:
-        CheckpointError: a name or a shape that this classifier does not have.
+        CheckpointError: the classifier has no tensor of such a name and shape.
     """
     state = classifier.state_dict()
     for name, tensor in tensors.items():

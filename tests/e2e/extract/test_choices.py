@@ -95,7 +95,7 @@ def test_too_many_quarantined_then_accepted_then_mended(
     )
     assert refused.status == 3
     assert "Traceback" not in refused.err
-    assert "error: 1 of 20 tiles are quarantined, more than --max-quarantined 0.01 allows: mend them" in refused.err
+    assert "error: 1 of 20 tiles are quarantined, more than --max-quarantined 0.01 allows: fix them" in refused.err
     assert "\n  images/100_5.png: cannot be decoded as an image" in refused.err
     assert not (tmp_path / "a/current").exists()
     assert not (tmp_path / LAST_CACHE).exists()

@@ -68,6 +68,19 @@ def varied(make_bucket: Any) -> tuple[str, Objects]:
     return f"gs://{bucket.name}", objects
 
 
+def test_a_cache_holds_the_pooling_that_was_asked_for(varied: tuple[str, Objects], config: Any) -> None:
+    """And the same vectors, whatever else is stored; a second run has nothing to do."""
+    for cache, pooling in (("both", "cls+patch_mean"), ("one", "patch_mean")):
+        run_extraction(config(varied[0], cache=cache, pooling=pooling))
+        assert open_cache(cache).layout.pooling == tuple(pooling.split("+"))
+    both, one = read_arrays("both"), read_arrays("one")
+    assert both.keys() - one.keys() == {"cls"}
+    np.testing.assert_array_equal(one["patch_mean"], both["patch_mean"])
+    again = run_extraction(config(varied[0], cache="one", pooling="patch_mean"))
+    assert again is not None
+    assert again.values["computed"] == 0
+
+
 @pytest.mark.parametrize("precision, least", [("float32", 0.9999), ("bf16", 0.999)])
 @pytest.mark.parametrize("kind", ["plain", "gated"])
 def test_embeddings_equal_an_independent_computation(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from cache_schema import LABEL_ID_COLUMNS
 from cache_schema.cli.text import show_name
 from extract.tiles.batch import TileBatch
-from extract.timing import Timing, advise, describe_labels, describe_speed, describe_waits, share_waits
+from extract.timing import Stopwatch, Timing, advise, describe_labels, describe_speed, describe_waits, share_waits
 
 
 def timing(wall: float, feed: float, fetch_worker: float, decode_worker: float, write: float = 0.0) -> Timing:
@@ -83,3 +86,32 @@ def test_name_is_shown_on_one_line_and_does_nothing_to_a_terminal() -> None:
     assert show_name(name) == r"a\nerror: b\x1b[2J\r\x07\u202e\x9b.png"
     timing = Timing(label_lines=9, malformed=1, examples=[f"labels/{name}.txt:1"])
     assert describe_labels([timing]).isprintable()
+
+
+def test_every_second_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As waiting for a batch, computing, waiting for a write or copying, also what comes after the last batch."""
+    now = 0.0
+    monkeypatch.setattr("extract.timing.time", SimpleNamespace(perf_counter=lambda: now))
+    timing, writer = Timing(), SimpleNamespace(wait_s=0.0)
+    watched: Any = writer
+
+    def make_batches() -> Iterator[TileBatch]:
+        nonlocal now
+        for row, copied in ((0, 0.0), (1, 1.0)):
+            now += 2 + copied
+            timing.copy_s += copied
+            no_labels = np.zeros((1, LABEL_ID_COLUMNS), "<u2")
+            yield TileBatch(np.array([row]), [], np.ones(1, np.uint8), no_labels, 0, (), 0.25, 0.5)
+        now += 1
+        timing.copy_s += 1
+        writer.wait_s += 1  # for a block that was copied whole: part of copying
+
+    with Stopwatch(timing, watched) as stopwatch:
+        for _ in stopwatch.waits(make_batches()):
+            now += 5
+            writer.wait_s += 1
+        now += 4
+        writer.wait_s += 4
+    assert (timing.feed_s, timing.device_s, timing.write_s, timing.copy_s) == (4, 8, 6, 2)
+    assert timing.wall_s == 4 + 8 + 6
+    assert (timing.tiles, timing.fetch_worker_s, timing.decode_worker_s) == (2, 0.5, 1.0)
