@@ -132,7 +132,7 @@ class Taxonomy:
             raise TaxonomyError(f"{where}: class_id must count 0, 1, 2, … in order")
         names = tuple(row[-1].strip() for row in rows)
         if len(set(names)) != len(names) or not all(names):
-            raise TaxonomyError(f"{where}: every class needs a name of its own")
+            raise TaxonomyError(f"{where}: every class needs its own name")
         for ids in (class_ids, type_ids or ()):
             if len(set(ids)) != len(ids) or any(not 0 <= i < LABEL_ID_COLUMNS - 1 for i in ids):
                 raise TaxonomyError(f"{where}: ids must be distinct and 0..{LABEL_ID_COLUMNS - 2}")

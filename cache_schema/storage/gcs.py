@@ -218,17 +218,10 @@ class GcsObjects:
                 return None
         return int(blob.size)
 
-    def list_pages(self, prefix: str, *, folders: bool = False) -> Iterator[list[str]]:
-        """List the objects whose names begin with `prefix`, page by page.
-
-        Args:
-            prefix: of whole names, see `name`.
-            folders: list each folder, with a slash at the end, instead of the objects in it.
-        """
-        delimiter = "/" if folders else None
-        fields = "items(name),prefixes,nextPageToken"
-        for page in self._list(prefix, fields, delimiter):
-            yield [blob.name for blob in page] + list(page.prefixes)
+    def list_keys(self, prefix: str) -> Iterator[list[str]]:
+        """List the objects whose keys begin with `prefix`, page by page."""
+        for page in self._list(self.name(prefix), "items(name),nextPageToken"):
+            yield [blob.name[len(self.name("")) :] for blob in page]
 
     def list_items(self, folder: str, fields: str) -> Iterator[list[Mapping[str, str]]]:
         """List all objects below a folder, or below the whole place for "", page by page.
@@ -244,15 +237,14 @@ class GcsObjects:
 
     def list_dir(self, folder: str = "") -> Iterator[str]:
         prefix = self.name(f"{folder.rstrip('/')}/" if folder.rstrip("/") else "")
-        for page in self.list_pages(prefix, folders=True):
+        for page in self._list(prefix, "items(name),prefixes,nextPageToken", "/"):
+            names = [blob.name for blob in page] + list(page.prefixes)
             # An empty name is the placeholder that consoles make for a folder.
-            yield from filter(None, (name[len(prefix) :].rstrip("/") for name in page))
+            yield from filter(None, (name[len(prefix) :].rstrip("/") for name in names))
 
     def find(self, name: str) -> Iterator[str]:
-        for page in self.list_items("", "name"):
-            for item in page:
-                if item["name"].rpartition("/")[2] == name:
-                    yield item["name"][len(self.name("")) :]
+        for keys in self.list_keys(""):
+            yield from (key for key in keys if key.rpartition("/")[2] == name)
 
     def measure_dir(self, folder: str) -> tuple[int, float]:
         size, newest = 0, 0.0

@@ -156,9 +156,9 @@ class GcsStore(Store):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """List all keys that begin with `prefix`, not shortened."""
-        async for names in self._stream(self._objects.list_pages(self._objects.name(prefix))):
-            for name in names:
-                yield name[len(self._objects.name("")) :]
+        async for keys in self._stream(self._objects.list_keys(prefix)):
+            for key in keys:
+                yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """List the names directly below a folder, without slashes."""

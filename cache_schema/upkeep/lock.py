@@ -239,9 +239,11 @@ class _Heart:
             self._stored = stored
             return True
         found = self._lock.read()
+        lost = "the lock of this run was removed"
+        if found:
+            lost = f"{_describe(found)} has taken over what this run writes"
         print(
-            f"warning: {_describe(found) if found else 'nobody, its owner object was removed,'} has taken over what "
-            "this run writes; both go on, and digests reject blocks that they mix",
+            f"warning: {lost}; the run goes on, and digests reject blocks that two writers mix",
             file=sys.stderr,
             flush=True,
         )

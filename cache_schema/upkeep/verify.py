@@ -154,7 +154,7 @@ def _check_seal(version: Version, sealed: bool) -> tuple[list[str], bool]:
     if not sealed:
         why = _describe_chunk(version, "seal", 0)
         unread = why not in (None, _MISSING)
-        return [f"array seal: {why}: `make extract` seals anew" if unread else "the version is not sealed"], False
+        return [f"array seal: {why}: `make extract` seals it again" if unread else "the version is not sealed"], False
     try:
         contradicted = not version.check_seal()
     except IntegrityError:  # the check of the table reports it

@@ -220,7 +220,7 @@ class BucketRun:
             self._whole = set(wanted.values())
             return [f"warning: {line}: the checkpoint before it is used" for line in damaged]
         reasons = "; ".join(damaged) or "it has none"
-        raise CheckpointError(f"no whole checkpoint in {self.url} ({reasons}): start a new run without --resume")
+        raise CheckpointError(f"no complete checkpoint in {self.url} ({reasons}): start a new run without --resume")
 
     def _read_list(self, number: int) -> dict[str, str]:
         try:

@@ -209,7 +209,7 @@ def load_best(run: Path) -> LoadedCheckpoint:
         return load_checkpoint(run / "best")
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}: continue that run with --resume, which repairs it if it can, or train anew"
+            f"{error}: continue that run with --resume, which repairs it if it can, or train again"
         ) from error
 
 

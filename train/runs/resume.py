@@ -77,7 +77,7 @@ def _repair_best(run: RunDirectory, checkpoint: LoadedCheckpoint) -> tuple[str, 
         if source.meta.epoch == epoch and not source.meta.begun.steps:
             shutil.rmtree(run.best, ignore_errors=True)
             save_checkpoint(run.best, source.tensors, replace(source.meta, thresholds=(), temperature=1.0))
-            return (f"{reason}; written anew from {held}, which is of the best epoch, {epoch}",)
+            return (f"{reason}; replaced by {held}, which is of the best epoch, {epoch}",)
     raise CheckpointError(
         f"cannot resume {run}: {reason}; no other checkpoint is of the best epoch, {epoch}: {_START_OVER}"
     )

@@ -160,7 +160,7 @@ def test_verify_another_versions_table(tmp_path: Path, run: Run) -> None:
     done = run("verify", str(tmp_path), "--version", "0" * 20)
 
     assert done.returncode == 3
-    assert "not the one this version's id was made from" in done.stdout
+    assert "does not match the id of this version" in done.stdout
 
 
 def test_verify_a_damaged_table(tmp_path: Path, run: Run) -> None:

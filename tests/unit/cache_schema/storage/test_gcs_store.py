@@ -44,6 +44,14 @@ def put(store: GcsStore, key: str, data: bytes) -> None:
     sync(store.set(key, PROTOTYPE.buffer.from_bytes(data)))
 
 
+def write(store: GcsStore, method: str, key: str, data: bytes) -> None:
+    """Write by the store's `set` or by its objects' `create`."""
+    if method == "set":
+        put(store, key, data)
+    else:
+        assert store._objects.create(key, data)
+
+
 def read(store: GcsStore, key: str) -> bytes | None:
     value = sync(store.get(key, PROTOTYPE))
     return None if value is None else value.to_bytes()
@@ -304,7 +312,7 @@ def test_damaged_upload_is_sent_again(proxy: Proxy, proxied: GcsStore, method: s
         return path, body
 
     proxy.change_request = damage_twice
-    sync(getattr(proxied, method)("a", PROTOTYPE.buffer.from_bytes(b"payload")))
+    write(proxied, method, "a", b"payload")
     assert damaged == 2
     assert read(proxied, "a") == b"payload"
 
@@ -327,10 +335,7 @@ def test_lost_acknowledgement_of_an_upload(proxy: Proxy, proxied: GcsStore, meth
         return status, headers, body
 
     proxy.change_answer = lose_first
-    if method == "create":
-        assert proxied._objects.create("owner", b"run 7f3a")
-    else:
-        put(proxied, "owner", b"run 7f3a")
+    write(proxied, method, "owner", b"run 7f3a")
     assert statuses == ([200, 412] if method == "create" else [200, 200])
     assert read(proxied, "owner") == b"run 7f3a"
     assert not proxied._objects.create("owner", b"run 0000")

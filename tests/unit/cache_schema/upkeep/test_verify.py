@@ -238,7 +238,7 @@ def test_a_damaged_seal_is_named(cache_url: str) -> None:
     key = f"{version.id}.zarr/seal/c/0"
     put_bytes(cache_url, key, (get_bytes(cache_url, key) or b"")[:-1])
     assert verify_version(version).lines == (
-        "array seal: its chunk has 35 bytes instead of 36: `make extract` seals anew",
+        "array seal: its chunk has 35 bytes instead of 36: `make extract` seals it again",
     )
 
 

@@ -79,7 +79,7 @@ def test_names_from_the_bucket_stay_inside(url: str, bucket: storage.Bucket, tmp
     notes = BucketRun(f"{url}-001").fetch(tmp_path / "inner" / "copy")
     assert "000002.json is damaged" in notes[0]
     bucket.blob(f"{prefix}/checkpoints/000001.json").delete()
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         RunDirectory.open(url)
     assert not [path for path in tmp_path.rglob("*") if path.name in ("outside", "optimizer.pt", "claim")]
 

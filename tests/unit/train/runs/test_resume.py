@@ -1,4 +1,4 @@
-"""What a damaged run goes on from: the checkpoint before, the best epoch written anew, or one line that says why."""
+"""What a damaged run goes on from: the checkpoint before, the best epoch replaced, or one line that says why."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_damaged_best_is_written_anew_or_refused_before_training(
         checkpoint, (note,) = recover_run(run, 1)
         assert checkpoint is not None
         assert checkpoint.meta.epoch == 3
-        assert note.endswith(f"written anew from {run.path / ('last' if epoch == 3 else 'previous')}, "
+        assert note.endswith(f"replaced by {run.path / ('last' if epoch == 3 else 'previous')}, "
                              f"which is of the best epoch, {epoch}")  # fmt: skip
         mended = load_checkpoint(run.best)
         assert mended.meta.epoch == epoch
