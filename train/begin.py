@@ -1,4 +1,4 @@
-"""What is decided, checked and opened before a training run begins."""
+"""Decide, check and open what a training run needs before it begins."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -18,24 +18,27 @@ from .errors import CheckpointError, TrainError
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What rank 0 decides before training: where files go, and which state to go on from."""
+    """What rank 0 decides before training: where files go, and which state to continue from."""
 
     run: RunDirectory
     resume: LoadedCheckpoint | None
     notes: tuple[str, ...]
 
     def outline(self) -> Self:
-        """The same without the state itself."""
+        """Return the same without the state itself."""
         return replace(self, resume=self.resume and self.resume.outline())
 
 
 def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
-    """The settings a run really uses: a resumed run's own, or completed from the head it starts from."""
+    """Return the settings that a run uses, the head it starts from, and notes for the user.
+
+    A resumed run uses its own settings; a fine-tuning takes split, features and shape from the head it starts from.
+    """
     if config.resume:
         run = RunDirectory.resume(config.run)
         stored = run.read_config()
         if not stored.val_cache:
-            # A split file may be lost, with the machine it was on; another release may split otherwise.
+            # The split file may be gone with its machine, and another release may split differently.
             stored = replace(stored, data=replace(stored.data, split_file=run.split_file))
         return config.resume_from(stored), None, ()
     found = _find_head(config) if config.unfreeze else None
@@ -62,9 +65,10 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint |
 
 
 def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | None:
-    """The cached head to start from: the run asked for, else the newest beside this one, if it is of this cache."""
-    beside, slash, _ = config.run.rstrip("/").rpartition("/")
-    run = RunDirectory.open(config.head_run) if config.head_run else RunDirectory.find(f"{beside}{slash}head")
+    """Return the head to start from: of `head_run`, else of the newest run `head` in the same folder, if it was trained
+    on this cache."""
+    folder, slash, _ = config.run.rstrip("/").rpartition("/")
+    run = RunDirectory.open(config.head_run) if config.head_run else RunDirectory.find(f"{folder}{slash}head")
     if run is None:
         return None
     head = load_best(run.path)
@@ -74,12 +78,12 @@ def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | N
 
 
 def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
-    """The settings that give a head of a checkpoint's shape."""
+    """Return the settings that give a head of a checkpoint's shape."""
     return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
 
 
 def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> tuple[str, ...]:
-    """Refuse what would fail later, before anything is written; returns what to say of the room on disk.
+    """Refuse what would fail later, before anything is written; return notes about free disk space.
 
     Raises:
         TileprobeError: the run cannot be made.
@@ -102,7 +106,7 @@ def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
 
 
 def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
-    """Rank 0: check what would fail later, then make or reopen the run directory."""
+    """Check what would fail later, then make or reopen the run directory. Only rank 0 calls it."""
     room = check_run(config, head, sets)
     if config.resume:
         run = RunDirectory.resume(config.run)
@@ -116,21 +120,14 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
         )
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
-    # The settings last: with them the directory is a run, which can be resumed.
+    # The settings come last: once they are there, the directory counts as a run that can be resumed.
     write_settings(run, config, sets.train.version)
     run.finish()
-    return Start(
-        run,
-        None,
-        (
-            *room,
-            f"global batch {config.batch_size}; files go to {run}",
-        ),
-    )
+    return Start(run, None, (*room, f"global batch {config.batch_size}; files go to {run}"))
 
 
 def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> None:
-    """config.json: the settings, and what the cache was made from."""
+    """Write config.json: the settings, and what the cache was made from."""
     run.write_json(
         "config.json",
         {
@@ -143,7 +140,7 @@ def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> 
 
 
 def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
-    """A run goes on with the rows it began with, or not at all."""
+    """Refuse to resume a run on other rows than those it began with."""
     began, now = run.read_version(), sets.train.version.id
     if began != now:
         raise TrainError(

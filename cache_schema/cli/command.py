@@ -1,8 +1,4 @@
-"""What every command line of this project does alike: help in groups, settings, what goes to which stream, statuses.
-
-The one room beside the `__main__`s that knows click. It stands on the ground floor since all three packages have a
-command line; nothing else here imports it.
-"""
+"""Give all command lines the same behaviour: help in groups, settings, output streams, logging, exit statuses."""
 
 import io
 import json
@@ -31,20 +27,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 DONE, FAILED, USAGE, FOUND = 0, 1, 2, 3
 STATUSES = (
     (str(DONE), "done"),
-    (str(FAILED), "an error, in one line that names its remedy"),
-    (str(USAGE), "a command line, settings file or variable that cannot be understood"),
+    (str(FAILED), "an error, in one line that says what to do"),
+    (str(USAGE), "a command line, settings file or variable that is not valid"),
     (
         str(FOUND),
-        "it ran, and found what it looks for: damage, a difference, too many quarantined tiles, a failed check",
+        "it ran and found what it looks for: damage, a difference, too many quarantined tiles, a failed check",
     ),
     ("128 + n", "stopped by signal n: 130 after Ctrl-C, 143 after SIGTERM"),
 )
-"""Exit statuses and what they mean, of every command."""
+"""Exit statuses of all commands, and what they mean."""
 
 HEADINGS = ("Data", "Model", "Training", "Output", "Machine", "Command line")
 _SETTINGS, _QUIET, _VERBOSE, _JSON = (f"tileprobe.{name}" for name in ("settings", "quiet", "verbose", "json"))
 _DETAILED = ("cache_schema", "extract", "train", "urllib3")
-"""Whose debug lines --verbose shows; urllib3's are one a request to a bucket."""
+"""Loggers whose debug lines --verbose shows; urllib3 logs one line for each request to a bucket."""
 _PAUSE_S = 5.0
 
 _log = logging.getLogger(__name__)
@@ -52,12 +48,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command leaves to scripts.
+    """What a command returns to scripts.
 
     Attributes:
-        values: the object that --json prints; a number that is not finite becomes null.
-        status: of the process.
-        line: what --quiet leaves of the rest; the last one printed if this is empty.
+        values: the object that --json prints; NaN and infinities become null.
+        status: exit status of the process.
+        line: the line that --quiet prints; empty for the last line printed.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +62,7 @@ class Outcome:
 
 
 def heading(title: str) -> Callable[[F], F]:
-    """A title in --help for the options below it, as far as the next one; the same title again goes on with it."""
+    """Put the options of the decorators below, as far as the next heading, under a title in --help."""
 
     def mark(function: F) -> F:
         for param in getattr(function, "__click_params__", ()):
@@ -98,7 +94,7 @@ class Command(click.Command):
         return [_JSON_OPTION, *_COMMON] if self.gives_json else _COMMON
 
     def list_settings(self) -> dict[str, click.Option]:
-        """The options that a file or a variable may set, by their name without dashes."""
+        """Return the options that a file or a variable may set, by their name without dashes."""
         options = [param for param in (*self.params, *self._common) if isinstance(param, click.Option)]
         return {_name(option): option for option in options if option is not _SETTINGS_OPTION}
 
@@ -121,7 +117,7 @@ class Command(click.Command):
                 formatter.write("".join(f"  {example}\n" for example in self.examples))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the callback with its streams and its log as asked, and end with its status."""
+        """Run the callback with streams and log as the options say, and exit with its status."""
         try:
             with _streams(ctx) as held, _logging(ctx):
                 _tell_settings(ctx)
@@ -153,15 +149,16 @@ class Group(click.Group):
         with formatter.section("Settings"):
             formatter.write_text(
                 f"Options are also read from {FILE} in the working directory (tables [{self.name}] and "
-                f"[{self.name}.COMMAND]) and from variables {variable}. Command line over environment over file over "
-                "default."
+                f"[{self.name}.COMMAND]) and from variables {variable}. If an option is set twice, the command line "
+                "wins, then the environment, the file, the default."
             )
 
 
 def run_group(group: Group) -> None:
-    """Run the command that this process was started for; wrong usage and Ctrl-C end it here.
+    """Run the command that this process was started for, and exit.
 
-    Under torchrun every rank reads the same line: the first one answers, and the others let it speak first.
+    Wrong usage and Ctrl-C exit with one line. Under torchrun every rank parses the same command line: only the first
+    prints the error, and the others wait, so that torchrun does not stop it before.
     """
     try:
         status = group.main(prog_name=f"python -m {group.name}", standalone_mode=False)
@@ -177,14 +174,14 @@ def run_group(group: Group) -> None:
 
 
 def exit_interrupted() -> NoReturn:
-    """End after Ctrl-C, with one line."""
+    """Exit after Ctrl-C, with one line."""
     if is_first_rank():
         click.echo("stopped by SIGINT", err=True)
     sys.exit(128 + signal.SIGINT)
 
 
 def _end_quietly(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Ctrl-C before a command runs: while its modules are imported, torch among them, which takes seconds."""
+    """Exit with one line on Ctrl-C while modules are imported, which takes seconds for torch."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
         return
@@ -192,16 +189,16 @@ def _end_quietly(kind: type[BaseException], error: BaseException, traceback: Tra
         exit_interrupted()
     except SystemExit as stop:
         sys.stderr.flush()
-        os._exit(int(stop.code or 0))  # else the interpreter ends by the signal itself
+        os._exit(int(stop.code or 0))  # a normal exit would end by the signal instead
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for its job: the only one, or the first that torchrun started."""
+    """Return whether this process prints for its job: it is the only one, or the first that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def is_given(context: click.Context, param: click.Parameter) -> bool:
-    """Whether a user set this parameter, be it on the command line, in the environment or in a file."""
+    """Return whether a user set this parameter: on the command line, in the environment or in a file."""
     given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     return param.name is not None and context.get_parameter_source(param.name) in given
 
@@ -218,7 +215,8 @@ def _note(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
 
 
 def _apply_settings(ctx: click.Context, param: click.Parameter, file: str | None) -> None:
-    """Make settings the defaults of the options that are not parsed yet. A command that code calls has none."""
+    """Make settings the defaults of the options that are not parsed yet. Hidden commands, which only code calls, take
+    none."""
     group, command = ctx.parent.command if ctx.parent else None, ctx.command
     if ctx.resilient_parsing or not isinstance(group, Group) or command.hidden:
         return
@@ -233,7 +231,7 @@ def _apply_settings(ctx: click.Context, param: click.Parameter, file: str | None
 
 
 def _tell_settings(ctx: click.Context) -> None:
-    """One line with the settings that are in force and stand on no command line."""
+    """Print one line with the options in use that the command line did not set, and where each was set."""
     settings: dict[str, Setting] = ctx.meta.get(_SETTINGS, {})
     used = [
         f"--{_name(param)} {setting} ({setting.origin})"
@@ -248,8 +246,7 @@ def _tell_settings(ctx: click.Context) -> None:
 
 @contextmanager
 def _streams(ctx: click.Context) -> Iterator[io.StringIO]:
-    """Where what is printed for people goes: to stderr where stdout is a script's; of a quiet command, into what this
-    gives."""
+    """Send what is printed for people to stderr with --json, and into the buffer yielded with --quiet."""
     quiet, held = ctx.meta.get(_QUIET), io.StringIO()
     if quiet and ctx.meta.get(_VERBOSE):
         raise click.UsageError("--quiet and --verbose exclude each other", ctx)
@@ -259,9 +256,9 @@ def _streams(ctx: click.Context) -> Iterator[io.StringIO]:
 
 @contextmanager
 def _logging(ctx: click.Context) -> Iterator[None]:
-    """The log while a command runs: its debug lines if it is verbose, errors alone if it is quiet.
+    """Set log levels while a command runs: debug lines with --verbose, only errors with --quiet.
 
-    Progress bars are drawn where warnings are logged, so that the level is all there is to ask.
+    Progress bars are drawn only if warnings are logged, so they follow the same level.
     """
     root, quiet, verbose = logging.getLogger(), ctx.meta.get(_QUIET), ctx.meta.get(_VERBOSE)
     loggers = [logging.getLogger(name) for name in _DETAILED] if verbose else [root] if quiet else []
@@ -282,7 +279,7 @@ def _logging(ctx: click.Context) -> Iterator[None]:
 
 
 def _replace_infinite(value: Any) -> Any:
-    """The same without NaN and infinities, which JSON does not have."""
+    """Return the value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _replace_infinite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -297,7 +294,7 @@ _SETTINGS_OPTION = click.Option(
     is_eager=True,
     expose_value=False,
     callback=_apply_settings,
-    help=f"TOML file of further options.  [default: {FILE}, if it is there]",
+    help=f"TOML file of further options.  [default: {FILE}, if it exists]",
 )
 _COMMON = [
     _SETTINGS_OPTION,
@@ -306,14 +303,14 @@ _COMMON = [
         is_flag=True,
         expose_value=False,
         callback=_note(_QUIET),
-        help="Print errors and the last line only.",
+        help="Print only errors and the last line.",
     ),
     click.Option(
         ["-v", "--verbose"],
         is_flag=True,
         expose_value=False,
         callback=_note(_VERBOSE),
-        help="Print every block, batch and request as well, and where an error arose.",
+        help="Also print every block, batch and request, and where an error arose.",
     ),
 ]
 _JSON_OPTION = click.Option(
@@ -321,8 +318,8 @@ _JSON_OPTION = click.Option(
     is_flag=True,
     expose_value=False,
     callback=_note(_JSON),
-    help="Print one JSON object on stdout, and everything for people on stderr.",
+    help="Print one JSON object on stdout, and everything else on stderr.",
 )
 
-# By being imported: between the imports of a `__main__` there is no place for a call.
+# Set on import: a `__main__` has no place for a call between its imports.
 sys.excepthook = _end_quietly

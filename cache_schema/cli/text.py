@@ -1,22 +1,23 @@
-"""Names, bytes and durations as a person reads them."""
+"""Format names, bytes and durations for people, and parse what people write."""
 
 import re
 from collections.abc import Sequence
 
 
 def show_name(name: str) -> str:
-    """A name on one line: what a terminal would obey instead of showing is escaped as Python does it."""
+    """Return a name on one line; control characters, which a terminal would obey, are escaped as Python does it."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 def show_first(items: Sequence[str], *, separator: str = ", ", limit: int = 5, of: int | None = None) -> str:
-    """The first few, and how many more there are (of more than `items`, when `of` says so)."""
+    """Return the first few items, and how many more there are; `of` is their number if `items` are only some."""
     count = len(items) if of is None else of
     more = [f"{separator or ' '}and {count - limit:,} more"] if count > limit else []
     return separator.join(items[:limit]) + "".join(more)
 
 
 def format_duration(seconds: float) -> str:
+    """Return seconds, minutes or hours, whichever reads best."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -26,10 +27,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def parse_bytes(text: str) -> int:
-    """`1500`, `512M`, `1.5G` (powers of 1024) as bytes.
+    """Return `1500`, `512M` or `1.5G` (powers of 1024) as a number of bytes.
 
     Raises:
-        ValueError: it is something else, or nothing.
+        ValueError: it is something else, or 0 bytes.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", text.strip().upper(), re.ASCII)
     if not match or not (size := int(float(match[1]) * _UNITS[match[2]])):
@@ -37,8 +38,20 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_integers(text: str) -> tuple[int, ...]:
+    """Return `5,48` as (5, 48).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"{text}: whole numbers separated by commas, such as 5,48") from error
+
+
 def format_bytes(size: int) -> str:
-    """In the largest unit that leaves at least 1, rounded up to a tenth, so that what it says is enough."""
+    """Return bytes in the largest unit that leaves at least 1, rounded up to a tenth, so that the figure is enough."""
     unit, scale = next(((u, s) for u, s in reversed(_UNITS.items()) if size >= s), ("", 1))
     tenths = -(-10 * size // scale)
     return f"{tenths // 10}{f'.{tenths % 10}' if tenths % 10 else ''}{unit}"
