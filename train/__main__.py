@@ -277,7 +277,6 @@ def _read_rung_options(
         raise TrainError(
             f"{name} {text}: {str(reason).rstrip('.')}: see `python -m train {command.name} -h`"
         ) from error
-    options.pop("dry_run", None)
     _make_config(options)
     return tuple(given)
 

@@ -18,24 +18,27 @@ from .errors import CheckpointError, TrainError
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What rank 0 decides before training: the run directory, and the state from which to resume."""
+    """What rank 0 decides before training: where files go, and which state to continue from."""
 
     run: RunDirectory
     resume: LoadedCheckpoint | None
     notes: tuple[str, ...]
 
     def outline(self) -> Self:
-        """Return the same without the tensors of the state."""
+        """Return the same without the state itself."""
         return replace(self, resume=self.resume and self.resume.outline())
 
 
 def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint | None, tuple[str, ...]]:
-    """Return the settings that a run uses: a resumed run's own, or completed from the head it starts with."""
+    """Return the settings that a run uses, the head it starts from, and notes for the user.
+
+    A resumed run uses its own settings; a fine-tuning takes split, features and shape from the head it starts from.
+    """
     if config.resume:
         run = RunDirectory.resume(config.run)
         stored = run.read_config()
         if not stored.val_cache:
-            # The original split file may be lost, and another release may split differently.
+            # The split file may be gone with its machine, and another release may split differently.
             stored = replace(stored, data=replace(stored.data, split_file=run.split_file))
         return config.resume_from(stored), None, ()
     found = _find_head(config) if config.unfreeze else None
@@ -62,9 +65,10 @@ def resolve_config(config: TrainConfig) -> tuple[TrainConfig, LoadedCheckpoint |
 
 
 def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | None:
-    """Find the cached head to start from: the run asked for, else the newest head run in the same place and cache."""
-    beside, slash, _ = config.run.rstrip("/").rpartition("/")
-    run = RunDirectory.open(config.head_run) if config.head_run else RunDirectory.find(f"{beside}{slash}head")
+    """Return the head to start from: of `head_run`, else of the newest run `head` in the same folder, if it was trained
+    on this cache."""
+    folder, slash, _ = config.run.rstrip("/").rpartition("/")
+    run = RunDirectory.open(config.head_run) if config.head_run else RunDirectory.find(f"{folder}{slash}head")
     if run is None:
         return None
     head = load_best(run.path)
@@ -74,12 +78,12 @@ def _find_head(config: TrainConfig) -> tuple[RunDirectory, LoadedCheckpoint] | N
 
 
 def _describe_shape(meta: CheckpointMeta) -> dict[str, Any]:
-    """Return the settings that make a head of the shape of a checkpoint."""
+    """Return the settings that give a head of a checkpoint's shape."""
     return {"head": "mlp", "hidden": meta.hidden} if meta.hidden else {"head": "linear"}
 
 
 def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> tuple[str, ...]:
-    """Check, before anything is written, that the run can be made; return lines about room on disk.
+    """Refuse what would fail later, before anything is written; return notes about free disk space.
 
     Raises:
         TileprobeError: it cannot.
@@ -102,7 +106,7 @@ def check_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) ->
 
 
 def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> Start:
-    """On rank 0, check what would fail later, then make or reopen the run directory."""
+    """Check what would fail later, then make or reopen the run directory. Only rank 0 calls it."""
     room = check_run(config, head, sets)
     if config.resume:
         run = RunDirectory.resume(config.run)
@@ -115,7 +119,7 @@ def open_run(config: TrainConfig, head: LoadedCheckpoint | None, sets: Sets) -> 
         return Start(run, resume, (*room, *run.notes, *notes, line))
     run = RunDirectory.create(config.run)
     run.write_json("split.json", sets.split)
-    # The settings come last: with them the directory is a run that can be resumed.
+    # The settings come last: once they are there, the directory counts as a run that can be resumed.
     write_settings(run, config, sets.train.version)
     run.finish()
     return Start(run, None, (*room, f"global batch {config.batch_size}; files go to {run}"))
@@ -135,7 +139,7 @@ def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> 
 
 
 def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
-    """Check that a run resumes with the rows it began with."""
+    """Refuse to resume a run on other rows than those it began with."""
     began, now = run.read_version(), sets.train.version.id
     if began != now:
         raise TrainError(

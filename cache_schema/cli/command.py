@@ -1,8 +1,4 @@
-"""Behaviour that all command lines of this project share: grouped help, settings, output streams, exit statuses.
-
-All three packages have a command line, so it lies in the lowest of them. Reading a cache does not import it, and so
-needs no click.
-"""
+"""Give all command lines the same behaviour: help in groups, settings, output streams, logging, exit statuses."""
 
 import io
 import json
@@ -32,19 +28,19 @@ DONE, FAILED, USAGE, FOUND = 0, 1, 2, 3
 STATUSES = (
     (str(DONE), "done"),
     (str(FAILED), "an error, in one line that says what to do"),
-    (str(USAGE), "a command line, settings file or variable that cannot be understood"),
+    (str(USAGE), "a command line, settings file or variable that is not valid"),
     (
         str(FOUND),
-        "it ran and found a problem: damage, a difference, too many quarantined tiles, a failed check",
+        "it ran and found what it looks for: damage, a difference, too many quarantined tiles, a failed check",
     ),
     ("128 + n", "stopped by signal n: 130 after Ctrl-C, 143 after SIGTERM"),
 )
-"""Exit statuses of every command, and their meaning."""
+"""Exit statuses of all commands, and what they mean."""
 
 HEADINGS = ("Data", "Model", "Training", "Output", "Machine", "Command line")
 _SETTINGS, _QUIET, _VERBOSE, _JSON = (f"tileprobe.{name}" for name in ("settings", "quiet", "verbose", "json"))
 _DETAILED = ("cache_schema", "extract", "train", "urllib3")
-"""Loggers whose debug lines --verbose shows; urllib3 logs one for each request to a bucket."""
+"""Loggers whose debug lines --verbose shows; urllib3 logs one line for each request to a bucket."""
 _PAUSE_S = 5.0
 
 _log = logging.getLogger(__name__)
@@ -52,12 +48,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a command, for scripts.
+    """What a command returns to scripts.
 
     Attributes:
         values: the object that --json prints; NaN and infinities become null.
-        status: of the process.
-        line: the line that --quiet prints; if it is empty, the last line that the command printed.
+        status: exit status of the process.
+        line: the line that --quiet prints; empty for the last line printed.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -66,7 +62,7 @@ class Outcome:
 
 
 def heading(title: str) -> Callable[[F], F]:
-    """Set the title in --help of the options below, up to the next heading; a title may occur several times."""
+    """Put the options of the decorators below, as far as the next heading, under a title in --help."""
 
     def mark(function: F) -> F:
         for param in getattr(function, "__click_params__", ()):
@@ -98,7 +94,7 @@ class Command(click.Command):
         return [_JSON_OPTION, *_COMMON] if self.gives_json else _COMMON
 
     def list_settings(self) -> dict[str, click.Option]:
-        """Return the options that a file or variable may set, by their names without dashes."""
+        """Return the options that a file or a variable may set, by their name without dashes."""
         options = [param for param in (*self.params, *self._common) if isinstance(param, click.Option)]
         return {_name(option): option for option in options if option is not _SETTINGS_OPTION}
 
@@ -121,7 +117,7 @@ class Command(click.Command):
                 formatter.write("".join(f"  {example}\n" for example in self.examples))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the callback with the requested output and log, and exit with its status."""
+        """Run the callback with streams and log as the options say, and exit with its status."""
         try:
             with _streams(ctx) as held, _logging(ctx):
                 _tell_settings(ctx)
@@ -159,9 +155,10 @@ class Group(click.Group):
 
 
 def run_group(group: Group) -> None:
-    """Run the command of this process; report wrong usage and Ctrl-C.
+    """Run the command that this process was started for, and exit.
 
-    Under torchrun every rank has the same command line: the first rank prints the error, and the others wait for it.
+    Wrong usage and Ctrl-C exit with one line. Under torchrun every rank parses the same command line: only the first
+    prints the error, and the others wait, so that torchrun does not stop it before.
     """
     try:
         status = group.main(prog_name=f"python -m {group.name}", standalone_mode=False)
@@ -184,7 +181,7 @@ def exit_interrupted() -> NoReturn:
 
 
 def _end_quietly(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Handle Ctrl-C before a command runs: its imports, torch among them, take seconds."""
+    """Exit with one line on Ctrl-C while modules are imported, which takes seconds for torch."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, traceback)
         return
@@ -192,16 +189,16 @@ def _end_quietly(kind: type[BaseException], error: BaseException, traceback: Tra
         exit_interrupted()
     except SystemExit as stop:
         sys.stderr.flush()
-        os._exit(int(stop.code or 0))  # otherwise the interpreter kills itself with the signal
+        os._exit(int(stop.code or 0))  # a normal exit would end by the signal instead
 
 
 def is_first_rank() -> bool:
-    """Return whether this process prints for its job: it is the only one, or rank 0 of torchrun."""
+    """Return whether this process prints for its job: it is the only one, or the first that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def is_given(context: click.Context, param: click.Parameter) -> bool:
-    """Return whether the user set this parameter, on the command line, in the environment or in a file."""
+    """Return whether a user set this parameter: on the command line, in the environment or in a file."""
     given = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     return param.name is not None and context.get_parameter_source(param.name) in given
 
@@ -218,7 +215,8 @@ def _note(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
 
 
 def _apply_settings(ctx: click.Context, param: click.Parameter, file: str | None) -> None:
-    """Make settings the defaults of options that are not parsed yet; a command called from code reads none."""
+    """Make settings the defaults of the options that are not parsed yet. Hidden commands, which only code calls, take
+    none."""
     group, command = ctx.parent.command if ctx.parent else None, ctx.command
     if ctx.resilient_parsing or not isinstance(group, Group) or command.hidden:
         return
@@ -233,7 +231,7 @@ def _apply_settings(ctx: click.Context, param: click.Parameter, file: str | None
 
 
 def _tell_settings(ctx: click.Context) -> None:
-    """Print a line with the settings in effect that are not on the command line."""
+    """Print one line with the options in use that the command line did not set, and where each was set."""
     settings: dict[str, Setting] = ctx.meta.get(_SETTINGS, {})
     used = [
         f"--{_name(param)} {setting} ({setting.origin})"
@@ -248,7 +246,7 @@ def _tell_settings(ctx: click.Context) -> None:
 
 @contextmanager
 def _streams(ctx: click.Context) -> Iterator[io.StringIO]:
-    """Redirect output for people: to stderr if stdout is for scripts, to the yielded buffer if the command is quiet."""
+    """Send what is printed for people to stderr with --json, and into the buffer yielded with --quiet."""
     quiet, held = ctx.meta.get(_QUIET), io.StringIO()
     if quiet and ctx.meta.get(_VERBOSE):
         raise click.UsageError("--quiet and --verbose exclude each other", ctx)
@@ -258,9 +256,9 @@ def _streams(ctx: click.Context) -> Iterator[io.StringIO]:
 
 @contextmanager
 def _logging(ctx: click.Context) -> Iterator[None]:
-    """Set the log level while a command runs: debug if it is verbose, errors if it is quiet.
+    """Set log levels while a command runs: debug lines with --verbose, only errors with --quiet.
 
-    Progress bars are shown where warnings are logged, so the level decides about them too.
+    Progress bars are drawn only if warnings are logged, so they follow the same level.
     """
     root, quiet, verbose = logging.getLogger(), ctx.meta.get(_QUIET), ctx.meta.get(_VERBOSE)
     loggers = [logging.getLogger(name) for name in _DETAILED] if verbose else [root] if quiet else []
@@ -281,7 +279,7 @@ def _logging(ctx: click.Context) -> Iterator[None]:
 
 
 def _replace_infinite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON does not have, by null."""
+    """Return the value with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, Mapping):
         return {str(key): _replace_infinite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -296,7 +294,7 @@ _SETTINGS_OPTION = click.Option(
     is_eager=True,
     expose_value=False,
     callback=_apply_settings,
-    help=f"TOML file of further options.  [default: {FILE}, if it is there]",
+    help=f"TOML file of further options.  [default: {FILE}, if it exists]",
 )
 _COMMON = [
     _SETTINGS_OPTION,
@@ -305,14 +303,14 @@ _COMMON = [
         is_flag=True,
         expose_value=False,
         callback=_note(_QUIET),
-        help="Print errors and the last line only.",
+        help="Print only errors and the last line.",
     ),
     click.Option(
         ["-v", "--verbose"],
         is_flag=True,
         expose_value=False,
         callback=_note(_VERBOSE),
-        help="Print every block, batch and request as well, and the traceback of an error.",
+        help="Also print every block, batch and request, and where an error arose.",
     ),
 ]
 _JSON_OPTION = click.Option(
@@ -320,8 +318,8 @@ _JSON_OPTION = click.Option(
     is_flag=True,
     expose_value=False,
     callback=_note(_JSON),
-    help="Print one JSON object on stdout, and everything for people on stderr.",
+    help="Print one JSON object on stdout, and everything else on stderr.",
 )
 
-# Set on import, since a `__main__` cannot call anything between its imports.
+# Set on import: a `__main__` has no place for a call between its imports.
 sys.excepthook = _end_quietly

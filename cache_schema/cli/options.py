@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 
 import click
 
-from .text import parse_bytes
+from .text import parse_bytes, parse_integers
 
 T = TypeVar("T")
 
@@ -76,32 +76,20 @@ class Option(NamedTuple):
     per_node: bool
 
 
-class _Bytes(click.ParamType[int]):
-    name = "bytes"
+class _Parsed(click.ParamType[Any]):
+    """Parse a value by a function, and show a user the text of its ValueError."""
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return parse_bytes(value)
+            return self._parse(value) if isinstance(value, str) else value
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class _Integers(click.ParamType[tuple[int, ...]]):
-    name = "text"
-
-    def convert(
-        self, value: str | tuple[int, ...], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in value.split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value}: whole numbers separated by commas, such as 5,48", param, ctx)
-
-
-BYTES = _Bytes()
-"""`512M` as a number of bytes."""
+BYTES, _INTEGERS = _Parsed("bytes", parse_bytes), _Parsed("text", parse_integers)
 FILE, FOLDER = click.Path(dir_okay=False), click.Path(file_okay=False)
 
 
@@ -201,7 +189,7 @@ def _choose_type(hint: Any) -> click.ParamType[Any]:
     kinds = [kind for kind in _flatten(hint) if kind is not NoneType]
     if all(get_origin(kind) is Literal for kind in kinds):
         return click.Choice([choice for kind in kinds for choice in get_args(kind)])
-    return _Integers() if get_origin(kinds[0]) is tuple else click.types.convert_type(kinds[0])
+    return _INTEGERS if get_origin(kinds[0]) is tuple else click.types.convert_type(kinds[0])
 
 
 def _flatten(hint: Any) -> tuple[Any, ...]:

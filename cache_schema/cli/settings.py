@@ -1,4 +1,4 @@
-"""Settings of a command that its line does not give: from the environment, or from a TOML file.
+"""Read options that the command line does not set: from the environment, or from a TOML file.
 
     [train]                     # every command of `python -m train` that has such an option
     device = "cpu"
@@ -6,8 +6,11 @@
     [train.head]                # `python -m train head`; names are those of the options, without their dashes
     epochs = 20
 
-`TILEPROBE_TRAIN_HEAD_EPOCHS=20` is the same in the environment. Command line over environment over file over default,
-and in the file a command's own table over that of all.
+`TILEPROBE_TRAIN_HEAD_EPOCHS=20` is the same in the environment. If an option is set twice, the command line wins, then
+the environment, then the file; in the file, a command's own table wins over the package's.
+
+Click's `auto_envvar_prefix` is not used: it names no variable in its errors, ignores misspelt ones, and splits the
+value of a repeatable option at spaces. What is read here goes into click's `default_map`.
 """
 
 import difflib
@@ -20,7 +23,7 @@ from typing import Any
 import click
 
 FILE = "tileprobe.toml"
-"""Read from the working directory where no other file is named."""
+"""Read from the working directory if no other file is named."""
 PREFIX = "TILEPROBE_"
 FILE_VARIABLE = f"{PREFIX}SETTINGS"
 PACKAGES = ("cache_schema", "extract", "train")
@@ -30,7 +33,7 @@ Options = Mapping[str, click.Option]
 
 
 class SettingsError(click.ClickException):
-    """A file or a variable that cannot be understood: one line, and the status of wrong usage."""
+    """A file or a variable that is not valid: one line, and the status of wrong usage."""
 
     exit_code = 2
 
@@ -40,7 +43,7 @@ class SettingsError(click.ClickException):
 
 @dataclass(frozen=True)
 class Setting:
-    """One value, as `click` wants it of a default, and where it is from: a file's name or a variable's."""
+    """A value as click takes it for a default, and its origin: the name of a file or a variable."""
 
     value: Any
     origin: str
@@ -50,7 +53,7 @@ class Setting:
 
 
 def isolate(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a command that another one runs, and that takes settings from its line alone."""
+    """Return the environment for a command that another command runs: it takes options from its command line only."""
     kept = {name: value for name, value in environment.items() if not name.startswith(PREFIX)}
     return kept | {FILE_VARIABLE: os.devnull}
 
@@ -58,20 +61,20 @@ def isolate(environment: Mapping[str, str]) -> dict[str, str]:
 def read_settings(
     package: str, command: str, options: Mapping[str, Options], file: str | None, environment: Mapping[str, str]
 ) -> dict[str, Setting]:
-    """What file and environment say of one command.
+    """Read what file and environment set for one command.
 
     Args:
         package, command: `train`, `head`.
         options: of every command of the package, by the command's name, then the option's without dashes.
-        file: TOML; None for `tileprobe.toml`, if there is one.
+        file: TOML; None for `tileprobe.toml`, if it exists.
         environment: variables.
 
     Returns:
-        by the name of the command's parameter, which may differ from the option's.
+        settings by the name of the command's parameter, which may differ from the option's.
 
     Raises:
-        SettingsError: the file is not TOML; a table, a key or a variable of this package is unknown; a value of this
-            command is none that its option takes.
+        SettingsError: the file is not TOML; a table, a key or a variable of this package is unknown; an option of this
+            command does not take its value.
     """
     found = _read_tables(package, command, options, file) if file or os.path.exists(FILE) else {}
     found |= _read_variables(package, command, options, environment)
@@ -120,7 +123,7 @@ def _read_variables(
     }
     found = {}
     for variable in sorted(name for name in environment if name.startswith(f"{PREFIX}{package.upper()}_")):
-        _refuse_unknown(variable, named, f"{variable} in the environment is no setting")
+        _refuse_unknown(variable, named, f"{variable} in the environment is not a setting")
         of, name = named[variable]
         if of == command:
             option, value = options[of][name], environment[variable]
@@ -130,14 +133,16 @@ def _read_variables(
 
 
 def _read_value(option: click.Option, value: Any, where: str) -> Any:
-    """A value as if it stood on the command line, so that a file can say nothing that a line could not."""
+    """Check a value as the command line would, and return it as click takes it for a default."""
     if option.is_flag:
         if not isinstance(value, bool):
-            raise SettingsError(f"{where} = {value}: true or false")
+            raise SettingsError(f"{where} = {value}: must be true or false")
         return value
     values = value if option.multiple and isinstance(value, list) else [value]
     if any(isinstance(each, bool | dict | list) for each in values):
-        raise SettingsError(f"{where} = {value}: {'strings or numbers' if option.multiple else 'one string or number'}")
+        raise SettingsError(
+            f"{where} = {value}: must be {'strings or numbers' if option.multiple else 'one string or number'}"
+        )
     texts = [str(each) for each in values]
     try:
         for text in texts:

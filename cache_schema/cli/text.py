@@ -38,6 +38,18 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_integers(text: str) -> tuple[int, ...]:
+    """Return `5,48` as (5, 48).
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"{text}: whole numbers separated by commas, such as 5,48") from error
+
+
 def format_bytes(size: int) -> str:
     """Write bytes in the largest unit that gives at least 1, rounded up to a tenth, so that the number is enough."""
     unit, scale = next(((u, s) for u, s in reversed(_UNITS.items()) if size >= s), ("", 1))

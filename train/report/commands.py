@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 
+from cache_schema.cli.options import make_options, spell_out
+from extract.config import ExtractConfig
 from train.command import spell_command
 
 from .facts import Facts, Json
@@ -19,23 +21,10 @@ def list_commands(facts: Facts) -> list[str]:
 def describe_extraction(settings: Json, cache: str) -> str:
     """Return the `python -m extract run …` that filled the cache, as far as the cache knows."""
     made, depends = settings["recorded"], settings["provenance"]
-    options = {
-        "tiles": made["tiles"],
-        "backbone": made["backbone"],
-        "image-size": depends["image_size"],
-        "precision": depends["precision"],
-        "batch-size": made["batch_size"],
-        "cache": cache,
-    }
-    return shlex.join(
-        [
-            "python",
-            "-m",
-            "extract",
-            "run",
-            *(word for name, value in options.items() for word in (f"--{name}", str(value))),
-        ]
-    )
+    values = {name: made[name] for name in ("tiles", "backbone", "batch_size")}
+    values |= {name: depends[name] for name in ("image_size", "precision")} | {"cache": cache}
+    words = spell_out(make_options(ExtractConfig), values, always=values)
+    return shlex.join(["python", "-m", "extract", "run", *words])
 
 
 def describe_training(facts: Facts) -> str:

@@ -93,10 +93,10 @@ def test_switches_lists_and_numbers() -> None:
         ("[train]\ndevcie = 'cpu'\n", r"\[train\] has no devcie; the nearest name is device"),
         ("train = 3\n", r"train is a table: write \[train\]"),
         ("[train.head]\nepochs = 2.5\n", r"\[train.head\] epochs = 2.5: '2.5' is not a valid integer"),
-        ("[train.head]\nepochs = true\n", r"\[train.head\] epochs = True: one string or number"),
-        ("[train.head]\nepochs = [1, 2]\n", r"\[train.head\] epochs = \[1, 2\]: one string or number"),
-        ("[train.head]\nresume = 'yes'\n", r"\[train.head\] resume = yes: true or false"),
-        ("[train.head]\nalso = [1, [2]]\n", r"\[train.head\] also = .*: strings or numbers"),
+        ("[train.head]\nepochs = true\n", r"\[train.head\] epochs = True: must be one string or number"),
+        ("[train.head]\nepochs = [1, 2]\n", r"\[train.head\] epochs = \[1, 2\]: must be one string or number"),
+        ("[train.head]\nresume = 'yes'\n", r"\[train.head\] resume = yes: must be true or false"),
+        ("[train.head]\nalso = [1, [2]]\n", r"\[train.head\] also = .*: must be strings or numbers"),
         ("[train]\ndevice = 'tpu'\n", r"\[train\] device = tpu: 'tpu' is not one of 'cpu', 'cuda'"),
         ("[train\n", "tileprobe.toml is not TOML: .*line 1"),
         ("a = 1\na = 2\n", "tileprobe.toml is not TOML: "),
@@ -118,7 +118,7 @@ def test_what_cannot_be_meant_is_one_line(text: str, message: str) -> None:
             "TILEPROBE_TRAIN_HEAD_EPOHCS in .* nearest name is TILEPROBE_TRAIN_HEAD_EPOCHS",
         ),
         ("TILEPROBE_TRAIN_HEAD_EPOCHS", "many", "TILEPROBE_TRAIN_HEAD_EPOCHS = many: 'many' is not a valid integer"),
-        ("TILEPROBE_TRAIN_HEAD_RESUME", "maybe", "TILEPROBE_TRAIN_HEAD_RESUME = maybe: true or false"),
+        ("TILEPROBE_TRAIN_HEAD_RESUME", "maybe", "TILEPROBE_TRAIN_HEAD_RESUME = maybe: must be true or false"),
     ],
 )
 def test_so_is_a_variable(variable: str, value: str, message: str) -> None:

@@ -38,7 +38,7 @@ def test_the_command_shown_is_the_run_again(tmp_path: Path, rng: np.random.Gener
     assert (python, m, package) == ("python", "-m", "train")
     command = {"head": head, "finetune": finetune}[name]
     options = command.make_context(name, words).params
-    parsed = _make_config({key: value for key, value in options.items() if key != "dry_run"})
+    parsed = _make_config(options)
     assert asdict(parsed) == asdict(config)
 
 
