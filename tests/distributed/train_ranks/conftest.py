@@ -79,9 +79,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def both(made: Path, in_bucket: InBucket, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Working directories of the same runs, head and fine-tuned, on one rank and on two; the two also predict with the
-    one's model, and train a head with dropout that another test stops and resumes. The two fine-tune from the prefix
-    cache and in parts. Heads on made-up vectors are trained in memory on one rank, streamed on two. Then the two read
-    caches between them, see `READS`."""
+    one's model. The two fine-tune from the prefix cache and in parts. Heads on made-up vectors are trained in memory on
+    one rank, streamed on two. Then the two read caches between them, see `READS`."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     head = ("head", *data(made), *HEAD, "--folds", 2)
     finetune = ("finetune", *data(made), *FINETUNE, "--views", "d4", "--head-run", one / "runs" / "head")
@@ -95,13 +94,12 @@ def both(made: Path, in_bucket: InBucket, tmp_path_factory: pytest.TempPathFacto
         assert result.status == 0, result.err
     predict = ("predict", "--run-dir", one / "runs" / "finetune", "--tiles", made / "tiles", *PREDICT)
     named = ("predict", "--run-dir", one / "runs" / "head", *name_inputs(made), *NAMED)
-    whole = ("head", *data(made), *DROPPING, "--run-dir", "runs/whole")
     streamed = ((*command, *STREAMED) for command in held)
     in_parts = (*finetune, "--cache-prefix", "--accumulate", 2, "--grad-checkpoint")
     places = {name: in_bucket.find(made, name) for name in READS}
     reads = (("read", two / name, place, made / "others", READS[name]) for name, place in places.items())
     env = make_env() | {"STORAGE_EMULATOR_HOST": in_bucket.proxy.url}
-    out = run_in_turn(two, env, head, in_parts, predict, named, whole, controlled, *streamed, *reads)
+    out = run_in_turn(two, env, head, in_parts, predict, named, controlled, *streamed, *reads)
     assert out.count("vectors stay in the cache") == 2
     return one, two
 
@@ -109,3 +107,13 @@ def both(made: Path, in_bucket: InBucket, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def env() -> dict[str, str]:
     return make_env()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with `runs/head` of one rank, and `runs/whole` of two, which others stop and resume."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    result = run_train(root, "head", *data(made), *HEAD)
+    assert result.status == 0, result.err
+    run_in_turn(root, make_env(), ("head", *data(made), *DROPPING, "--run-dir", "runs/whole"))
+    return root

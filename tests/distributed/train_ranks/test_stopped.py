@@ -45,14 +45,14 @@ def assert_same_run(resumed: Path, whole: Path) -> None:
 
 
 def test_killed_runs_resume_to_the_same_history(
-    both: tuple[Path, Path], made: Path, tmp_path: Path, env: dict[str, str]
+    undisturbed: Path, made: Path, tmp_path: Path, env: dict[str, str]
 ) -> None:
     """With dropout and augmentation. A head on two ranks, resumed on two: byte for byte what it would have been.
     Fine-tuning on one, resumed on one: likewise; a copy of it, resumed on two, goes on to the end."""
     head, finetune = tmp_path / "runs" / "head", tmp_path / "runs" / "finetune"
     start_and_kill(torchrun(2, "head", *data(made), *DROPPING), tmp_path, env, head, epochs=2, of=10)
     options = ("--epochs", 6, "--unfreeze", 2, "--batch-size", 16, "--save-steps", 5, "--device", "cpu", "--workers", 0)
-    arguments = ("finetune", *data(made), *options, *AUGMENTED, "--head-run", both[0] / "runs" / "head")
+    arguments = ("finetune", *data(made), *options, *AUGMENTED, "--head-run", undisturbed / "runs" / "head")
     alone = [sys.executable, "-m", "train", *map(str, arguments)]
     # The first epoch may be killed before its checkpoint is there; of the second on, there is one.
     start_and_kill(alone, tmp_path, env, finetune, epochs=2, of=6)
@@ -62,7 +62,7 @@ def test_killed_runs_resume_to_the_same_history(
     there = ("finetune", *resume, "--workers", 0, "--run-dir", copy / "runs" / "finetune")
     out = run_in_turn(tmp_path, env, ("head", *resume), there)
     assert re.search(r"resuming runs/head-001 after epoch \d+ of 10", out)
-    assert_same_run(head, both[1] / "runs" / "whole")
+    assert_same_run(head, undisturbed / "runs" / "whole")
     assert len(read_history(copy / "runs" / "finetune")) == 6
 
     result = run_train(tmp_path, "finetune", *resume, "--workers", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -179,12 +180,20 @@ def test_both_features_double_the_heads_input(made: Path, tmp_path: Path) -> Non
 
 
 def test_a_split_file_is_used_again(work: Path, made: Path, tmp_path: Path) -> None:
-    split = work / "runs" / "head" / "split.json"
+    """Another split than the seed draws: two scenes change sides."""
     arguments = ("head", "--cache", made / "cache", "--seed", 9, "--epochs", 1, "--device", "cpu")
-    assert run_train(work, *arguments, "--split-file", split, "--run-dir", "runs/same").status == 0
-    assert read(work / "runs" / "same" / "split.json") == read(split)
-    assert run_train(work, *arguments, "--run-dir", "runs/other").status == 0
-    assert read(work / "runs" / "other" / "split.json") != read(split)
+    assert run_train(work, *arguments, "--run-dir", "runs/drawn").status == 0
+    drawn = read(work / "runs" / "drawn" / "split.json")
+    changing = {Path(names[0]).stem.split("_")[0] for names in drawn.values()}
+    assert len(changing) == 2
+    asked: dict[str, list[str]] = {"train": [], "val": []}
+    for side, other in (("train", "val"), ("val", "train")):
+        for name in drawn[side]:
+            asked[other if Path(name).stem.split("_")[0] in changing else side].append(name)
+    asked = {side: sorted(names) for side, names in asked.items()}
+    (tmp_path / "split.json").write_text(json.dumps(asked))
+    assert run_train(work, *arguments, "--split-file", tmp_path / "split.json", "--run-dir", "runs/asked").status == 0
+    assert read(work / "runs" / "asked" / "split.json") == asked != drawn
 
 
 @pytest.mark.parametrize("size", [64, 224])
