@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, TileTable, Version, open_cache
+from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, Version, open_cache
 from cache_schema.layout import UInt8Array, UInt16Array
 from extract.backbone.dinov3 import Backbone
 from extract.backbone.transform import TileTransform
@@ -135,27 +135,10 @@ class Scored:
     problems: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Inference:
-    """The logits of N tiles.
-
-    Attributes:
-        tiles: location of the tiles, `gs://bucket/prefix` or a directory.
-        table: the tiles.
-        logits, label_ids, status: see `Scored`.
-    """
-
-    tiles: str
-    table: TileTable
-    logits: FloatArray
-    label_ids: UInt16Array
-    status: UInt8Array
-
-
 def infer(
     model: TrainedModel, target: Target, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views = "one"
-) -> Inference | None:
-    """Return the logits of all tiles of the target on rank 0, None on the others; raise what `Task.plan` raises."""
+) -> tuple[Listed, Scored] | None:
+    """Return the tiles of the target and all their logits on rank 0, None on the others; raise as `Task.plan`."""
     task = Task.plan(model, target, ranks, labels=labels, tta=tta)
     parts = [*score(task, ranks, Timing(), workers=workers, tta=tta)]
     if not ranks.is_main:
@@ -163,7 +146,7 @@ def infer(
     logits, label_ids, status = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "label_ids", "status")
     )
-    return Inference(task.listed.place, task.listed.table, logits, label_ids, status)
+    return task.listed, Scored(0, logits, label_ids, status)
 
 
 def score(task: Task, ranks: Ranks, timing: Timing, *, workers: int | None, tta: Views = "one") -> Iterator[Scored]:
@@ -227,7 +210,7 @@ def _score_share(
     checkpoint = ranks.run_on_main(model.find_checkpoint)
     precision: Any = model.meta.precision
     backbone = Backbone.load(checkpoint, precision=precision, device=ranks.device)
-    classifier = _keep_shape(model.make_classifier(backbone, checkpoint.width, ranks.device), size)
+    classifier = _pad_batches(model.make_classifier(backbone, checkpoint.width, ranks.device), size)
     transform = TileTransform(checkpoint.image_size, checkpoint.mean, checkpoint.std)
     amp, count = model.autocasts(ranks.device), ranks.make_counter("predicted")
     asked = started = time.perf_counter()
@@ -249,7 +232,7 @@ def _score_share(
             bar.update(count(len(batch)) - bar.n)
 
 
-def _keep_shape(classifier: Model, size: int) -> Model:
+def _pad_batches(classifier: Model, size: int) -> Model:
     """Wrap the classifier to pad every batch to `size`, as extraction does, so that rounding is the same."""
 
     def run(pixels: Tensor) -> Tensor:
