@@ -175,10 +175,10 @@ def _compare(extracted: Step, again: Step, head: Step, ranks: Ranks) -> str:
 def _predict(run: str, rows: LabelledRows, ranks: Ranks) -> FloatArray:
     """Return the (n, C) probabilities of a run for the test rows."""
     loaded = LoadedRun.load(run)
-    inference = infer(loaded, Target(None, TEST_CACHE), ranks, workers=None, labels=False)
-    if inference is None:
+    found = infer(loaded, Target(None, TEST_CACHE), ranks, workers=None, labels=False)
+    if found is None:
         raise TrainError("the demo compares its runs in a single process")
-    return torch.from_numpy(inference.logits[rows.index]).sigmoid().numpy()
+    return torch.from_numpy(found[1].logits[rows.index]).sigmoid().numpy()
 
 
 def _time_streamed_epoch(config: TrainConfig, sets: Sets, ranks: Ranks) -> float:

@@ -24,3 +24,8 @@ class CheckpointError(TrainError):
 
 class StepZeroError(TrainError):
     """Streamed embeddings differ from the cache's."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,8 @@ from train.errors import TrainError
 from train.metrics.evaluation import describe_evaluation, evaluate_rows
 from train.model.augment import Views
 
-from .inference import Inference, describe_views, infer
+from .inference import Scored, describe_views, infer
+from .inputs import Listed
 from .target import Target
 from .trained_model import LoadedRun
 
@@ -35,19 +36,19 @@ def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers
     """
     with join_ranks(device, Asked.of("train evaluate", target, run=run, tta=tta)) as ranks:
         loaded = ranks.run_on_main(lambda: LoadedRun.load(run))
-        inference = infer(loaded, target, ranks, workers=workers, labels=True, tta=tta)
-        report, values = ranks.run_on_main(lambda: _score(loaded, inference, tta))
+        found = infer(loaded, target, ranks, workers=workers, labels=True, tta=tta)
+        report, values = ranks.run_on_main(lambda: _score(loaded, found, tta))
         if not ranks.is_main:
             return None
         print(report)
         return values
 
 
-def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[str, dict[str, Any]]:
-    assert inference is not None
-    data = loaded.config.data
-    raw = RawLabels.pack(inference.label_ids)
-    rows = label_rows(inference.table, raw, inference.status, data, reading=loaded.meta.reading)
+def _score(loaded: LoadedRun, found: tuple[Listed, Scored] | None, tta: Views) -> tuple[str, dict[str, Any]]:
+    assert found is not None
+    (listed, scored), data = found, loaded.config.data
+    raw = RawLabels.pack(scored.label_ids)
+    rows = label_rows(listed.table, raw, scored.status, data, reading=loaded.meta.reading)
     if rows.class_names != loaded.meta.class_names:
         raise TrainError(
             f"{data.taxonomy} does not name the classes that {loaded.directory} was trained on: it was changed since, "
@@ -57,7 +58,7 @@ def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[
     if not counted.any():
         raise TrainError("no labelled tile shows a class of this run: there is nothing to score")
     evaluation = evaluate_rows(
-        torch.from_numpy(inference.logits[rows.index]),
+        torch.from_numpy(scored.logits[rows.index]),
         rows,
         counted,
         loss=loaded.config.make_loss(),
@@ -65,10 +66,10 @@ def _score(loaded: LoadedRun, inference: Inference | None, tta: Views) -> tuple[
     )
     notes = [
         *rows.notes,
-        *_warn_of_training_tiles(loaded, inference.tiles, rows.tiles[counted]),
+        *_warn_of_training_tiles(loaded, listed.place, rows.tiles[counted]),
         *describe_views(tta),
     ]
-    values = {"run": str(loaded.directory), "tiles": inference.tiles, "notes": notes, **evaluation.to_json()}
+    values = {"run": str(loaded.directory), "tiles": listed.place, "notes": notes, **evaluation.to_json()}
     return "\n".join([*notes, "", describe_evaluation(evaluation, per_class=True)]), values
 
 

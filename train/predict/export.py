@@ -31,7 +31,7 @@ from extract.backbone.dinov3 import Backbone
 from extract.backbone.provenance import find_other_ingredients
 from extract.errors import BackboneError
 from extract.ranks.signals import stop_on_signals
-from train.errors import CheckpointError, TrainError
+from train.errors import CheckpointError, TrainError, first_line
 from train.model.classifier import Classifier
 from train.runs.checkpoint import seal_directory, sync
 
@@ -65,7 +65,7 @@ def run_export(run: str, out: str | None, *, onnx: bool) -> None:
     with stop_on_signals():
         loaded = LoadedRun.load(run)
         checkpoint = _find_checkpoint(loaded)
-        with _write_whole(place) as directory:
+        with _write_atomically(place) as directory:
             notes = _export(loaded, checkpoint, directory, onnx=onnx)
     print("\n".join([*notes, f"-> {place}: `make extract BACKBONE={place}` caches its embeddings"]))
 
@@ -83,7 +83,7 @@ def _choose_place(run: str, out: str | None) -> Path:
 
 
 @contextmanager
-def _write_whole(out: Path) -> Iterator[Path]:
+def _write_atomically(out: Path) -> Iterator[Path]:
     """Provide a temporary directory that is sealed and renamed to `out` on success, and removed on failure.
 
     Raises:
@@ -98,8 +98,9 @@ def _write_whole(out: Path) -> Iterator[Path]:
         temporary.rename(out)
         sync(out.parent)
     except (OSError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TrainError(f"cannot write {out}: {reason}: make room or access, or choose another --out") from error
+        raise TrainError(
+            f"cannot write {out}: {first_line(error)}: make room or access, or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

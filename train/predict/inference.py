@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, TileTable, Version, open_cache
+from cache_schema import BlockValues, IntegrityError, ProvenanceError, Status, Version, open_cache
 from cache_schema.layout import UInt8Array, UInt16Array
 from extract.backbone.dinov3 import Backbone
 from extract.backbone.embed import pad_batch
@@ -112,27 +112,10 @@ class Scored:
     problems: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Inference:
-    """The logits of N tiles.
-
-    Attributes:
-        tiles: location of the tiles, `gs://bucket/prefix` or a directory.
-        table: the tiles.
-        logits, label_ids, status: see `Scored`.
-    """
-
-    tiles: str
-    table: TileTable
-    logits: FloatArray
-    label_ids: UInt16Array
-    status: UInt8Array
-
-
 def infer(
     model: TrainedModel, target: Target, ranks: Ranks, *, workers: int | None, labels: bool, tta: Views = "one"
-) -> Inference | None:
-    """Return the logits of all tiles of the target on rank 0, None on the others; raise what `Task.plan` raises."""
+) -> tuple[Listed, Scored] | None:
+    """Return the tiles of the target and all their logits on rank 0, None on the others; raise as `Task.plan`."""
     task = Task.plan(model, target, ranks, labels=labels, tta=tta)
     parts = [*score(task, ranks, Timing(), workers=workers, tta=tta)]
     if not ranks.is_main:
@@ -140,7 +123,7 @@ def infer(
     logits, label_ids, status = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "label_ids", "status")
     )
-    return Inference(task.listed.place, task.listed.table, logits, label_ids, status)
+    return task.listed, Scored(0, logits, label_ids, status)
 
 
 def score(task: Task, ranks: Ranks, timing: Timing, *, workers: int | None, tta: Views = "one") -> Iterator[Scored]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from train.errors import TrainError
+from train.errors import TrainError, first_line
 from train.model.classifier import Classifier, join_features
 
 MAX_DIFFERENCE = 1e-4
@@ -85,7 +85,7 @@ def write_onnx(classifier: Classifier, path: Path, pixels: Tensor, *, inline_byt
             program.save(path, external_data=size > inline_bytes)
     except torch.onnx.OnnxExporterError as error:
         raise TrainError(
-            f"torch {torch.__version__} cannot write this model as ONNX ({_first_line(error)}): "
+            f"torch {torch.__version__} cannot write this model as ONNX ({first_line(error)}): "
             "use the versions of constraints.txt, or export with --no-onnx"
         ) from error
     finally:
@@ -114,7 +114,7 @@ def check_onnx(path: Path, pixels: Tensor, expected: Tensor, *, batches: Sequenc
         found = [session.run(["logits"], {"pixel_values": pixels[:length].numpy()})[0] for length in batches]
     except Exception as error:  # a dozen kinds without a common base class
         raise TrainError(
-            f"onnxruntime {onnxruntime.__version__} cannot run {path.name} ({_first_line(error)}): "
+            f"onnxruntime {onnxruntime.__version__} cannot run {path.name} ({first_line(error)}): "
             "use the versions of constraints.txt, or export with --no-onnx"
         ) from error
     worst = max(relative_difference(torch.from_numpy(logits), expected[: len(logits)], of=expected) for logits in found)
@@ -129,7 +129,3 @@ def check_onnx(path: Path, pixels: Tensor, expected: Tensor, *, batches: Sequenc
 def relative_difference(found: Tensor, expected: Tensor, *, of: Tensor) -> float:
     """Return the largest absolute difference over the largest absolute value in `of` or 1; NaN if any value is."""
     return float((found - expected).abs().max() / of.abs().max().clamp(min=1))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

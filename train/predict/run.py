@@ -72,7 +72,9 @@ def run_prediction(
         elapsed = time.perf_counter() - started
         lines = summary.describe(model.meta.class_names)
         if task.version is None:
-            lines += _describe_time(timings, ranks, workers, elapsed)
+            on_cpu, count = ranks.device.type == "cpu", ranks.choose_workers(workers)
+            lines.append(describe_speed(timings, elapsed))
+            lines.append(advise(timings, count, ranks.cores, on_cpu=on_cpu, written="--out"))
         print("\n".join([*lines, *describe_views(tta)]))
         return summary.collect(model.meta.class_names, timings, elapsed)
 
@@ -136,7 +138,7 @@ class Summary:
     positives: Any = 0
     problems: list[str] = field(default_factory=list)
 
-    def note(self, part: Scored, preds: Any) -> None:
+    def add(self, part: Scored, preds: Any) -> None:
         self.tiles += len(part.status)
         self.unreadable.update(Status(code).reason for code in part.status[part.status != Status.EMBEDDED])
         self.positives = self.positives + preds.sum(axis=0)
@@ -170,14 +172,6 @@ class Summary:
         }
 
 
-def _describe_time(timings: list[Timing], ranks: Ranks, workers: int | None, elapsed: float) -> list[str]:
-    on_cpu = ranks.device.type == "cpu"
-    return [
-        describe_speed(timings, elapsed),
-        advise(timings, ranks.choose_workers(workers), ranks.cores, on_cpu=on_cpu, written="--out"),
-    ]
-
-
 def _predict(task: Task, out: Path, ranks: Ranks, timing: Timing, *, tta: Views, workers: int | None) -> Summary | None:
     """Compute on all ranks, and write on rank 0."""
     parts = score(task, ranks, timing, workers=workers, tta=tta)
@@ -186,7 +180,7 @@ def _predict(task: Task, out: Path, ranks: Ranks, timing: Timing, *, tta: Views,
             pass
         return None
     summary = Summary(out, out.with_name(f"{out.stem}-thresholds.csv"))
-    with _write_whole(summary.thresholds) as limits, _write_whole(out) as stream:
+    with _write_atomically(summary.thresholds) as limits, _write_atomically(out) as stream:
         _write_thresholds(limits, task.model)
         _write_rows(stream, task, parts, summary, timing, tta)
         if summary.tiles == summary.unreadable.total():
@@ -208,7 +202,7 @@ def _write_rows(
         with _explain_errors(summary.out):
             for status, p, decided in zip(part.status.tolist(), probs, preds, strict=True):
                 rows.write(make_record(next(described), Status(status), p, decided, names))
-        summary.note(part, preds)
+        summary.add(part, preds)
         timing.write_s += time.perf_counter() - begun
     with _explain_errors(summary.out):
         rows.end()
@@ -221,7 +215,7 @@ def _describe_nothing(summary: Summary) -> str:
 
 
 @contextmanager
-def _write_whole(path: Path) -> Iterator[TextIO]:
+def _write_atomically(path: Path) -> Iterator[TextIO]:
     """Provide a temporary file that is renamed to `path` on success, and removed on failure."""
     temporary = _temporary(path)
     with _explain_errors(path):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cache_schema import LabelIds
-from train.errors import CheckpointError
+from train.errors import CheckpointError, first_line
 
 _WEIGHTS, _META, _OPTIMIZER, _DIGESTS = "model.safetensors", "checkpoint.json", "optimizer.pt", "sha256"
 
@@ -122,9 +122,8 @@ def save_checkpoint(
         shutil.rmtree(directory.with_name(directory.name + ".old"), ignore_errors=True)
     # torch and safetensors raise their own errors for a full disk.
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"cannot write {directory}: {reason}: make room or access, then continue with --resume"
+            f"cannot write {directory}: {first_line(error)}: make room or access, then continue with --resume"
         ) from error
 
 
@@ -194,8 +193,7 @@ def _load_optimizer(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     # On damaged bytes the unpickler raises many kinds of errors (IndexError, RuntimeError, EOFError, ...).
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
     return state
 
 

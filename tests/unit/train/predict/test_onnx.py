@@ -72,7 +72,7 @@ def test_a_file_that_is_no_graph_is_refused_in_one_line(written: tuple[Path, Ten
     _, pixels, logits = written
     for content in (b"", b"no graph at all"):
         (tmp_path / "bad.onnx").write_bytes(content)
-        with pytest.raises(TrainError, match=r"refuses bad.onnx") as caught:
+        with pytest.raises(TrainError, match=r"cannot run bad.onnx") as caught:
             check_onnx(tmp_path / "bad.onnx", pixels, logits, batches=(1,))
         assert "\n" not in str(caught.value)
 
