@@ -510,7 +510,7 @@ def bad_inputs(raw: RawXView, tmp_path: Path) -> list[tuple[tuple[Any, ...], str
         ((*images, *labels, "--out", "gs://a"), "names no bucket: write gs://bucket/prefix"),
         ((*images, *labels, "--out", "file"), "file: Not a directory: check OUT"),
         ((*images, *labels, *out, "--size", 0), "--size 0: choose 1 to 8,192"),
-        ((*images, *labels, *out, "--stride", 513), "--stride 513: choose 1 to the size, 512"),
+        ((*images, *labels, *out, "--stride", 513), "--stride 513: choose 1 to 512, the tile size"),
         ((*images, *labels, *out, "--min-visibility", 1.5), "--min-visibility 1.5: a share between 0 and 1"),
         ((*images, *labels, *out, "--workers", 0), "--workers 0: choose 1"),
     ]
