@@ -1,4 +1,4 @@
-"""Where `tile` writes: a directory or `gs://bucket/prefix`, by whole objects that appear under their name at once."""
+"""Write the output of `tile` to a directory or `gs://bucket/prefix`; every object appears complete or not at all."""
 
 import errno
 import fcntl
@@ -14,7 +14,7 @@ from extract.errors import PlaceError
 
 _UNFINISHED = "tiling/unfinished"
 _LOCK = "tiling/lock"
-_AGAIN = "finished scenes stay, and the same command goes on from there"
+_AGAIN = "finished scenes are kept, and the same command continues from there"
 
 
 class Place(Protocol):

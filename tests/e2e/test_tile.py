@@ -216,7 +216,7 @@ def test_what_is_dropped_is_counted_and_the_numbers_add_up(raw: RawXView, tmp_pa
         (raw.defects["no id"], "type_id is no number"),
         (raw.defects["no properties"], "no properties"),
         (raw.defects["repeated"], "repeats another feature"),
-        (raw.defects["no file"], "of scenes without a file"),
+        (raw.defects["no file"], "their scene has no file"),
     ):
         assert re.search(rf"^ +{count} dropped: {words}", said, re.M), (count, words)
     dropped = sum(
@@ -226,10 +226,10 @@ def test_what_is_dropped_is_counted_and_the_numbers_add_up(raw: RawXView, tmp_pa
     assert f"features  {len(everything)} in" in said
     assert re.search(rf"^boxes     {boxes}$", said, re.M)
     assert len(everything) == dropped + boxes
-    assert f"1 with features but without a file, passed over: {MISSING_SCENE}\n" in said
-    assert re.search(rf"1 without a feature: .*: {UNLABELLED_SCENE}\n", said)
-    assert f"keep them: {UNKNOWN_ID} (" in said
-    assert "2 other files there are passed over" in said
+    assert f"1 with features but without a file, skipped: {MISSING_SCENE}\n" in said
+    assert re.search(rf"1 without features: .*: {UNLABELLED_SCENE}\n", said)
+    assert f"are not xView types: {UNKNOWN_ID} (" in said
+    assert "2 other files are skipped" in said
 
 
 def test_a_dry_run_writes_nothing_and_says_what_the_real_one_does(raw: RawXView, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_second_run_cuts_what_has_changed_and_nothing_else(tmp_path: Path) -> 
     arguments = options(raw, "out", "--size", 64, "--workers", 1)
     assert "cut 4 scenes" in tile(tmp_path, *arguments).out
     first, out = digest_tree(tmp_path / "out"), tmp_path / "out"
-    assert re.search(r"cut 0 scenes .*; 4 were there before", tile(tmp_path, *arguments).out)
+    assert re.search(r"cut 0 scenes .*; 4 existed before", tile(tmp_path, *arguments).out)
     assert digest_tree(out) == first
 
     (out / "images" / "36_0_1.png").unlink()
@@ -298,7 +298,7 @@ def test_a_second_run_cuts_what_has_changed_and_nothing_else(tmp_path: Path) -> 
     (raw.images / "104.tif").unlink()
     finished = tile(tmp_path, *arguments)
     assert "cut 0 scenes" in finished.out
-    assert "1 in out whose file is gone; their tiles stay there: 104" in finished.out
+    assert "1 in out whose file is gone; tiles are kept: 104" in finished.out
 
 
 def test_a_scene_that_is_cut_again_never_has_labels_without_their_images_nor_a_mark_without_both(
@@ -434,7 +434,7 @@ def test_a_stopped_tiling_leaves_no_half_scene_and_goes_on(
             assert process.returncode == -number
         else:
             assert process.returncode == 128 + number
-            assert re.search(rf"stopped by {number.name}: \d+ scenes were finished", errors)
+            assert re.search(rf"stopped by {number.name}: \d+ scenes are finished", errors)
             assert "Traceback" not in errors
             assert not os.listdir(out / "tiling" / "unfinished")
         before, marked = marked, {name.split(".")[0] for name in os.listdir(out / "tiling" / "done")}
@@ -449,7 +449,7 @@ def test_a_stopped_tiling_leaves_no_half_scene_and_goes_on(
             if f"{name}.txt" in labels:
                 assert {f"{other}.png" for other in wanted if other.startswith(f"{scene}_")} <= images
     assert len(marked) < 13
-    assert re.search(rf"; {len(marked)} were there before", tile(tmp_path, *arguments).out)
+    assert re.search(rf"; {len(marked)} existed before", tile(tmp_path, *arguments).out)
     assert_agrees(out, wanted)
     assert not os.listdir(out / "tiling" / "unfinished")
 
@@ -471,7 +471,7 @@ def test_a_bucket_gets_the_same_objects(raw: RawXView, tmp_path: Path, bucket: s
     assert set(there) == set(here)
     assert all(there[name].download_as_bytes() == here[name] for name in list(here)[::7])
     assert all(there[name].crc32c for name in there)
-    assert re.search(r"cut 0 scenes .*; 9 were there before", tile(tmp_path, *arguments).out)
+    assert re.search(r"cut 0 scenes .*; 9 existed before", tile(tmp_path, *arguments).out)
     bucket.blob("xview/train/labels/5_0_0.txt").delete()
     assert "cut 1 scenes" in tile(tmp_path, *arguments).out
     assert bucket.blob("xview/train/labels/5_0_0.txt").exists()
@@ -500,10 +500,10 @@ def bad_inputs(raw: RawXView, tmp_path: Path) -> list[tuple[tuple[Any, ...], str
         ),
         (("--images", "file", *labels, *out), "cannot list file: Not a directory: IMAGES is a directory"),
         (("--images", "none", *labels, *out), "no .tif files in none: IMAGES is a directory of them"),
-        (("--images", "odd", *labels, *out), r"'odd/\udcff\n.tif' has a name that cannot be that of a tile: rename it"),
-        (("--images", "twice", *labels, *out), "are one scene by their names: remove one"),
+        (("--images", "odd", *labels, *out), r"'odd/\udcff\n.tif' has characters not allowed in tile names: rename it"),
+        (("--images", "twice", *labels, *out), "name the same scene: remove one"),
         ((*images, "--labels", "nowhere", *out), "cannot read nowhere: No such file or directory: LABELS is"),
-        ((*images, "--labels", raw.images / "readme.txt", *out), "is no GeoJSON FeatureCollection"),
+        ((*images, "--labels", raw.images / "readme.txt", *out), "is not a GeoJSON FeatureCollection"),
         ((*images, "--labels", "others.geojson", *out), "check IMAGES and LABELS"),
         ((*images, *labels, "--out", "s3://bucket/a"), "OUT is gs://bucket/prefix or a local directory"),
         ((*images, *labels, "--out", "gs://user:secret@bucket/a"), "user or password in it: leave them out"),
