@@ -1,1 +1,1 @@
-"""Raw xView to tiles and labels: `make tile`."""
+"""Cut raw xView scenes into tiles and labels: `make tile`."""

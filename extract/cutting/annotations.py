@@ -1,8 +1,11 @@
-"""xView's annotations: one GeoJSON of 600,000 features, read feature by feature and kept as a few numbers each.
+"""Read xView's annotations: one GeoJSON of 600,000 features, parsed one by one and kept as five numbers each.
 
-A feature's properties say which scene (`image_id`, such as `2355.tif`), which class (`type_id`) and where in the scene
+A feature's properties give its scene (`image_id`, such as `2355.tif`), class (`type_id`) and box in the scene
 (`bounds_imcoords`, pixels, as `xmin,ymin,xmax,ymax`); its geometry is not needed. Source: Lam et al. 2018, "xView:
-Objects in Context in Overhead Imagery", and what its files hold.
+Objects in Context in Overhead Imagery", and the files themselves.
+
+ijson 3.6 was tried in place of `_Scanner`: it is no faster, holds a string of any length, keeps a path per nesting
+level (100,000 brackets exceed 4 GB), and ends at an integer above 64 bits anywhere in the file.
 """
 
 import io
@@ -28,7 +31,7 @@ Boxes = npt.NDArray[np.float64]
 """(n, 5): type id, then left, top, right, bottom in pixels of the scene."""
 
 MAX_VALUE_CHARACTERS = 16 * 2**20
-"""Of one feature, or any other member of the file: a larger one is refused, and not held."""
+"""Limit for one feature, or any other member of the file: a longer one is refused and not held in memory."""
 _CHUNK_CHARACTERS = 2**20
 _MAX_ID = 999_999_999
 _MAX_COORDINATE = 2.0**31
@@ -39,7 +42,7 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 
 class Defect(Enum):
-    """Why a feature is dropped whatever its scene looks like; the value says it to a reader."""
+    """Why a feature is dropped without a look at its scene. Users see the values, also as keys of the JSON result."""
 
     ARTEFACT = "ids 75 and 82, annotation artefacts"
     NO_PROPERTIES = "no properties"
@@ -52,14 +55,14 @@ class Defect(Enum):
 
 @dataclass
 class Annotations:
-    """What an annotation file holds.
+    """The contents of an annotation file.
 
     Attributes:
-        boxes: of each scene (a file name without its suffix), in the order of the file. A scene with a feature is here,
-            though every one of its features was dropped.
-        features: how many there are in all.
-        dropped: how many of them by reason.
-        examples: the first dropped for each reason, such as `feature 17 of 2355.tif`.
+        boxes: by scene (a file name without its suffix), in the order of the file. A scene all of whose features were
+            dropped is included.
+        features: number of features, with the dropped ones.
+        dropped: number of dropped features by reason.
+        examples: the first one dropped for each reason, such as `feature 17 of 2355.tif`.
     """
 
     boxes: dict[str, Boxes]
@@ -74,12 +77,12 @@ class _DefectError(Exception):
 
 
 def read_annotations(path: str | Path) -> Annotations:
-    """The boxes of every scene.
+    """Read the boxes of every scene.
 
-    Memory grows with the number of features by some 40 bytes each, whatever else they carry.
+    Memory grows by about 40 bytes per feature, whatever else the features hold.
 
     Raises:
-        AnnotationError: it cannot be read, or is no GeoJSON FeatureCollection.
+        AnnotationError: the file cannot be read, or is not a GeoJSON FeatureCollection.
     """
     artefacts = Taxonomy.xview().artefacts
     columns: dict[str, array[float]] = {}
@@ -109,7 +112,7 @@ def read_annotations(path: str | Path) -> Annotations:
 
 
 def name_scene(file: str) -> str:
-    """`2355.tif` -> `2355`."""
+    """Return the scene's name: `2355.tif` -> `2355`."""
     stem, dot, suffix = file.rpartition(".")
     return stem if f"{dot}{suffix}".lower() in RASTER_SUFFIXES else file
 
@@ -122,7 +125,7 @@ def _read_image_id(value: object) -> str:
 
 def _read_box(properties: dict[str, Any], artefacts: frozenset[int]) -> tuple[float, float, float, float, float]:
     type_id = properties.get("type_id")
-    # bool is an int to Python, and 18.0 is one to JSON.
+    # In Python True is an int; in JSON 18.0 is an integer.
     if not isinstance(type_id, (int, float)) or isinstance(type_id, bool) or not 0 <= type_id <= _MAX_ID:
         raise _DefectError(Defect.NO_ID)
     if type_id != int(type_id):
@@ -142,12 +145,12 @@ def _read_box(properties: dict[str, Any], artefacts: frozenset[int]) -> tuple[fl
 
 
 def read_features(path: str | Path) -> Iterator[Any]:
-    """The members of a FeatureCollection's `features`, one after the other, as they stand in the file.
+    """Yield the elements of a FeatureCollection's `features` in the order of the file.
 
     Raises:
-        AnnotationError: it cannot be read, is not JSON, is cut short, or has no `features`.
+        AnnotationError: the file cannot be read, is not JSON, is truncated, or has no `features`.
     """
-    from extract.ranks.group import shows_bars  # and with it torch, which a process that only cuts need not load
+    from extract.ranks.group import shows_bars  # imports torch, which worker processes do not need
 
     try:
         with open(path, "rb") as file, io.TextIOWrapper(file, "utf-8-sig") as text:
@@ -160,12 +163,12 @@ def read_features(path: str | Path) -> Iterator[Any]:
         raise AnnotationError(f"cannot read {path}: {error.strerror}: LABELS is xView_train.geojson") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of thousands of digits
         raise AnnotationError(
-            f"{path} is no GeoJSON FeatureCollection ({error}): LABELS is xView_train.geojson; get it again"
+            f"{path} is not a GeoJSON FeatureCollection ({error}): LABELS is xView_train.geojson; download it again"
         ) from error
 
 
 def _scan_collection(scanner: "_Scanner", note_progress: Any) -> Iterator[Any]:
-    """The elements of the member `features` of the object that the text is."""
+    """Yield the elements of the member `features` of the JSON object."""
     scanner.take("{")
     met = False
     while not scanner.try_take("}"):
@@ -186,9 +189,9 @@ def _scan_collection(scanner: "_Scanner", note_progress: Any) -> Iterator[Any]:
 
 
 class _Scanner:
-    """Reads JSON values one at a time from a text that is never held whole.
+    """Reads JSON values one at a time from a text that is never held in memory as a whole.
 
-    Commas are taken where they stand, and not missed: JSON's grammar between values is not what this is to judge.
+    Lenient between values: commas may be missing.
     """
 
     def __init__(self, text: TextIO) -> None:
@@ -197,7 +200,7 @@ class _Scanner:
         self._buffer, self._at, self._ended = "", 0, False
 
     def try_take(self, mark: str) -> bool:
-        """Pass over a mark, if it is what comes next."""
+        """Skip blanks and then `mark`; return whether it was there."""
         while True:
             match = _BLANK.match(self._buffer, self._at)
             assert match
@@ -217,16 +220,16 @@ class _Scanner:
             )
 
     def read_value(self) -> Any:
-        """The JSON value that comes next."""
+        """Parse the next JSON value."""
         self.try_take(" ")
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._at)
-            except ValueError:  # cut by the end of the buffer, most likely
+            except ValueError:  # most likely the buffer ends within the value
                 if self._ended:
                     raise
             else:
-                # A number may go on beyond the buffer, and `1` is one before the point of `1.5` has been read.
+                # A number may continue beyond the buffer: `1` is valid, but may be the start of `1.5`.
                 if self._buffer[end : end + 1] in _AFTER_VALUE or self._ended:
                     self._at = end
                     return value

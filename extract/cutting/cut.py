@@ -1,11 +1,11 @@
-"""One scene into tiles: its boxes clipped to windows, its pixels to PNG, and the order in which both are written.
+"""Cut one scene into tiles: clip its boxes to windows, encode its pixels as PNG, and write both in a safe order.
 
-Images come first, labels once all images are there, the scene's mark last. A tile with a label is a row to an
-extraction, so a scene that was interrupted has no labels, or is without its mark for the short time that labels take.
-Marks lie outside images/ and labels/:
+All images are written first, then all labels, then the mark that the scene is complete. An extraction embeds only
+tiles with labels, so it skips a scene that was interrupted before its labels were written. Marks lie outside images/
+and labels/:
 
-    tiling/settings.json          what all scenes of this place were cut with
-    tiling/done/SCENE.DIGEST      the scene is whole; the digest is of settings, the scene's file and its boxes
+    tiling/settings.json          the settings of all scenes in this output
+    tiling/done/SCENE.DIGEST      the scene is complete; digest of the settings, the scene's file and its boxes
 """
 
 import hashlib
@@ -34,25 +34,25 @@ T = TypeVar("T")
 
 DONE = "tiling/done"
 _WRITES_IN_FLIGHT = 16
-"""Tiles encoded and on their way at a time: a bucket answers in the time that encoding two of them takes."""
+"""Tiles being encoded or written at once: a bucket answers in the time it takes to encode two."""
 _PNG_LEVEL = 3
-"""Of zlib, by imagecodecs: Pillow's size at level 6 in a fifth of its time (346 KB and 26 ms for a tile of 512)."""
+"""zlib level for imagecodecs: as small as Pillow's level 6 in a fifth of the time (346 KB, 26 ms for 512 px)."""
 
 
 @dataclass(frozen=True)
 class SceneJob:
-    """A scene to be cut.
+    """A scene to cut.
 
     Attributes:
         name: of the scene.
         path: its raster.
         stat: size in bytes and modification time in ns of that file.
         boxes: (n, 5), see `Boxes`.
-        labelled: whether label files are written; a scene that no feature names was never looked at, and a tile without
-            objects is something else.
-        cutting: how.
-        out: where to.
-        old: objects of an earlier cut of it, to be removed beforehand.
+        labelled: whether to write label files. A scene without features may never have been annotated, so its tiles
+            get no labels, not empty ones.
+        cutting: the settings.
+        out: URL of the output.
+        old: objects of an earlier cut, to remove first.
     """
 
     name: str
@@ -66,7 +66,7 @@ class SceneJob:
 
     @property
     def mark(self) -> str:
-        """Name of the object that says it is done: just so, from just these boxes, out of just this file."""
+        """Name of the object that marks the scene as complete with these settings, boxes and file."""
         facts = [1, asdict(self.cutting), self.name, self.stat, self.labelled]
         digest = hashlib.sha256(json.dumps(facts).encode() + self.boxes.tobytes())
         return f"{DONE}/{self.name}.{digest.hexdigest()[:20]}"
@@ -74,18 +74,18 @@ class SceneJob:
 
 @dataclass
 class SceneCount:
-    """What a scene gives.
+    """The tiles and labels that a scene gives.
 
     Attributes:
-        tiles: windows.
-        small: tiles of less than the full size, of a scene smaller than that.
-        empty: labelled tiles without a line.
+        tiles: number of tiles.
+        small: tiles below the full size, because their scene is smaller.
+        empty: tiles with an empty label file.
         lines: label lines.
-        cut_off: boxes left out of a tile that shows too little of them.
-        outside: boxes with no part in the scene.
-        over_edge: boxes with a part outside the scene, which was cut away.
-        unseen: boxes in the scene of which no tile shows enough.
-        raw_ids: lines by type id.
+        cut_off: times a box is left out of a tile that shows too little of it.
+        outside: boxes completely outside the scene.
+        over_edge: boxes clipped at the edge of the scene.
+        unseen: boxes of which no tile shows enough.
+        raw_ids: label lines by type id.
     """
 
     tiles: int = 0
@@ -100,26 +100,21 @@ class SceneCount:
 
 
 def list_windows(height: int, width: int, cutting: Cutting) -> Iterator[Window]:
-    """The windows of a scene of that extent, see `windows`."""
+    """Yield the windows of a scene of that size, see `windows`."""
     return windows(height, width, cutting.size, cutting.stride)
 
 
 def name_tile(scene: str, window: Window) -> str:
-    """`1052_0_3`: scene, row, column."""
+    """Return a tile's name from scene, row and column: `1052_0_3`."""
     return f"{scene}_{window.row}_{window.column}"
 
 
 def clip_boxes(boxes: Boxes, window: Window, min_visibility: float) -> tuple[Boxes, npt.NDArray[np.intp], int]:
-    """The parts of boxes that a window shows.
-
-    Args:
-        boxes: (n, 5) in pixels of the scene.
-        window: the tile.
-        min_visibility: see `Cutting`.
+    """Clip boxes (n, 5), in pixels of the scene, to a window; see `Cutting` for `min_visibility`.
 
     Returns:
-        (k, 5) type id and left, top, right, bottom as shares of the window; (k,) their rows in `boxes`; and how many
-        more the window shows too little of.
+        (k, 5) type id and left, top, right, bottom as shares of the window; (k,) their rows in `boxes`; and the number
+        of boxes dropped because the window shows too little of them.
     """
     extent = np.array([window.width, window.height] * 2)
     corners = boxes[:, 1:] - [window.left, window.top] * 2
@@ -133,7 +128,7 @@ def clip_boxes(boxes: Boxes, window: Window, min_visibility: float) -> tuple[Box
 
 
 def format_labels(shares: Boxes) -> bytes:
-    """YOLO lines, `id cx cy w h` as shares of the tile, from (k, 5) type id and left, top, right, bottom."""
+    """Format (k, 5) type id and left, top, right, bottom as YOLO lines, `id cx cy w h` in shares of the tile."""
     lines = (
         f"{int(label_id)} {(left + right) / 2:.6f} {(top + bottom) / 2:.6f} {right - left:.6f} {bottom - top:.6f}\n"
         for label_id, left, top, right, bottom in shares.tolist()
@@ -142,7 +137,7 @@ def format_labels(shares: Boxes) -> bytes:
 
 
 def count_scene(job: SceneJob, height: int, width: int) -> SceneCount:
-    """What cutting a scene of that extent will give; no pixel is read."""
+    """Count what cutting a scene of that size will give, without reading its pixels."""
     boxes, cutting = job.boxes, job.cutting
     inside = (boxes[:, 1] < width) & (boxes[:, 2] < height) & (boxes[:, 3] > 0) & (boxes[:, 4] > 0)
     whole = (boxes[:, 1] >= 0) & (boxes[:, 2] >= 0) & (boxes[:, 3] <= width) & (boxes[:, 4] <= height)
@@ -174,22 +169,19 @@ def count_scene(job: SceneJob, height: int, width: int) -> SceneCount:
 def cut_scene(job: SceneJob, is_stopped: Callable[[], bool] = lambda: False) -> bool:
     """Cut one scene and write its tiles, its labels and its mark, in this order.
 
-    Holds one row of the raster's blocks and a few tiles at a time, never the scene.
-
-    Args:
-        job: the scene.
-        is_stopped: asked between tiles.
+    Holds one row of the raster's blocks and a few tiles in memory, never the whole scene. `is_stopped` is called
+    between tiles.
 
     Returns:
-        whether it is done; it is not when it was stopped, and then lacks its mark.
+        whether the scene is complete; False if it was stopped, and then it has no mark.
 
     Raises:
         RasterError: the scene cannot be read.
         TileprobeError: its tiles cannot be written.
     """
     place = open_place(job.out)
-    # The mark first, since the scene is no longer whole; then labels, so that none of then is ever beside an image of
-    # now; then tiles that the grid of now does not have.
+    # Remove the mark first, since the scene is no longer complete; then labels, so that an old label never lies next
+    # to a new image; then tiles that the new grid lacks.
     for name in sorted(job.old, key=lambda name: ("tiling", "labels", "images").index(name.partition("/")[0])):
         place.delete(name)
     with Raster(job.path) as raster, ThreadPoolExecutor(_WRITES_IN_FLIGHT) as threads:
@@ -213,10 +205,10 @@ def cut_scene(job: SceneJob, is_stopped: Callable[[], bool] = lambda: False) -> 
 
 
 def read_stat(path: Path) -> tuple[int, int]:
-    """Size in bytes and modification time in ns.
+    """Return a file's size in bytes and modification time in ns.
 
     Raises:
-        RasterError: there is no such file any more.
+        RasterError: the file is gone.
     """
     try:
         found = path.stat()
@@ -226,7 +218,7 @@ def read_stat(path: Path) -> tuple[int, int]:
 
 
 def encode_png(pixels: RGBImage) -> bytes:
-    """(H, W, 3) uint8 as PNG, which loses nothing."""
+    """Encode (H, W, 3) uint8 as PNG."""
     return bytes(png_encode(pixels, level=_PNG_LEVEL))
 
 
@@ -237,7 +229,7 @@ def _write_all(
     encode: Callable[[T], bytes],
     is_stopped: Callable[[], bool],
 ) -> bool:
-    """Encode and write every item in threads, with so many in flight; False if stopped before the last."""
+    """Encode and write every item in threads; return False if stopped before the last."""
 
     def write(name: str, value: T) -> None:
         place.write(name, encode(value))

@@ -14,7 +14,7 @@ from extract.errors import PlaceError
 
 _UNFINISHED = "tiling/unfinished"
 _LOCK = "tiling/lock"
-_PURPOSE = Purpose("OUT", again="finished scenes stay, and the same command goes on from there")
+_PURPOSE = Purpose("OUT", again="finished scenes are kept, and the same command continues from there")
 
 
 def open_place(url: str) -> Objects:

@@ -1,8 +1,7 @@
-"""What a tiling is asked to do, and what it will give: counted from headers and boxes, before a pixel is read."""
+"""Plan a tiling: count what it will give from headers and boxes, before any pixel is read."""
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ _SAMPLED_SCENES = 8
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """A scene that can be cut: how, what it gives, and whether that is there already."""
+    """A readable scene: its job, the tiles it gives, and whether they exist already."""
 
     job: SceneJob
     count: SceneCount
@@ -33,16 +32,16 @@ class ScenePlan:
 
 @dataclass
 class TilePlan:
-    """All of a tiling.
+    """The plan of a whole tiling.
 
     Attributes:
-        annotations: what the labels hold.
-        scenes: those that can be cut, by name.
-        unreadable: scenes whose file cannot be opened: name, reason.
-        missing: scenes without a file: name, boxes.
-        unlabelled: names of scenes that no feature names.
-        other_files: in the directory, passed over.
-        gone: scenes of this place whose file is not in the directory any more.
+        annotations: the contents of the label file.
+        scenes: the readable ones, sorted by name.
+        unreadable: reason by name, for scenes whose file cannot be opened.
+        missing: number of boxes by name, for scenes with features but without a file.
+        unlabelled: names of scenes without features.
+        other_files: number of files in the directory that are not scenes.
+        gone: scenes in the output whose file is no longer in the directory.
     """
 
     annotations: Annotations
@@ -55,17 +54,17 @@ class TilePlan:
 
     @property
     def to_do(self) -> list[ScenePlan]:
-        """Scenes that are not there yet."""
+        """Return the scenes that are not finished."""
         return [scene for scene in self.scenes if not scene.done]
 
 
 def make_plan(config: TileConfig, place: Objects) -> TilePlan:
-    """Look at everything, write nothing.
+    """Plan the tiling from the input and the output, without writing anything.
 
     Raises:
-        ConfigError: no directory, no scenes, two files of one scene, or labels of other scenes altogether.
+        ConfigError: no directory, no scenes, two files of one scene, or labels that fit none of the scenes.
         AnnotationError: the labels cannot be read.
-        PlaceError: the place holds tiles of other settings, or of something else.
+        PlaceError: the output holds tiles cut with other settings, or not cut by this command.
     """
     files, other_files = _list_scenes(config.images)
     check_settings(place, config.cutting)
@@ -91,15 +90,15 @@ def make_plan(config: TileConfig, place: Objects) -> TilePlan:
 
 
 def format_settings(cutting: Cutting) -> bytes:
-    """What the place is told about how its scenes were cut."""
+    """Return the settings object of an output."""
     return json.dumps({"version": 1, **asdict(cutting)}).encode() + b"\n"
 
 
 def check_settings(place: Objects, cutting: Cutting) -> bool:
-    """Whether the place knows these settings already; False for one that has none.
+    """Return whether the output has these settings; False for a new output.
 
     Raises:
-        PlaceError: it was cut with others, or holds tiles that were not cut here.
+        PlaceError: it was cut with other settings, or holds tiles not cut by this command.
     """
     found = place.read(SETTINGS)
     if found and found.data == format_settings(cutting):
@@ -120,8 +119,11 @@ def check_settings(place: Objects, cutting: Cutting) -> bool:
 
 
 def estimate_bytes(plan: TilePlan) -> tuple[float, int]:
-    """Bytes of all images, from the middle tile of a few scenes; and how many tiles that was. A raster that cannot be
-    read there is left out: cutting it will say so."""
+    """Estimate the bytes of all images from the middle tile of a few scenes.
+
+    Returns:
+        the bytes, and the number of tiles measured. A tile that cannot be read is skipped: cutting will report it.
+    """
     chosen = plan.scenes[:: max(1, len(plan.scenes) // _SAMPLED_SCENES)][:_SAMPLED_SCENES]
     sizes = []
     for scene in chosen:
@@ -135,7 +137,7 @@ def estimate_bytes(plan: TilePlan) -> tuple[float, int]:
 
 
 def _list_scenes(directory: str) -> tuple[dict[str, Path], int]:
-    """Scene name to raster, and how many other files there were."""
+    """Return the rasters by scene name, and the number of other files."""
     try:
         entries = sorted(Path(directory).iterdir())
     except OSError as error:
@@ -143,20 +145,20 @@ def _list_scenes(directory: str) -> tuple[dict[str, Path], int]:
     files: dict[str, Path] = {}
     other = 0
     for path in entries:
-        # An archive made on a Mac brings ._1052.tif along, which is no picture.
+        # Archives made on a Mac contain ._1052.tif, which is not an image.
         if path.suffix.lower() not in RASTER_SUFFIXES or path.name.startswith("."):
             other += 1
-        elif not path.name.isprintable():  # bytes that are no text, a line break: no name for an object of a bucket
-            raise ConfigError(f"{str(path)!r} has a name that cannot be that of a tile: rename it")
+        elif not path.name.isprintable():  # undecodable bytes or a line break cannot name an object in a bucket
+            raise ConfigError(f"{str(path)!r} has characters not allowed in tile names: rename it")
         elif files.setdefault(name_scene(path.name), path) != path:
-            raise ConfigError(f"{files[path.stem]} and {path.name} are one scene by their names: remove one")
+            raise ConfigError(f"{files[path.stem]} and {path.name} name the same scene: remove one")
     if not files:
         raise ConfigError(f"no .tif files in {directory}: IMAGES is a directory of them, such as train_images")
     return files, other
 
 
 def _list_there(place: Objects) -> dict[str, set[str]]:
-    """Objects of an earlier tiling by scene: marks, labels and images."""
+    """Return the objects of an earlier tiling by scene: marks, labels and images."""
     there: dict[str, set[str]] = defaultdict(set)
     for name in place.list_dir(DONE):
         there[name.rpartition(".")[0]].add(f"{DONE}/{name}")
@@ -173,13 +175,9 @@ def _plan_scene(config: TileConfig, name: str, path: Path, boxes: Boxes | None, 
     with Raster(path) as raster:
         height, width = raster.height, raster.width
     wanted = {job.mark}
-    for tile in _name_tiles(job, height, width):
+    for window in list_windows(height, width, job.cutting):
+        tile = name_tile(name, window)
         wanted |= {f"images/{tile}.png", f"labels/{tile}.txt"} if labelled else {f"images/{tile}.png"}
     done = wanted == there
     old = () if done else tuple(item for item in there if item not in wanted or not item.startswith("images/"))
     return ScenePlan(replace(job, old=old), count_scene(job, height, width), done)
-
-
-def _name_tiles(job: SceneJob, height: int, width: int) -> Iterator[str]:
-    for window in list_windows(height, width, job.cutting):
-        yield name_tile(job.name, window)

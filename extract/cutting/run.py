@@ -1,10 +1,9 @@
-"""`python -m extract tile`: raw xView, large scenes and one GeoJSON, to the bucket layout that extraction reads.
+"""Convert raw xView (large scenes and one GeoJSON) to the layout that extraction reads: `python -m extract tile`.
 
-What every scene will give is counted first (`tile_plan`), so that a dry run and a real one say the same. Scenes are
-then cut in several processes (`cutters`), each told its own scene's boxes and nothing else.
+`plan` first counts what every scene will give, so that a dry run and a real run print the same. `workers` then cuts
+scenes in several processes, each of which gets only its own scene's boxes.
 """
 
-import os
 import sys
 import time
 from contextlib import closing
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from extract.errors import RunError
 from extract.ranks.group import shows_bars
+from extract.ranks.machine import count_cores
 from extract.ranks.signals import Stopped, stop_on_signals
 
 from .config import TileConfig
@@ -24,19 +24,19 @@ from .workers import run_cutters
 
 
 def run_tiling(config: TileConfig) -> dict[str, Any]:
-    """Cut every scene that is not there yet, and say what became of all of them.
+    """Cut every scene that is not finished, and print the plan and the result.
 
     Returns:
-        the plan in numbers, for a program: what `out` holds afterwards, or would hold after a dry run.
+        the plan in numbers, for programs: the contents of `out` afterwards, or those it would have after a dry run.
 
     Raises:
-        TileprobeError: whatever a user can mend; finished scenes stay.
-        RunError: all was done but what cannot be read, which was named.
-        Stopped: SIGTERM or SIGINT came; finished scenes stay, and one line has said how many.
+        TileprobeError: an error that a user can fix; finished scenes are kept.
+        RunError: some scenes cannot be read; all others are finished.
+        Stopped: SIGTERM or SIGINT arrived; finished scenes are kept and their number was printed.
     """
     place = open_place(config.out)
     done: list[str] = []
-    check_settings(place, config.cutting)  # before a lock is put where it does not belong
+    check_settings(place, config.cutting)  # before writing a lock into a foreign directory
     with stop_on_signals():
         try:
             if config.dry_run:
@@ -51,7 +51,7 @@ def run_tiling(config: TileConfig) -> dict[str, Any]:
                     _cut(config, plan, done)
         except Stopped as stop:
             print(
-                f"stopped by {stop}: {len(done):,} scenes were finished and stay; the same command goes on from there",
+                f"stopped by {stop}: {len(done):,} scenes are finished; the same command continues from there",
                 file=sys.stderr,
                 flush=True,
             )
@@ -60,7 +60,7 @@ def run_tiling(config: TileConfig) -> dict[str, Any]:
         print(describe_failures(plan.unreadable), flush=True)
         raise RunError(
             f"{len(plan.unreadable):,} of {len(plan.unreadable) + len(plan.scenes):,} scenes cannot be read: "
-            "get them again or remove them, and give the same command; finished scenes stay"
+            "replace or remove them and run the same command again; finished scenes are kept"
         )
     return {
         "out": place.url,
@@ -79,19 +79,19 @@ def _say_dry(config: TileConfig, plan: TilePlan) -> None:
     print(describe_plan(config, plan))
     print(
         f"dry run: nothing is written. {len(plan.to_do):,} scenes to cut, {len(plan.scenes) - len(plan.to_do):,} are "
-        f"in {config.out} already; all images are about {size / 2**20:,.0f} MiB of PNG (from {sampled} tiles)",
+        f"in {config.out} already; all images take about {size / 2**20:,.0f} MiB of PNG (from {sampled} tiles)",
         flush=True,
     )
 
 
 def _cut(config: TileConfig, plan: TilePlan, done: list[str]) -> None:
-    """Cut what is to do; names of finished scenes go to `done`, those that cannot be read to the plan."""
+    """Cut the unfinished scenes; append finished ones to `done` and record unreadable ones in the plan."""
     to_do = {scene.job.name: scene for scene in plan.to_do}
     before = len(plan.scenes) - len(to_do)
     started, tiles = time.perf_counter(), 0
     if to_do:
         total = sum(scene.count.tiles for scene in to_do.values())
-        workers = min(config.workers or _count_cores(), len(to_do))
+        workers = min(config.workers or count_cores(), len(to_do))
         outcomes = run_cutters([scene.job for scene in to_do.values()], workers)
         with (
             tqdm(total=total, unit="tile", desc="tile", disable=not shows_bars()) as bar,
@@ -109,10 +109,6 @@ def _cut(config: TileConfig, plan: TilePlan, done: list[str]) -> None:
     seconds = time.perf_counter() - started
     print(
         f"cut {len(done):,} scenes into {tiles:,} tiles in {seconds:.1f} s ({tiles / max(seconds, 1e-9):,.0f} "
-        f"tiles/s); {before:,} were there before. Next: make extract TILES={config.out}",
+        f"tiles/s); {before:,} existed before. Next: make extract TILES={config.out}",
         flush=True,
     )
-
-
-def _count_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

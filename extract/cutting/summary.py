@@ -1,4 +1,4 @@
-"""What a tiling tells its user: scenes, features, boxes and labels, and what was left out, with its reason."""
+"""Describe a tiling to its user: scenes, features, boxes and labels, and what is left out and why."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ _INDENT = "\n" + " " * 10
 
 
 def describe_plan(config: TileConfig, plan: TilePlan) -> str:
-    """Several lines: what the raw data holds, and what its tiles will."""
+    """Describe, in several lines, the raw data and the tiles it will give."""
     total = _add([scene.count for scene in plan.scenes])
     return "\n".join(
         f"{name:10}{_INDENT.join(lines)}"
@@ -31,7 +31,7 @@ def describe_plan(config: TileConfig, plan: TilePlan) -> str:
 
 
 def describe_failures(failed: dict[str, str]) -> str:
-    """The first ten scenes that cannot be read, with the reason."""
+    """List the first ten scenes that cannot be read, with the reasons."""
     lines = [f"\n  {show_name(name)}: {show_name(reason)}" for name, reason in sorted(failed.items())]
     return f"{len(failed):,} scenes cannot be read:{show_first(lines, separator='', limit=10)}"
 
@@ -39,25 +39,21 @@ def describe_failures(failed: dict[str, str]) -> str:
 def _describe_scenes(config: TileConfig, plan: TilePlan) -> list[str]:
     lines = [f"{len(plan.scenes) + len(plan.unreadable):,} in {config.images}"]
     if plan.other_files:
-        lines[0] += f"; {plan.other_files:,} other files there are passed over"
+        lines[0] += f"; {plan.other_files:,} other files are skipped"
     if plan.missing:
-        lines.append(
-            f"{len(plan.missing):,} with features but without a file, passed over: {_name(sorted(plan.missing))}"
-        )
+        lines.append(f"{len(plan.missing):,} with features but without a file, skipped: {_name(sorted(plan.missing))}")
     if plan.unlabelled:
         lines.append(
-            f"{len(plan.unlabelled):,} without a feature: no label file says that they show nothing, since nobody may "
-            f"have looked: {_name(plan.unlabelled)}"
+            f"{len(plan.unlabelled):,} without features: their tiles get no label files, since they may never have "
+            f"been annotated: {_name(plan.unlabelled)}"
         )
     if plan.gone:
-        lines.append(
-            f"{len(plan.gone):,} in {config.out} whose file is gone; their tiles stay there: {_name(plan.gone)}"
-        )
+        lines.append(f"{len(plan.gone):,} in {config.out} whose file is gone; tiles are kept: {_name(plan.gone)}")
     joined = [scene.job.name for scene in plan.scenes if _READ_AS_ONE.fullmatch(scene.job.name)]
     if joined:
         lines.append(
-            rf"{len(joined):,} whose names end in _DIGITS, such as {show_name(joined[0])}: extract and train take the "
-            r"digits for a tile's unless they are given --scene-regex '^(?P<scene>.+)_\d+_\d+$'"
+            rf"{len(joined):,} whose names end in _DIGITS, such as {show_name(joined[0])}: extract and train read the "
+            r"digits as a tile's number unless they get --scene-regex '^(?P<scene>.+)_\d+_\d+$'"
         )
     return lines
 
@@ -68,12 +64,12 @@ def _describe_features(config: TileConfig, plan: TilePlan) -> list[str]:
     for defect in Defect:
         if annotations.dropped[defect]:
             example = show_name(annotations.examples[defect])
-            lines.append(f"{annotations.dropped[defect]:,} dropped: {defect.value} ({example}, for one)")
+            lines.append(f"{annotations.dropped[defect]:,} dropped: {defect.value} (such as {example})")
     if plan.missing:
-        lines.append(f"{sum(plan.missing.values()):,} dropped: of scenes without a file")
+        lines.append(f"{sum(plan.missing.values()):,} dropped: their scene has no file")
     unreadable = sum(len(annotations.boxes.get(name, ())) for name in plan.unreadable)
     if unreadable:
-        lines.append(f"{unreadable:,} dropped: of scenes that cannot be read")
+        lines.append(f"{unreadable:,} dropped: their scene cannot be read")
     return lines
 
 
@@ -81,9 +77,9 @@ def _describe_boxes(config: TileConfig, plan: TilePlan, total: SceneCount) -> li
     share = f"{100 * config.cutting.min_visibility:g} %"
     lines = [f"{sum(len(scene.job.boxes) for scene in plan.scenes):,}"]
     for number, what in (
-        (total.outside, "dropped: outside of their scene"),
+        (total.outside, "dropped: outside their scene"),
         (total.unseen, f"dropped: no tile shows {share} of them"),
-        (total.over_edge, "reach beyond an edge of their scene and are clipped there"),
+        (total.over_edge, "clipped at the edge of their scene"),
     ):
         if number:
             lines.append(f"{number:,} {what}")
@@ -94,7 +90,7 @@ def _describe_tiles(config: TileConfig, plan: TilePlan, total: SceneCount) -> li
     cutting = config.cutting
     lines = [f"{total.tiles:,} of {cutting.size} px, {cutting.stride} px apart"]
     if total.small:
-        lines[0] += f"; {total.small:,} smaller, as their scene is"
+        lines[0] += f"; {total.small:,} are smaller, because their scene is"
     without = sum(scene.count.tiles for scene in plan.scenes if not scene.job.labelled)
     lines.append(f"{total.lines:,} label lines; {total.empty:,} tiles with an empty label, {without:,} without one")
     if total.cut_off:
@@ -104,7 +100,7 @@ def _describe_tiles(config: TileConfig, plan: TilePlan, total: SceneCount) -> li
     unknown = {label_id: number for label_id, number in sorted(total.raw_ids.items()) if label_id not in known}
     if unknown:
         ids = show_first([f"{label_id} ({number:,})" for label_id, number in unknown.items()])
-        lines.append(f"{sum(unknown.values()):,} of the lines have ids that are no xView type, and keep them: {ids}")
+        lines.append(f"{sum(unknown.values()):,} of the lines keep ids that are not xView types: {ids}")
     return lines
 
 

@@ -1,9 +1,6 @@
-"""Processes that cut scenes, several at once, and stop between two tiles when they are told to."""
+"""Cut scenes in several processes, which stop between two tiles when told to."""
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -11,13 +8,14 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 
 from extract.errors import RasterError, RunError
+from extract.ranks.signals import block_interrupts, end_with_parent
 
 from .cut import SceneJob, cut_scene
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a scene: done, or the reason why it could not be read, or neither when it was stopped."""
+    """The result for one scene: done, or the reason why it cannot be read, or neither if it was stopped."""
 
     name: str
     done: bool
@@ -25,11 +23,13 @@ class Outcome:
 
 
 def run_cutters(jobs: Sequence[SceneJob], workers: int) -> Generator[Outcome, None, None]:
-    """Cut scenes, each told of as it ends. Close the iterator to stop: every process then ends its tile and no more.
+    """Cut scenes and yield the outcome of each as it ends.
+
+    Close the iterator to stop: every process then finishes only its current tile.
 
     Args:
         jobs: the scenes.
-        workers: processes; with 1 everything happens in this one.
+        workers: number of processes; 1 cuts in this process.
 
     Raises:
         TileprobeError: tiles cannot be written.
@@ -42,18 +42,14 @@ def run_cutters(jobs: Sequence[SceneJob], workers: int) -> Generator[Outcome, No
     stopped = context.Event()
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_begin, initargs=(stopped,))
     try:
-        # Ctrl-C goes to every process of a terminal. This one answers it; the others inherit that they do not.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with block_interrupts():
             futures = [pool.submit(_cut, job) for job in jobs]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
         raise RunError(
-            "a process that cut scenes died; out of memory, most often: lower --workers; finished scenes stay, and the "
-            "same command goes on from there"
+            "a process that cuts scenes died, most often because memory ran out: lower --workers; finished scenes are "
+            "kept, and the same command continues from there"
         ) from error
     finally:
         stopped.set()
@@ -64,17 +60,10 @@ _stopped: Event | None = None
 
 
 def _begin(stopped: Event) -> None:
-    """Remember, in a process of the pool, whom to ask; and end with the process that began it, however that ended."""
+    """Set up a process of the pool: keep the event that stops it, and exit when the main process is gone."""
     global _stopped
     _stopped = stopped
-    main = multiprocessing.parent_process()
-    assert main
-
-    def watch() -> None:
-        main.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch-main", daemon=True).start()
+    end_with_parent()
 
 
 def _cut(job: SceneJob) -> Outcome:

@@ -1,1 +1,1 @@
-"""The processes of a job: their group, agreement, heartbeat, signals and machine."""
+"""Coordinate the processes of a job: group, agreement, heartbeat, signals and machine."""

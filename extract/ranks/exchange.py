@@ -1,7 +1,7 @@
-"""A cache that the ranks of a job read together: who reads what, and how what each found gets to all.
+"""Let the ranks of a job read a cache together: each reads a share of the blocks and sends it to the others.
 
-A job asks storage for each block once, and computes each digest once. What a rank read then goes to the others through
-the process group: less work than to read and check it again, and no rank more to wait on the bucket.
+A job reads each block and computes each digest only once. Sending a block through the process group is cheaper than
+reading and checking it again, and does not load the bucket.
 """
 
 from collections.abc import Sequence
@@ -13,22 +13,24 @@ from torch import Tensor
 from .group import Ranks
 
 PIECE_BYTES = 64 << 20
-"""What is sent at once. Where ranks talk through GPUs, an array in main memory takes that much of one."""
+"""Bytes sent at once. With nccl, an array in main memory takes that much GPU memory while it is sent."""
 
 
 def share_out(blocks: int, world_size: int) -> list[slice]:
-    """The blocks that each rank reads: side by side, so that small ones can be read several at a time and the first
-    rank with an error has the first of the errors; shares differ by one block at most."""
+    """Divide the blocks into one contiguous share per rank; shares differ by one block at most.
+
+    Contiguous shares let a rank read several small blocks at once, and the first failing rank has the first error.
+    """
     edges = [blocks * rank // world_size for rank in range(world_size + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 def exchange(values: Tensor, shares: Sequence[slice], ranks: Ranks) -> None:
-    """Give every rank what the others hold; all of them must call this.
+    """Send every rank's share of `values` to all other ranks; all ranks must call this.
 
     Args:
-        values: (n, …) contiguous, of one shape and dtype on every rank; completed in place.
-        shares: the part of the n that each rank has filled; together they are all.
+        values: (n, …) contiguous, same shape and dtype on every rank; completed in place.
+        shares: the rows that each rank has filled; together they cover all n.
     """
     if ranks.world_size == 1:
         return

@@ -1,4 +1,4 @@
-"""Ranks: the process group, what one rank does for all, and the counter that shares out blocks."""
+"""Join the process group, run work on one rank or on all, and share atomic counters."""
 
 import logging
 import os
@@ -29,47 +29,47 @@ T = TypeVar("T")
 _HOST = torch.device("cpu")
 
 Counter = Callable[[int], int]
-"""`add(n)` gives the total of all ranks after adding n."""
+"""`add(n)` adds n and returns the total of all ranks."""
 
 GROUP_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for one that lives, above all for rank 0 while it lists; of one that is gone, see `peers`."""
+"""How long a rank waits for a live rank, mostly for rank 0 while it lists. `heartbeat` detects dead ranks."""
 
 _DECLINE_TIMEOUT = timedelta(seconds=30)
-"""How long a rank that ends before it has joined tries to tell the others."""
+"""How long a rank that fails before it has joined tries to inform the others."""
 
 _STOP_PATIENCE_S = 10
-"""How long rank 0 waits for ranks that are told to stop; torchrun ends all of them after 30 s."""
+"""How long rank 0 waits for the other ranks to stop; torchrun kills all of them after 30 s."""
 
 _STOP_LOOK_S = 0.05
 
 _arrived = threading.Event()
-"""Set once this rank has begun to join: from then on the others learn of its end by other ways."""
+"""Set once this rank starts to join: from then on the others notice its end in other ways."""
 
 
 class ToldByMainError(TileprobeError):
-    """Rank 0 met an error and tells it; this rank has nothing to add."""
+    """Rank 0 reports the error; this rank prints nothing."""
 
 
 class PeerLostError(TileprobeError):
-    """Another rank ended in the middle of what all do together; it has said why, or torchrun will."""
+    """Another rank ended during a collective operation; that rank or torchrun prints the reason."""
 
 
 def shows_bars() -> bool:
-    """Whether progress bars are wanted: not if the command is quiet, or logs every batch."""
+    """Return whether to show progress bars: not if the command is quiet or logs every batch."""
     return _log.getEffectiveLevel() == logging.WARNING
 
 
 def get_job_id() -> str | None:
-    """torchrun's id of this job, the same after its restarts; None without one that no other job has."""
+    """Return torchrun's id of this job, which stays the same after restarts; None if it has no unique id."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return None if job == "none" else job
 
 
 def exit_with(error: TileprobeError) -> NoReturn:
-    """End this rank with one line and the error's status.
+    """Print the error in one line and exit with its status.
 
-    The first rank to end makes torchrun end the rest, so one with nothing to say lets the one that has speak first.
-    Other nodes know nothing of it, so one that ends before it has joined them tells them.
+    The first rank to exit makes torchrun end the others on its node, so ranks without an error of their own wait, so
+    that the failing rank's message prints first. A rank that fails before it has joined informs the other nodes.
     """
     if isinstance(error, (ToldByMainError, PeerLostError)):
         time.sleep(5)
@@ -84,12 +84,12 @@ def exit_with(error: TileprobeError) -> NoReturn:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers.
+    """This process's place in the job.
 
     Attributes:
         rank, world_size: position in the whole job.
-        local_world_size: ranks on this machine.
-        device: this rank's own.
+        local_world_size: number of ranks on this machine.
+        device: the device of this rank.
         store: the group's key-value store; its counters are atomic across ranks.
     """
 
@@ -101,7 +101,7 @@ class Ranks:
 
     @classmethod
     def alone(cls, device: torch.device = _HOST) -> Self:
-        """A process that has no peers, or asks none: it needs no process group."""
+        """Make a single rank that needs no process group."""
         return cls(0, 1, 1, device, dist.HashStore())
 
     @property
@@ -110,27 +110,27 @@ class Ranks:
 
     @property
     def draws_bars(self) -> bool:
-        """Whether this rank draws progress bars."""
+        """Return whether this rank draws progress bars."""
         return self.is_main and shows_bars()
 
     @property
     def cores(self) -> int:
-        """CPU cores that are this rank's share."""
+        """This rank's share of the CPU cores."""
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size) if hasattr(os, "sched_getaffinity") else 1
 
     def choose_workers(self, asked: int | None) -> int:
-        """Feed processes of this rank: as asked, else one per core that computing leaves."""
+        """Return the number of feed processes of this rank: as asked, else one per core but one."""
         return max(1, self.cores - 1) if asked is None else asked
 
     def run_on_main(self, work: Callable[[], T], tell: Callable[[T], T] = lambda result: result) -> T:
-        """Run `work` on rank 0 and give its result to all; an error a user can act on ends every rank.
+        """Run `work` on rank 0 and return its result on all ranks; a `TileprobeError` is raised on all.
 
         Args:
-            work: what to run.
-            tell: what the other ranks get of the result, where all of it would be too much.
+            work: the function to run.
+            tell: reduces the result to the part that the other ranks need.
 
         Raises:
-            TileprobeError: on rank 0, what `work` raised; on the others `ToldByMainError`.
+            TileprobeError: on rank 0, the error of `work`; on the others `ToldByMainError`.
         """
         outcome: list[T | TileprobeError | None] = [None]
         if self.is_main:
@@ -148,7 +148,7 @@ class Ranks:
         return result if self.is_main else told  # type: ignore[return-value]
 
     def run_everywhere(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank and give each its own result; if it fails on one, all end and rank 0 says why."""
+        """Run `work` on every rank and return each rank's own result; if one fails, all raise."""
         failure: TileprobeError | None = None
         try:
             result = work()
@@ -164,7 +164,7 @@ class Ranks:
         return result
 
     def agree(self, holds: bool) -> bool:
-        """Whether something holds on every rank."""
+        """Return whether `holds` is true on every rank."""
         answers = [holds] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(answers, holds)
@@ -182,16 +182,16 @@ class Ranks:
 
     @contextmanager
     def stop_together(self, patience_s: float = _STOP_PATIENCE_S) -> Iterator[None]:
-        """Have rank 0, when told to stop, leave this after the others, which are told as well.
+        """Make rank 0 leave this context last when the job is told to stop.
 
-        It waits for `patience_s` seconds at most: a rank on another machine may not have been told.
+        It waits for `patience_s` seconds at most: a rank on another machine may not have received the signal.
         """
         count_left = self.make_counter("left")
         try:
             yield
         except Stopped:
             deadline = time.monotonic() + patience_s
-            with suppress(dist.DistError):  # the store may be gone before its ranks
+            with suppress(dist.DistError):  # the store may end before its ranks
                 left = count_left(1)
                 while self.is_main and left < self.world_size and time.monotonic() < deadline:
                     time.sleep(_STOP_LOOK_S)
@@ -201,23 +201,23 @@ class Ranks:
             count_left(1)
 
     def make_counter(self, name: str) -> Counter:
-        """A counter shared by all ranks; its key carries a nonce, so a restarted job starts from zero."""
+        """Make a counter shared by all ranks; its key holds a nonce, so that a restarted job counts from zero."""
         nonce = self.run_on_main(lambda: uuid.uuid4().hex)
         return lambda amount: self.store.add(f"{name}/{nonce}", amount)
 
 
 @contextmanager
 def join_ranks(device: str = "auto", asked: Asked = NOTHING_ASKED) -> Iterator[Ranks]:
-    """Join the process group torchrun describes, or make one of a single process when there is none.
+    """Join the process group that torchrun describes, or make one of a single process.
 
     Args:
-        device: `auto`, `cpu` or `cuda`. nccl on CUDA, gloo elsewhere. On CPU each rank gets cores / local ranks
+        device: `auto`, `cpu` or `cuda`; nccl on CUDA, gloo elsewhere. On CPU each rank gets cores / local ranks
             threads (torchrun alone would give it one).
-        asked: what all ranks must have been asked alike.
+        asked: the command and settings that must be the same on all ranks.
 
     Raises:
-        ConfigError: CUDA asked for and not there, fewer GPUs than local ranks, or PEER_TIMEOUT is no time.
-        AgreementError: on rank 0, nodes that do not belong together; on the others `ToldByMainError`.
+        ConfigError: CUDA is not available, fewer GPUs than local ranks, or PEER_TIMEOUT is not a duration.
+        AgreementError: on rank 0, the nodes differ; on the others `ToldByMainError`.
     """
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen, peer_timeout = choose_device(device, local_rank, local_world), read_peer_timeout()
@@ -252,11 +252,11 @@ def join_ranks(device: str = "auto", asked: Asked = NOTHING_ASKED) -> Iterator[R
 
 
 def _open_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """torchrun's store, and this process's rank and the number of ranks."""
+    """Return torchrun's store, this process's rank and the number of ranks."""
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps its store when it restarts the ranks, and with it the addresses of those that are gone. Rank
-        # 0's own store is new each time; and a node that restarts for another's sake does not count that.
+        # torchrun keeps its store when it restarts the ranks, with the addresses of the old ones, so each attempt
+        # needs its own prefix. (A store that rank 0 hosts is new each time, and the restart counts of nodes differ.)
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return store, rank, world_size
 
@@ -265,16 +265,16 @@ def _agree_on_job(store: dist.Store, rank: int, world_size: int, me: Member) -> 
     try:
         refusal = settle(dist.PrefixStore("agreement", store), rank, world_size, me)
     except dist.DistError as error:
-        raise PeerLostError(f"rank {rank} waited for the other ranks in vain: see their messages") from error
+        raise PeerLostError(f"rank {rank} got no answer from the other ranks: see their messages") from error
     if refusal:
         raise AgreementError(refusal) if rank == 0 else ToldByMainError(refusal)
 
 
 def choose_device(device: str, local_rank: int, local_world: int) -> torch.device:
-    """The device of one of `local_world` ranks on this machine: `auto`, `cpu` or `cuda`.
+    """Choose the device (`auto`, `cpu` or `cuda`) of one of `local_world` ranks on this machine.
 
     Raises:
-        ConfigError: CUDA asked for and not there, or fewer GPUs than local ranks.
+        ConfigError: CUDA is not available, or there are fewer GPUs than local ranks.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and gpus == 0):

@@ -1,7 +1,7 @@
-"""Whether the other ranks are still there: each beats in the group's store, and is missed when it no longer does.
+"""Detect dead ranks by a heartbeat that each rank writes to the group's store.
 
-How long something takes does not tell a slow rank from one whose machine or cable is gone: rank 0 may list for half an
-hour while the others wait, and of a peer that is switched off no connection says anything. The heartbeat does.
+A timeout cannot tell a slow rank from a dead host: rank 0 may list for half an hour while the others wait, and a
+powered-off peer leaves its sockets open. Heartbeats can.
 """
 
 import math
@@ -17,18 +17,18 @@ import torch.distributed as dist
 from extract.errors import ConfigError
 
 VARIABLE = "PEER_TIMEOUT"
-"""Seconds of silence after which a rank is lost, in the environment; make hands on what its command line sets."""
-REMEDY = "once all machines and the network are there, the same command goes on, a trainer's with ARGS=--resume"
-_TIMEOUT_S = 120.0  # as long as the owner of a cache may be silent; a machine that moves to another host is faster
-_LOOKS = 20  # in that time; as many heartbeats
+"""Environment variable: seconds without a heartbeat after which a rank is lost. make passes its own variable on."""
+REMEDY = "once all machines and the network are up, run the same command again, a trainer's with ARGS=--resume"
+_TIMEOUT_S = 120.0  # as for the owner of a cache; longer than the live migration of a virtual machine
+_LOOKS = 20  # checks, and heartbeats, in that time
 _LEFT = "left"
 
 
 def read_peer_timeout() -> float:
-    """Seconds of silence after which a rank is lost.
+    """Read the seconds without a heartbeat after which a rank is lost.
 
     Raises:
-        ConfigError: the variable holds something else than a positive number.
+        ConfigError: the variable is not a positive number.
     """
     text = os.environ.get(VARIABLE) or str(_TIMEOUT_S)
     try:
@@ -41,46 +41,41 @@ def read_peer_timeout() -> float:
 
 @contextmanager
 def watch_peers(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> Iterator[None]:
-    """End this process with one line if a peer is silent for so long within the context.
+    """While the context runs, end this process with one line if a peer sends no heartbeat for `timeout_s` seconds.
 
-    Rank 0 watches all and the others rank 0, so that the store answers a number of requests that grows with the ranks,
-    not with their pairs. A rank that leaves in order says so.
-
-    Args:
-        store: of the group, all of whose ranks call this.
-        rank, world_size: of this process.
-        timeout_s: seconds.
+    All ranks must call this. Rank 0 watches all others, and they watch rank 0, so that requests to the store grow with
+    the number of ranks, not of pairs. A rank that leaves the context normally announces it.
     """
     if world_size == 1:
         yield
         return
-    # One for these threads alone: a store serves one caller at a time. torch's own stubs lack `clone`.
+    # A separate connection for these threads: a store serves one caller at a time. torch's stubs lack `clone`.
     own: dist.Store = store.clone()  # type: ignore[attr-defined]
     watch = _PeerWatch(own, rank, range(1, world_size) if rank == 0 else [0], timeout_s)
     watch.start()
     try:
         yield
-        with suppress(dist.DistError):  # the store may have left with its rank already
+        with suppress(dist.DistError):  # the rank that hosts the store may have left already
             store.set(_name_key(rank), _LEFT)
     finally:
         watch.stop()
 
 
 class _PeerWatch:
-    """Two threads: one talks to the store, which may keep it waiting for a quarter of an hour; one counts meanwhile."""
+    """Two threads: one talks to the store, which may block for a quarter of an hour, while the other counts."""
 
     def __init__(self, store: dist.Store, rank: int, watched: Sequence[int], timeout_s: float) -> None:
         self._store, self._rank, self._timeout_s = store, rank, timeout_s
         self._keys = {peer: _name_key(peer) for peer in watched}
         self._last = dict.fromkeys(watched, "")
-        # In looks, not in seconds: a process that was halted itself has heard nobody meanwhile.
+        # Counted in checks, not seconds: a process that was suspended itself could not hear its peers.
         self._looks = 0
         self._heard: dict[int, float] = dict.fromkeys(watched, 0)
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._talk, self._count)]
 
     def start(self) -> None:
-        self._beat(0)  # before anybody reads: the store waits for a key that is not there
+        self._beat(0)  # before any rank reads it: the store blocks on a missing key
         for thread in self._threads:
             thread.start()
 
@@ -94,7 +89,7 @@ class _PeerWatch:
 
     def _talk(self) -> None:
         beats = 0
-        with suppress(dist.DistError):  # a store that is gone is silent
+        with suppress(dist.DistError):  # without a store, no more heartbeats arrive
             while not self._stopped.wait(self._timeout_s / _LOOKS):
                 self._beat(beats := beats + 1)
                 for peer, value in zip(self._keys, self._store.multi_get(list(self._keys.values())), strict=True):
@@ -110,11 +105,11 @@ class _PeerWatch:
                 self._end(peer)
 
     def _end(self, peer: int) -> None:
-        """At once: the main thread may be in a call that waits for the very rank that is lost."""
+        """Exit at once: the main thread may be blocked in a call that waits for the lost rank."""
         host = self._last[peer].partition(" ")[2]
         print(
             f"\nerror: rank {peer}{host and f' on {host}'} has not been heard of for {self._timeout_s:g} s "
-            f"({VARIABLE}), so rank {self._rank} ends: {REMEDY}",
+            f"({VARIABLE}), so rank {self._rank} exits: {REMEDY}",
             file=sys.stderr,
             flush=True,
         )

@@ -1,11 +1,16 @@
-"""Main memory: what a process could take of it."""
+"""Find how much memory and how many cores this process may use."""
 
 import os
 from pathlib import Path
 
 
+def count_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def find_free_memory() -> int:
-    """Bytes of main memory that this process could take: what the system has, or its container is allowed."""
+    """Return the bytes of main memory that this process could allocate, within the limit of its container."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -14,5 +19,5 @@ def find_free_memory() -> int:
     group = Path("/sys/fs/cgroup")
     try:
         return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such group, or one without a limit ("max")
+    except (OSError, ValueError):  # no control group, or no limit ("max")
         return free

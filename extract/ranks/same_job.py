@@ -1,10 +1,10 @@
-"""What the nodes of a job must have in common, and the one line that says what they have not.
+"""Check that all nodes run the same code and settings; report the first mismatch in one line.
 
-Every rank writes who it is into the store that torchrun gives them, and rank 0 compares. That comes before anything
-the ranks do together, and before the process group: nodes that differ in device or PyTorch may never form one.
+Every rank describes itself in torchrun's store, and rank 0 compares. This happens before the process group is made,
+since nodes that differ in device or PyTorch may never form one.
 
-Settings decide what comes out of a job, so nodes may differ in none of them, but for the fields of a configuration
-whose options are `per_node`: they are about a node's own cores, devices or disks, and change no figure.
+Settings decide the result of a job, so they must be equal on all nodes, except the options marked `per_node`: they
+concern a node's cores, devices or disks, and no result.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ import torch.distributed as dist
 from cache_schema.cli.options import find_option, name_option
 
 JOIN_TIMEOUT = timedelta(minutes=5)
-"""How long rank 0 waits for the others to say who they are: all have been started, and load PyTorch at most."""
+"""How long rank 0 waits for the others to describe themselves: all were started, and only load PyTorch."""
 MAX_CLOCK_S = 60.0
-"""Seconds that clocks may be apart. google-auth renews a token 225 s before it expires by the node's own clock, and
-Google judges by its own; what is measured here is off by the time a message takes."""
+"""Seconds that clocks may differ. google-auth renews a token 225 s before it expires by the node's clock, while Google
+goes by its own; the measurement here includes the time of one message."""
 
 _HEARD_S = 10
 _SHOWN_CHARACTERS, _SHOWN_DIFFERENCES, _SHOWN_VALUES = 200, 5, 3
@@ -39,23 +39,23 @@ _MAKE_VARIABLES = {
     **{name: name.upper() for name in ("run", "unfreeze", "out")},
     "names": "INPUT",
 }
-"""By the setting's name; all others are options."""
+"""Make variables by setting; all other settings are shown as options."""
 _REMEDIES = {
     "versions": "install the same on every node",
-    "command": "start every node with the same",
+    "command": "run the same command on every node",
     "settings": "give every node the same",
-    "device": "compute on one kind on all: give every node --device cpu, or see why one has no GPU",
+    "device": "use the same kind of device: give every node --device cpu, or check why one has no GPU",
 }
-"""By what is compared, in that order; only the first that differs is told, for what follows depends on it."""
+"""By what is compared, in order; only the first difference is reported, since the others may follow from it."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a rank was asked to do.
+    """The command and settings of a rank.
 
     Attributes:
         command: such as `train head`.
-        settings: all that nodes may not differ in, by the name users know.
+        settings: those that must be equal on all nodes, by the name users know.
     """
 
     command: str
@@ -63,7 +63,7 @@ class Asked:
 
     @classmethod
     def of(cls, command: str, *configs: Any, **settings: Any) -> Self:
-        """Of frozen configurations, and of settings beside them."""
+        """Collect the settings of frozen configurations, and further `settings`."""
         found = dict(pair for config in configs for pair in _list_settings(config))
         found |= {_MAKE_VARIABLES.get(name, f"--{name}"): str(value) for name, value in settings.items()}
         return cls(command, found)
@@ -83,12 +83,12 @@ NOTHING_ASKED = Asked("", {})
 
 @dataclass(frozen=True)
 class Member:
-    """A rank, and what it must have in common with the others.
+    """A rank's description of itself.
 
     Attributes:
         host: name of its node.
-        facts: by the keys of `_REMEDIES`, then by name.
-        failed: the error that keeps it from joining; empty without one.
+        facts: what must be equal on all ranks, by the keys of `_REMEDIES`, then by name.
+        failed: the error that keeps it from joining, or empty.
     """
 
     host: str
@@ -97,7 +97,7 @@ class Member:
 
     @classmethod
     def describe(cls, asked: Asked, device: str) -> Self:
-        """This process, asked for something and about to compute on `cpu` or `cuda`."""
+        """Describe this process, which will compute on `cpu` or `cuda`."""
         facts = {
             "versions": _list_versions(),
             "command": {"command": asked.command},
@@ -108,13 +108,13 @@ class Member:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """What a rank wrote, of whatever release."""
+        """Parse the description of a rank, which may run another release."""
         told = json.loads(data)
         return cls(told["host"], told["facts"], told["failed"])
 
 
 def _list_versions() -> dict[str, str]:
-    # The patch level of Python changes nothing that ranks exchange; two checkouts may have one version.
+    # Python's patch level does not affect what ranks exchange. Two checkouts may have the same version number.
     python = ".".join(platform.python_version_tuple()[:2])
     own = f"{installed_version('tileprobe')} (source {digest_source()})"
     return {"tileprobe": own, "Python": python, **{name: installed_version(name) for name in _LIBRARIES}}
@@ -129,7 +129,7 @@ def digest_source(root: Path = Path(__file__).parents[2]) -> str:
     digest = hashlib.sha256()
     for package in _PACKAGES:
         files = sorted((root / package).rglob("*.py"))
-        if not files:  # a digest of nothing would make all checkouts look the same
+        if not files:  # a digest of no files would be the same for all checkouts
             raise RuntimeError(f"found no source files of {package} below {root}")
         for path in files:
             digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
@@ -137,15 +137,10 @@ def digest_source(root: Path = Path(__file__).parents[2]) -> str:
 
 
 def settle(store: dist.Store, rank: int, world_size: int, me: Member) -> str | None:
-    """Find out with all other ranks whether they belong together.
-
-    Args:
-        store: of this job, and this attempt of it.
-        rank, world_size: in the whole job.
-        me: this rank.
+    """Compare this rank, `me`, with all others of the job.
 
     Returns:
-        why they do not, the same on all ranks; None if they do.
+        why they cannot work together, the same text on all ranks; None if they can.
 
     Raises:
         torch.distributed.DistError: rank 0 is gone.
@@ -154,7 +149,7 @@ def settle(store: dist.Store, rank: int, world_size: int, me: Member) -> str | N
     if rank == 0:
         verdict, listening = _judge(store, world_size)
         store.set("verdict", verdict)
-        if verdict and listening:  # the store may end with this process
+        if verdict and listening:  # the store may end with this process, so let them read first
             with suppress(dist.DistError):
                 store.wait([f"heard/{other}" for other in listening], timedelta(seconds=_HEARD_S))
         return verdict or None
@@ -166,7 +161,7 @@ def settle(store: dist.Store, rank: int, world_size: int, me: Member) -> str | N
 
 
 def decline(store: dist.Store, rank: int, error: str) -> None:
-    """Tell the ranks that wait in `settle`, or will, that this one has ended with an error."""
+    """Tell the ranks that wait in `settle`, now or later, that this rank failed."""
     me = Member(socket.gethostname(), {}, failed=error)
     _introduce(store, rank, me)
     if rank == 0:
@@ -179,7 +174,7 @@ def _introduce(store: dist.Store, rank: int, me: Member) -> None:
 
 
 def _judge(store: dist.Store, world_size: int) -> tuple[str, list[int]]:
-    """What rank 0 says of all, empty if nothing speaks against them, and who waits for it."""
+    """Compare all ranks on rank 0; return the reason for refusal, or empty, and the ranks that wait for it."""
     others = range(1, world_size)
     try:
         store.wait([f"member/{rank}" for rank in others], JOIN_TIMEOUT)
@@ -187,12 +182,12 @@ def _judge(store: dist.Store, world_size: int) -> tuple[str, list[int]]:
         absent = [rank for rank in others if not store.check([f"member/{rank}"])]
         store.set("clock", str(time.time()))
         return (
-            f"{len(absent)} of {world_size} ranks, rank {absent[0]} among them, did not come within "
-            f"{JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes: see what its node says, then start all again",
+            f"{len(absent)} of {world_size} ranks, including rank {absent[0]}, did not join within "
+            f"{JOIN_TIMEOUT.total_seconds() / 60:.0f} minutes: see the output of its node, then start all nodes again",
             [rank for rank in others if rank not in absent],
         )
     members = [Member.parse(told) for told in store.multi_get([f"member/{rank}" for rank in range(world_size)])]
-    # The others wait for it, so what passes between it and their own clock is the way of one message.
+    # The others wait for this, so it reaches them within the time of one message.
     store.set("clock", str(time.time()))
     refusal = find_difference(members)
     if not refusal:
@@ -202,7 +197,7 @@ def _judge(store: dist.Store, world_size: int) -> tuple[str, list[int]]:
 
 
 def find_difference(members: Sequence[Member]) -> str:
-    """One line on what ranks 0, 1, … may not differ in and do, and who has what; empty if there is nothing."""
+    """Describe in one line the first difference between ranks 0, 1, …, with the values; empty if there is none."""
     for rank, member in enumerate(members):
         if member.failed:
             return f"{member.host} (rank {rank}) cannot take part: {member.failed}"
@@ -238,11 +233,11 @@ def _shorten(value: str) -> str:
 
 
 def find_wrong_clock(members: Sequence[Member], ahead: Sequence[float]) -> str:
-    """One line on the clock that is furthest from rank 0's; empty if it is near enough.
+    """Describe in one line the clock furthest from rank 0's; empty if it is within `MAX_CLOCK_S`.
 
     Args:
         members: ranks 0, 1, …
-        ahead: seconds that the clock of each is ahead of rank 0's.
+        ahead: seconds by which each rank's clock is ahead of rank 0's.
     """
     worst = max(range(len(ahead)), key=lambda rank: abs(ahead[rank]))
     if abs(ahead[worst]) <= MAX_CLOCK_S:
@@ -250,6 +245,6 @@ def find_wrong_clock(members: Sequence[Member], ahead: Sequence[float]) -> str:
     where = "ahead of" if ahead[worst] > 0 else "behind"
     return (
         f"the clock of {_name_ranks([worst], members)} is {abs(ahead[worst]):.0f} s {where} that of "
-        f"{_name_ranks([0], members)}, and tokens for a bucket expire by the clock: set both right (NTP), to within "
-        f"{MAX_CLOCK_S:.0f} s"
+        f"{_name_ranks([0], members)}, and access tokens for buckets expire by the clock: set both clocks (NTP) to "
+        f"within {MAX_CLOCK_S:.0f} s"
     )

@@ -1,1 +1,1 @@
-"""Tiles and their labels: listed, fetched, decoded and fed in batches."""
+"""List, fetch and decode tiles and their labels, and feed them in batches."""

@@ -1,6 +1,7 @@
-"""One batch of tiles, made in a feed worker: fetch tiles and labels together, check, decode, put side by side.
+"""Make one batch of tiles in a feed worker: fetch tiles and labels together, check and decode them, stack the images.
 
-What is to be read travels with the request, so a worker needs no table and its memory does not grow with the bucket.
+A request carries all that a worker needs to read its tile. A worker holds no table, so its memory does not grow with
+the bucket.
 """
 
 import math
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Self
 
 import google_crc32c
@@ -33,7 +35,7 @@ _MAX_EXAMPLES = 20
 
 
 class TileRequest(NamedTuple):
-    """One row of the table: what to read and what it must be."""
+    """One row of the table: the objects to read, and the size and checksum each must have."""
 
     row: int
     tile: str
@@ -45,21 +47,21 @@ class TileRequest(NamedTuple):
 
 
 Request = TileRequest | WindowRequest
-"""What becomes a row of a batch."""
+"""One row of a batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class TileBatch:
-    """One batch of n tiles, or windows of rasters, rows in the order asked for.
+    """One batch of n tiles, or windows of rasters, in the order requested.
 
     Attributes:
         rows: (n,) int64 rows of the table.
-        images: uint8; a row that is not embedded holds zeros.
+        images: uint8; zeros in rows that are not embedded.
         status: (n,) uint8, see `Status`.
-        label_ids: (n, 128) uint16.
-        label_lines: lines with content in all label files.
+        label_ids: (n, 128) uint16, instances per raw label id.
+        label_lines: lines in all label files, blank ones not counted.
         problems: one readable line per quarantined tile and per malformed label line.
-        fetch_s, decode_s: seconds a worker waited for bytes and decoded them.
+        fetch_s, decode_s: seconds that the worker waited for bytes, and spent decoding.
     """
 
     rows: np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -75,14 +77,14 @@ class TileBatch:
         return len(self.rows)
 
     def pin_memory(self) -> Self:
-        """The same batch, its images in page-locked memory; the DataLoader calls this in a thread of its own."""
+        """Return the batch with its images in page-locked memory. The DataLoader calls this in a separate thread."""
         images = self.images
         pinned = images.pin_memory() if isinstance(images, Tensor) else [image.pin_memory() for image in images]
         return replace(self, images=pinned)
 
 
 def make_requests(table: TileTable, rows: Iterable[int], *, labels: bool = True) -> list[TileRequest]:
-    """Requests for `rows` of the table, in that order; without `labels`, for the tiles alone."""
+    """Return requests for `rows` of the table, in that order; without `labels`, only for the images."""
     return [
         TileRequest(
             row,
@@ -98,18 +100,14 @@ def make_requests(table: TileTable, rows: Iterable[int], *, labels: bool = True)
 
 
 class PendingBatch:
-    """A batch whose reads are under way."""
+    """A batch whose reads are in flight."""
 
     def __init__(
         self, source: Source, pool: ThreadPoolExecutor, requests: Sequence[Request], windows: WindowReader | None = None
     ) -> None:
-        """Start reading every tile of the batch; those beyond the pool's threads wait their turn.
+        """Submit a read of every tile to `pool`.
 
-        Args:
-            source: where the tiles are.
-            pool: of the threads that read them.
-            requests: tiles and windows, in the order of the rows.
-            windows: reads the windows, when it is their turn: a raster belongs to one thread.
+        Windows are read later, by `windows` in the thread that calls `finish`: a raster belongs to one thread.
         """
         self.requests = requests
         self._windows = windows or WindowReader()
@@ -119,10 +117,10 @@ class PendingBatch:
         ]
 
     def finish(self) -> TileBatch:
-        """Decode tiles as they arrive, in this thread: there is a worker for every core that decodes.
+        """Decode tiles as they arrive, in this thread: each worker process uses one core.
 
         Raises:
-            SourceError: what is no single tile's own fault: an outage, refused access, a label that changed.
+            SourceError: an outage, refused access, a label that changed: anything that is not one tile's own fault.
         """
         started = time.perf_counter()
         images = ImageStack(len(self.requests))
@@ -156,7 +154,7 @@ class PendingBatch:
     def _decode(
         self, data: bytes | Status | WindowRequest, images: "ImageStack", row: int
     ) -> tuple[Status, str | None]:
-        """Put an image into its row, or say why there is none."""
+        """Decode an image into its row. Return its status and, unless it is embedded, the reason."""
         if isinstance(data, Status):
             return data, data.reason
         try:
@@ -173,7 +171,7 @@ class PendingBatch:
 
 @dataclass(frozen=True, eq=False)
 class LabelBatch:
-    """The labels of n tiles whose bytes are not needed; attributes as those of `TileBatch`."""
+    """The labels of n tiles without their images; attributes as in `TileBatch`."""
 
     label_ids: UInt16Array
     label_lines: int
@@ -181,7 +179,7 @@ class LabelBatch:
 
 
 def read_labels(source: Source, pool: ThreadPoolExecutor, requests: Sequence[TileRequest]) -> LabelBatch:
-    """Read the label files of `requests`, and nothing else.
+    """Read only the label files of `requests`.
 
     Raises:
         SourceError: an outage, refused access, a label that changed since it was listed.
@@ -189,7 +187,7 @@ def read_labels(source: Source, pool: ThreadPoolExecutor, requests: Sequence[Til
     label_ids = np.zeros((len(requests), LABEL_ID_COLUMNS), "<u2")
     problems: list[str] = []
     lines = 0
-    for i, labels in enumerate(pool.map(lambda request: _fetch_labels(source, request), requests)):
+    for i, labels in enumerate(pool.map(partial(_fetch_labels, source), requests)):
         if labels is not None:
             label_ids[i] = labels.counts
             lines += labels.lines
@@ -206,7 +204,7 @@ def _fetch(source: Source, request: TileRequest) -> tuple[bytes | Status, Parsed
 
 
 def _fetch_tile(source: Source, request: TileRequest) -> bytes | Status:
-    """A tile's bytes, or why it is quarantined."""
+    """Return a tile's bytes, or the status it is quarantined with."""
     if request.size > MAX_FILE_BYTES:
         return Status.OVER_LIMIT
     try:
@@ -217,9 +215,9 @@ def _fetch_tile(source: Source, request: TileRequest) -> bytes | Status:
 
 
 def _fetch_labels(source: Source, request: TileRequest) -> ParsedLabels | None:
-    """The tile's labels, None where it has no label object.
+    """Return the tile's labels, or None if it has no label object.
 
-    A label that changed since the listing makes the whole block stale, not one row of it.
+    A label that changed since the listing is an error: it makes the whole block stale, not one row.
     """
     if request.label_size == NO_LABEL:
         return None
@@ -229,20 +227,20 @@ def _fetch_labels(source: Source, request: TileRequest) -> ParsedLabels | None:
         return refuse_labels()
     name = label_name(request.tile)
     try:
-        # The table pins the tile's generation; a label is pinned by its checksum.
+        # The table records the generation of the image only; a label is identified by its checksum.
         text = _read_listed(source, name, 0, request.label_size, request.label_crc32c)
     except TileGoneError:
         text = None
     if text is None:
-        raise TransportError(f"{name} changed or went away since it was listed: run the same command again")
+        raise TransportError(f"{name} was changed or deleted since it was listed: run the same command again")
     return parse_labels(text)
 
 
 def _read_listed(source: Source, name: str, generation: int, size: int, crc32c: int) -> bytes | None:
-    """The object's bytes if they are those that were listed.
+    """Return the object's bytes, or None if they are not the bytes that were listed.
 
-    The fast read checks nothing, so a body that does not fit is read again, twice, in the way that can tell damage
-    done by the network from other bytes in the bucket.
+    The fast read checks nothing. If its bytes do not match, the object is read twice more with a checksum, which tells
+    damage by the network from an object that really changed.
     """
     for read in (source.read, source.read_checked, source.read_checked):
         data = read(name, generation)
@@ -252,7 +250,7 @@ def _read_listed(source: Source, name: str, generation: int, size: int, crc32c: 
 
 
 class ImageStack:
-    """A batch's images: rows of one tensor as long as their sizes agree, else one tensor each."""
+    """Collects a batch's images: in one tensor while all sizes are equal, else in one tensor each."""
 
     def __init__(self, rows: int) -> None:
         self._tensor: Tensor | None = None
@@ -260,8 +258,8 @@ class ImageStack:
         self._rows = rows
 
     def put(self, row: int, image: RGBImage) -> None:
-        """Take an image."""
-        # One huge tile among small ones must not reserve its size for each of them.
+        """Add the image of a row."""
+        # Allocate for all rows only once two images agree, so that one huge tile does not size the whole batch.
         if self._tensor is None and any(image.shape == other.shape for other in self._apart.values()):
             self._tensor = self._allocate(image.shape)
         if self._tensor is not None and image.shape == self._tensor.shape[1:]:
@@ -270,7 +268,7 @@ class ImageStack:
             self._apart[row] = image
 
     def finish(self, embedded: BoolArray) -> TileImages:
-        """The images; those of rows that are not `embedded` (n,) are zeros, of some small size where sizes differ."""
+        """Return the images. Rows that are not `embedded` (n,) are zeros, 16 px a side if sizes differ."""
         shapes = {image.shape for image in self._apart.values()}
         if self._tensor is None and len(shapes) == 1:
             self._tensor = self._allocate(*shapes)
@@ -280,7 +278,7 @@ class ImageStack:
         if self._tensor is not None and shapes <= {tuple(self._tensor.shape[1:])}:
             for row, image in self._apart.items():
                 self._tensor[row].numpy()[:] = image
-            for row in np.flatnonzero(~embedded).tolist():  # a mask would pass over every byte of the batch
+            for row in np.flatnonzero(~embedded).tolist():  # faster than a mask, which touches every byte
                 self._tensor[row] = 0
             return self._tensor
         images = {row: torch.tensor(image) for row, image in self._apart.items()}  # copied: Pillow's are read-only
@@ -292,7 +290,7 @@ class ImageStack:
     def _allocate(self, shape: tuple[int, ...]) -> Tensor:
         if get_worker_info() is None:
             return torch.empty(self._rows, *shape, dtype=torch.uint8)
-        # In a worker, tiles are decoded to where the other process reads them. As PyTorch's own default_collate does,
-        # since share_memory_() would first copy a batch of fresh pages.
+        # In a worker, decode straight into shared memory, as PyTorch's default_collate does: share_memory_() would
+        # copy the whole batch.
         storage = torch.UntypedStorage._new_shared(self._rows * math.prod(shape))
         return torch.empty(0, dtype=torch.uint8).set_(storage).view(self._rows, *shape)

@@ -1,7 +1,7 @@
-"""The bytes of a bucket's objects, many requests in flight: through obstore, whose client is written in Rust.
+"""Read a bucket's objects through obstore, whose client is written in Rust, with many requests in flight.
 
-google-cloud-storage spends 1.3 to 2.9 ms of Python on a request, under the interpreter's lock; obstore 0.3 ms outside
-it. The former keeps listing, credentials, and the second look at a body that is not what was listed.
+google-cloud-storage spends 1.3 to 2.9 ms of Python per request while it holds the GIL, obstore 0.3 ms without it.
+google-cloud-storage still does listing, credentials, and the second read of a body that does not match the listing.
 """
 
 import os
@@ -37,9 +37,9 @@ _STATUS = re.compile(r"status code: (\d{3} [\w -]+)")
 
 
 class RequestGate:
-    """Lets so many requests be in flight and no more: fewer after a refusal, then more again, as TCP does (AIMD).
+    """Limits the requests in flight: fewer after a refusal, then gradually more, as TCP does (AIMD).
 
-    A refusal halves the limit, once for all requests that were in flight with it; a round of answers adds one to it.
+    A refusal halves the limit, once for all requests that were in flight with it; a round of answers adds one.
     """
 
     def __init__(self, limit: int) -> None:
@@ -51,11 +51,11 @@ class RequestGate:
 
     @property
     def limit(self) -> int:
-        """Requests that may be in flight now."""
+        """The number of requests that may be in flight now."""
         return int(self._limit)
 
     def run(self, request: Callable[[], T]) -> T:
-        """The request's result, once it was let through. A `GenericError` of it counts as a refusal."""
+        """Wait for a free slot, then return the request's result. A `GenericError` counts as a refusal."""
         with self._changed:
             self._changed.wait_for(lambda: self._in_flight < self.limit)
             self._in_flight += 1
@@ -78,14 +78,10 @@ class RequestGate:
 
 
 class GcsReader:
-    """Reads objects of one bucket; safe to share among threads, not among processes."""
+    """Reads objects of one bucket; may be shared among threads, not among processes."""
 
     def __init__(self, bucket: str, concurrency: int) -> None:
-        """Look for credentials and set up the client; no request is made yet.
-
-        Args:
-            bucket: its name.
-            concurrency: requests in flight at most.
+        """Find credentials and set up the client, for at most `concurrency` requests in flight; no request is made.
 
         Raises:
             SourceError: no credentials.
@@ -98,18 +94,18 @@ class GcsReader:
             raise SourceError(explain_gcs_error(error, f"gs://{bucket}", Purpose("TILES", VIEWER))) from error
 
     def read(self, path: str, generation: int) -> bytes:
-        """The bytes of one object; its body is not checked against anything.
+        """Return the bytes of one object, without checking them.
 
-        Refusals (408, 429, 5xx), resets, time-outs and bodies cut short are tried again, after pauses that double and
-        jitter, for two minutes; meanwhile fewer requests are in flight.
+        Refusals (408, 429, 5xx), resets, time-outs and truncated bodies are retried for two minutes, with jittered
+        pauses that double; meanwhile fewer requests are in flight.
 
         Args:
-            path: below the bucket.
+            path: name of the object in the bucket.
             generation: of the object, 0 for the newest.
 
         Raises:
-            TileGoneError: there is no such object or generation.
-            TransportError: it kept failing.
+            TileGoneError: no such object or generation.
+            TransportError: all retries failed.
             SourceError: access refused.
         """
         url = f"gs://{self._bucket}/{path}"
@@ -121,41 +117,40 @@ class GcsReader:
         try:
             try:
                 return self._gate.run(request)
-            except GenericError:  # only now, since setting up a retry takes as long as the request
-                return _make_retry()(self._gate.run)(request)
+            except GenericError:  # built only when needed: setting up a retry takes as long as the request
+                retry = Retry(
+                    if_exception_type(GenericError),
+                    initial=_FIRST_PAUSE_S,
+                    maximum=_LONGEST_PAUSE_S,
+                    timeout=_DEADLINE_S,
+                )
+                return retry(self._gate.run)(request)
         except FileNotFoundError as error:
             raise TileGoneError(f"{url} is gone") from error
         except (PermissionDeniedError, UnauthenticatedError) as error:
             raise SourceError(
                 f"access to {url} refused: give the account the role Storage Object Viewer on the bucket, or run "
-                "`gcloud auth application-default login`; what is committed stays"
+                "`gcloud auth application-default login`; committed blocks are kept"
             ) from error
         except RetryError as error:
-            # obstore's own text may quote the answer's body; the status is what a user needs.
+            # Show the status alone: obstore's text may quote the whole body of the answer.
             status = _STATUS.search(str(error.cause))
             raise TransportError(
                 f"{url} kept failing ({status[1].strip() if status else 'no answer'}): check the network; "
-                "what is committed stays, and the same command goes on from there"
+                "committed blocks are kept, and the same command continues from there"
             ) from error
 
 
-def _make_retry() -> Retry:
-    return Retry(
-        predicate=if_exception_type(GenericError),
-        initial=_FIRST_PAUSE_S,
-        maximum=_LONGEST_PAUSE_S,
-        timeout=_DEADLINE_S,
-    )
-
-
 def can_name(path: str) -> bool:
-    """Whether obstore takes the path as it stands: it refuses `.`, `..`, empty segments and control characters, and
-    drops a slash at either end."""
+    """Return whether obstore can read the path unchanged.
+
+    It refuses `.`, `..`, empty segments and control characters, and drops a slash at either end.
+    """
     return path.isprintable() and {"", ".", ".."}.isdisjoint(path.split("/"))
 
 
 def open_reader(bucket: str, concurrency: int) -> GcsReader:
-    """This process's reader of a bucket: a forked child finds none of its parent's."""
+    """Return this process's reader of a bucket; a forked child gets a new one."""
     return _open_reader(bucket, concurrency, os.getpid(), os.environ.get("STORAGE_EMULATOR_HOST", ""))
 
 
@@ -164,22 +159,22 @@ def _open_reader(bucket: str, concurrency: int, process: int, emulator: str) -> 
     return GcsReader(bucket, concurrency)
 
 
-def _be_nobody() -> "GCSCredential":
-    return {"token": "nobody", "expires_at": None}
+def _anonymous_credentials() -> "GCSCredential":
+    return {"token": "anonymous", "expires_at": None}
 
 
 def _open_store(bucket: str) -> GCSStore:
-    # The client's own retries would hide refusals from the gate.
+    # Retries inside the client would hide refusals from the gate.
     retries: RetryConfig = {"max_retries": 0}
-    # Objects stored compressed come as they are stored, which is how the listing counts them.
+    # Return compressed objects as they are stored: the listing gives that size and checksum.
     headers = {"Accept-Encoding": "gzip"}
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if emulator:
         return GCSStore(
             bucket,
             config={"base_url": emulator, "skip_signature": True},
-            # Without one the client reads GOOGLE_APPLICATION_CREDENTIALS, and stops at a kind of file it does not know.
-            credential_provider=_be_nobody,
+            # Without this the client reads GOOGLE_APPLICATION_CREDENTIALS, and fails on file types it does not know.
+            credential_provider=_anonymous_credentials,
             client_options={"allow_http": True, "default_headers": headers},
             retry_config=retries,
         )

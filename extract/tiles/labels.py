@@ -1,4 +1,4 @@
-"""YOLO label files to instances per raw label id."""
+"""Count the instances of each raw label id in YOLO label files."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from cache_schema.layout import UInt16Array
 
 MAX_LABEL_BYTES = 16 * 2**20
 _ID = re.compile(rb"\d{1,9}")
-# The point is not optional between two runs of digits: a long run could then be cut anywhere, in quadratic time.
+# `\d+\.?\d*` would be shorter, but could split a long run of digits anywhere: quadratic time.
 _NUMBER = re.compile(rb"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
@@ -30,17 +30,17 @@ class ParsedLabels:
 
 
 def refuse_labels() -> ParsedLabels:
-    """What stands for a file of more than `MAX_LABEL_BYTES`: one malformed line."""
+    """Return the result for a file of more than `MAX_LABEL_BYTES`: one malformed line."""
     counts = np.zeros(LABEL_ID_COLUMNS, "<u2")
     counts[-1] = 1
     return ParsedLabels(counts, 1, (1,))
 
 
 def parse_labels(text: bytes) -> ParsedLabels:
-    """Count instances per raw id in a YOLO label file: `id cx cy w h` a line, the last four in 0..1.
+    """Count instances per raw id in a YOLO label file, whose lines are `id cx cy w h`, the last four in 0..1.
 
-    Parsing is strict ASCII, since Python's own `float()` takes `inf`, `1_0` and Arabic digits. A byte order mark,
-    CRLF line ends and blank lines are accepted. A malformed line is one count in the last column, never an exception.
+    Parsing is strict ASCII, since Python's `float()` accepts `inf`, `1_0` and Arabic digits. A byte order mark,
+    CRLF line ends and blank lines are accepted. A malformed line adds one to the last column and never raises.
 
     Source: https://docs.ultralytics.com/datasets/detect/ (the YOLO format).
     """
@@ -62,7 +62,7 @@ def parse_labels(text: bytes) -> ParsedLabels:
 
 
 def _parse_line(content: bytes) -> int | None:
-    """The raw id of one line, None if the line is malformed."""
+    """Return the raw id of one line, or None if the line is malformed."""
     fields = content.split()
     if len(fields) != 5 or _ID.fullmatch(fields[0]) is None:
         return None

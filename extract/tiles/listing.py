@@ -1,7 +1,7 @@
-"""From the listing of a source to its tile table: which objects are tiles, and which label belongs to each.
+"""Turn the listing of a source into its tile table: find the tiles, and the label file of each.
 
-A bucket may hold tens of millions of objects, so everything is in columns, and names become Python strings a page or a
-chunk at a time.
+A bucket may hold tens of millions of objects, so everything is kept in columns, and names become Python strings only
+a page or a chunk at a time.
 """
 
 from bisect import bisect_left, bisect_right
@@ -23,12 +23,12 @@ _CHUNK_ROWS = 8192
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below TILES.
+    """The tiles found below TILES.
 
     Attributes:
-        table: the tiles to embed, sorted by name.
-        unlabelled: tiles without a label object that were left out (0 when they were asked for).
-        other: objects under images/ that are not tiles.
+        table: the tiles to embed, sorted by name; may be empty.
+        unlabelled: number of tiles left out because they have no label object (0 if such tiles are included).
+        other: number of objects under images/ that are not tiles.
     """
 
     table: TileTable
@@ -37,16 +37,14 @@ class Listing:
 
 
 def list_tiles(source: Source, *, unlabelled: bool = False) -> Listing:
-    """The tile table of a source, from its listing alone: no object is read.
+    """Make the tile table of a source from its listing alone, without reading an object.
 
-    Args:
-        source: where to look.
-        unlabelled: include tiles that have no label object.
+    With `unlabelled`, tiles without a label object are included.
 
     Raises:
         SourceError: no tiles, or none with a label.
     """
-    # A bucket gives a listing page by page, so two listings at once take half the time.
+    # A bucket lists one page after another, so two listings in parallel take half the time.
     with ThreadPoolExecutor(1) as thread:
         labels = thread.submit(lambda: list(source.list("labels")))
         images = list(source.list("images"))
@@ -62,7 +60,7 @@ def list_tiles(source: Source, *, unlabelled: bool = False) -> Listing:
 
 
 def list_images(source: Source) -> Listing:
-    """The images of a source, labels or not: those below its images/, or if there are none, those anywhere in it.
+    """List the images of a source, with or without labels: those below images/, or if there are none, all of them.
 
     Raises:
         SourceError: no images.
@@ -74,20 +72,14 @@ def list_images(source: Source) -> Listing:
             labels = np.full(len(tiles), NO_LABEL, np.int64), np.zeros(len(tiles), np.uint32)
             table = TileTable(tiles.name, tiles.size, tiles.crc32c, tiles.generation, *labels)
             return Listing(table, 0, other)
-    raise SourceError(f"no images in {source.url}: PNG, JPEG and TIFF files are read: check the path")
+    raise SourceError(f"no PNG, JPEG or TIFF images in {source.url}: check the path")
 
 
 def build_table(images: Iterable[ListedPage], labels: Iterable[ListedPage], *, unlabelled: bool) -> Listing:
-    """The tiles among the objects below images/, each with its label among those below labels/.
+    """Find the tiles among the objects below images/, and their labels among the objects below labels/.
 
-    Pages and names may come in any order; names in code point order, which is that of a bucket's listing, need no sort.
-
-    Args:
-        images, labels: what lies below either folder.
-        unlabelled: keep tiles that have no label object.
-
-    Returns:
-        the tile table, which may be empty, and what was left out of it.
+    Pages and names may come in any order. Names in code point order, as in a bucket's listing, are not sorted again.
+    With `unlabelled`, tiles without a label object are included.
     """
     tiles, other = _gather_tiles(images)
     tiles = _sort(tiles)
@@ -98,7 +90,7 @@ def build_table(images: Iterable[ListedPage], labels: Iterable[ListedPage], *, u
         size=tiles.size,
         crc32c=tiles.crc32c,
         generation=tiles.generation,
-        # Row -1, of the tiles that have no label, is the one appended.
+        # `row` is -1 for tiles without a label, which selects the value appended here.
         label_size=np.append(found.size, np.int64(NO_LABEL))[row],
         label_crc32c=np.append(found.crc32c, np.uint32(0))[row],
     )
@@ -107,18 +99,18 @@ def build_table(images: Iterable[ListedPage], labels: Iterable[ListedPage], *, u
 
 
 def label_name(tile: str) -> str:
-    """`images/a/b.png` -> `labels/a/b.txt`."""
+    """Return the name of a tile's label file: `images/a/b.png` -> `labels/a/b.txt`."""
     return f"labels/{tile.split('/', 1)[1].rsplit('.', 1)[0]}.txt"
 
 
 def is_tile(name: str) -> bool:
-    """An image's suffix, in whatever case, after something: `a/.png` is a hidden file without a suffix."""
+    """Return whether the name has an image suffix, in any case. `a/.png` is a hidden file without a suffix."""
     stem, _, suffix = name.rpartition(".")
     return f".{suffix.lower()}" in IMAGE_SUFFIXES and not stem.endswith("/")
 
 
 def _gather_tiles(images: Iterable[ListedPage]) -> tuple[ListedPage, int]:
-    """The tiles of all pages, and how many other objects there were."""
+    """Return the tiles of all pages, and the number of other objects."""
     parts, other = [], 0
     for page in images:
         mask = np.array([is_tile(name) for name in page.name.tolist()], bool)
@@ -136,18 +128,20 @@ def _sort(objects: ListedPage) -> ListedPage:
 def find_names(
     tiles: npt.NDArray[np.str_], among: npt.NDArray[np.str_], *, convert: Callable[[str], str] = str
 ) -> npt.NDArray[np.int64]:
-    """(N,) int64 row of each tile's name in `among`; -1 where there is none.
+    """Find each tile's name in `among`.
 
     Args:
-        tiles: names, sorted.
-        among: other names, sorted.
-        convert: from a tile's name to the one to look for.
+        tiles, among: sorted names.
+        convert: turns a tile's name into the one to look for.
+
+    Returns:
+        (N,) int64 rows of `among`, -1 where the name is not in it.
     """
     found = np.empty(len(tiles), np.int64)
     for start in range(0, len(tiles), _CHUNK_ROWS):
         names = [convert(tile) for tile in tiles[start : start + _CHUNK_ROWS].tolist()]
-        # Neighbours stay neighbours, so a few of the others will do. np.searchsorted would be shorter, but compares two
-        # arrays of strings wrongly (numpy issue 31533, there in 2.4).
+        # Both are sorted, so a chunk needs only a narrow range of `among`. np.searchsorted would be shorter, but
+        # compares two string arrays wrongly (numpy issue 31533, present in 2.4).
         first, last = bisect_left(among, min(names)), bisect_right(among, max(names))
         rows = dict(zip(among[first:last].tolist(), range(first, last), strict=True))
         found[start : start + len(names)] = [rows.get(name, -1) for name in names]

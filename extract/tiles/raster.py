@@ -1,8 +1,8 @@
-"""Georeferenced rasters, read window by window: (H, W, 3) uint8 RGB, and where on the Earth a window lies.
+"""Read georeferenced rasters window by window, as (H, W, 3) uint8 RGB, and locate windows on the Earth.
 
-Only GDAL's GeoTIFF driver is asked, whatever a file's name: a text that calls itself `.tif` could otherwise have GDAL
-follow it to other files and addresses. Files beside a raster (`.aux.xml`, `.tfw`, `.ovr`) are neither read nor written.
-A `Raster` belongs to the process and thread that opened it.
+Only GDAL's GeoTIFF driver is used, whatever a file's name: with other drivers, a text file named `.tif` could make GDAL
+open other files and URLs. Sidecar files (`.aux.xml`, `.tfw`, `.ovr`) are neither read nor written. A `Raster` belongs
+to the process and thread that opened it.
 """
 
 import math
@@ -28,16 +28,16 @@ from .decode import MAX_PIXELS, RGBImage
 
 RASTER_SUFFIXES = (".tif", ".tiff")
 MAX_RASTER_PIXELS = 2**34
-"""131,072 pixels squared. A raster is never held whole, but a few bytes can claim any number of windows to cut."""
+"""131,072 pixels squared. A raster is never held in memory, but a small file can claim a huge number of windows."""
 MAX_BLOCK_BYTES = 4 * MAX_PIXELS
-"""What is decompressed together, a strip or a tile of the file: as many pixels as a tile may have, in RGBA."""
+"""Largest strip or tile of a file, which GDAL decompresses as a whole: `MAX_PIXELS` in RGBA."""
 CACHE_BYTES = 256 * 2**20
-"""Blocks that GDAL may keep per process; strips of a row of windows fit in when the raster is 170,000 pixels wide."""
+"""GDAL's block cache per process: holds the strips of one row of windows of a raster 170,000 pixels wide."""
 
 _OPTIONS = {
     "GDAL_CACHEMAX": CACHE_BYTES,
     "GDAL_PAM_ENABLED": "NO",  # neither reads nor writes .aux.xml
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # looks at no file beside the raster
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # ignores all other files in the folder
     "GDAL_NUM_THREADS": "1",
 }
 _RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
@@ -49,7 +49,7 @@ LonLat = tuple[float, float]
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle of a raster: its place in the grid, and in pixels from the raster's top left corner."""
+    """A rectangle of a raster: its row and column in the grid, and its pixels from the raster's top left corner."""
 
     row: int
     column: int
@@ -60,11 +60,11 @@ class Window:
 
 
 def windows(height: int, width: int, size: int, stride: int) -> Iterator[Window]:
-    """Windows that cover a raster, row by row from the top left.
+    """Yield windows that cover a raster, row by row from the top left.
 
-    They are `size` pixels a side and `stride` apart. The last row and column are moved inward to the edge: every pixel
-    is covered and every window is whole, and those overlap their neighbours by more than the others. Where a raster is
-    smaller than a window, the window is as small: nothing is padded with pixels that no sensor saw.
+    They are `size` pixels a side and `stride` apart. The last row and column are moved inward to the edge, so that
+    every pixel is covered by a full window; they overlap their neighbours more than the others do. A raster smaller
+    than a window gets windows of its own size: nothing is padded.
 
     Raises:
         ConfigError: a size or stride below 1, a stride that would leave gaps, or windows over `MAX_PIXELS`.
@@ -77,7 +77,7 @@ def windows(height: int, width: int, size: int, stride: int) -> Iterator[Window]
 
 
 def count_windows(height: int, width: int, size: int, stride: int) -> int:
-    """How many `windows` gives, without making them."""
+    """Return how many windows `windows` yields."""
     return len(_place_windows(height, size, stride)) * len(_place_windows(width, size, stride))
 
 
@@ -86,7 +86,7 @@ def check_grid(size: int, stride: int) -> None:
     if size < 1 or size * size > MAX_PIXELS:
         raise ConfigError(f"--size {size}: choose 1 to {math.isqrt(MAX_PIXELS):,} pixels a side")
     if not 1 <= stride <= size:
-        raise ConfigError(f"--stride {stride}: choose 1 to the size, {size}; a larger one would leave gaps")
+        raise ConfigError(f"--stride {stride}: choose 1 to {size}, the tile size; a larger stride would leave gaps")
 
 
 def _place_windows(length: int, size: int, stride: int) -> Sequence[int]:
@@ -100,21 +100,18 @@ class Raster:
     Attributes:
         path: the file.
         height, width: pixels.
-        crs: rasterio's coordinate reference system; None without one, or without a transform that goes with it.
+        crs: rasterio's coordinate reference system; None if the file lacks one or its transform.
         transform: affine, from pixel (column, row) to coordinates of `crs`.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Read the header.
-
-        Args:
-            path: a local file.
+        """Open a local file and read its header.
 
         Raises:
-            RasterError: no such file, no GeoTIFF, over the limits, or bands that are no 8-bit colours.
+            RasterError: no such file, not a GeoTIFF, over the limits, or bands that are not 8-bit colours.
         """
         self.path = Path(path)
-        if not self.path.is_file():  # GDAL would take /vsicurl/… for an address
+        if not self.path.is_file():  # GDAL would read /vsicurl/… as a URL
             raise RasterError(f"no file {path}: check the path")
         try:
             with rasterio.Env(**_OPTIONS), warnings.catch_warnings():
@@ -146,13 +143,13 @@ class Raster:
         self._dataset.close()
 
     def read(self, window: Window) -> RGBImage:
-        """The window's pixels, (height, width, 3) uint8 RGB.
+        """Return the window's pixels, (height, width, 3) uint8 RGB.
 
-        Grey is repeated, palettes are looked up, alpha and further bands are dropped. Of three bands and more, those
-        that the file calls red, green and blue are taken, else the first three.
+        Grey is repeated, palettes are looked up, alpha and further bands are dropped. With three bands or more, those
+        that the file labels red, green and blue are read, else the first three.
 
         Raises:
-            RasterError: the file is damaged there, or was moved or cut while it was read.
+            RasterError: the file is damaged there, or was moved or truncated while it was read.
         """
         place = rasterio.windows.Window(window.left, window.top, window.width, window.height)
         try:
@@ -168,20 +165,16 @@ class Raster:
             pixels = 255 - pixels
         return np.asarray(pixels if len(bands) == 3 else np.repeat(pixels, 3, axis=2))
 
-    def wgs84_ring(self, window: Window) -> list[LonLat] | None:
-        """The window's outline as (longitude, latitude) in degrees, for a GeoJSON polygon (RFC 7946).
+    def wgs84_rings(self, windows: Sequence[Window]) -> list[list[LonLat]] | None:
+        """Return the outline of each window as (longitude, latitude) in degrees, for a GeoJSON polygon (RFC 7946).
 
-        Five positions, the last equal to the first, counter-clockwise. A window across the antimeridian keeps its
-        shape: longitudes then go beyond 180. None where the raster has no coordinate reference system.
+        Each ring has five positions, the last equal to the first, counter-clockwise. A window across the antimeridian
+        keeps its shape: its longitudes exceed 180. None if the raster has no coordinate reference system. One call for
+        many windows takes a fraction of the time.
 
         Raises:
-            RasterError: its coordinates have no place on the Earth.
+            RasterError: the coordinates cannot be converted.
         """
-        rings = self.wgs84_rings([window])
-        return None if rings is None else rings[0]
-
-    def wgs84_rings(self, windows: Sequence[Window]) -> list[list[LonLat]] | None:
-        """The outlines of many windows, as `wgs84_ring` gives each: together they take a fraction of the time."""
         if self.crs is None:
             return None
         corners = [
@@ -196,15 +189,15 @@ class Raster:
             with rasterio.Env(**_OPTIONS):
                 lons, lats = transform_points(self.crs, "EPSG:4326", xs, ys)
         except _FAILURES as error:
-            raise RasterError(self._describe_nowhere(_quote(error))) from error
+            raise self._make_crs_error(_quote(error)) from error
         if not all(map(math.isfinite, (*lons, *lats))):
-            raise RasterError(self._describe_nowhere("no longitude and latitude"))
+            raise self._make_crs_error("no longitude and latitude")
         positions = list(zip(lons, lats, strict=True))
         return [_close_ring(positions[start : start + 4]) for start in range(0, len(positions), 4)]
 
-    def _describe_nowhere(self, why: str) -> str:
-        return (
-            f"{self.path}: its coordinates cannot be turned into longitude and latitude ({why}): mend its coordinate "
+    def _make_crs_error(self, why: str) -> RasterError:
+        return RasterError(
+            f"{self.path}: cannot convert its coordinates to longitude and latitude ({why}): correct its coordinate "
             "reference system with gdal_edit.py -a_srs"
         )
 
@@ -212,18 +205,18 @@ class Raster:
         if self.height * self.width > MAX_RASTER_PIXELS:
             raise RasterError(
                 f"{self.path} has {self.width:,} x {self.height:,} pixels, more than the limit of "
-                f"{math.isqrt(MAX_RASTER_PIXELS):,} squared: cut it with gdal_translate -srcwin"
+                f"{math.isqrt(MAX_RASTER_PIXELS):,} squared: split it with gdal_translate -srcwin"
             )
         together = self._dataset.count if self._dataset.interleaving == Interleaving.pixel else 1
-        rows, columns = self._dataset.block_shapes[0]  # of all bands alike, as is the type: a byte each
+        rows, columns = self._dataset.block_shapes[0]  # the same for all bands; pixels are one byte per band
         if rows * columns * together > MAX_BLOCK_BYTES:
             raise RasterError(
-                f"{self.path} is stored in blocks of {columns:,} x {rows:,} pixels, more than fits the limit of "
-                f"{MAX_BLOCK_BYTES // 2**20} MiB: store it in small ones with gdal_translate -co TILED=YES"
+                f"{self.path} is stored in blocks of {columns:,} x {rows:,} pixels, which exceed the limit of "
+                f"{MAX_BLOCK_BYTES // 2**20} MiB: store it in smaller blocks with gdal_translate -co TILED=YES"
             )
 
     def _choose_bands(self) -> tuple[list[int], RGBImage | None]:
-        """1-based numbers of the bands to read, one or three, and the (256, 3) colours of a palette."""
+        """Return the 1-based numbers of the bands to read, one or three, and the (256, 3) palette if there is one."""
         colours = list(self._dataset.colorinterp)
         if len(colours) == 2 and colours[1] != ColorInterp.alpha:
             raise RasterError(f"{self.path} has 2 bands, neither grey nor RGB: choose one or three, gdal_translate -b")
@@ -239,7 +232,7 @@ class Raster:
             bits = self._dataset.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8")
             if dtype != "uint8" or (bits != "8" and palette is None):
                 depth = dtype if dtype != "uint8" else f"{bits}-bit"
-                raise RasterError(f"{self.path} has {depth} values, which are no 8-bit colours: {_REMEDY_8_BIT}")
+                raise RasterError(f"{self.path} has {depth} values, not 8-bit colours: {_REMEDY_8_BIT}")
         return bands, palette
 
     def _read_palette(self) -> RGBImage:
@@ -251,7 +244,7 @@ class Raster:
 
 
 def _close_ring(corners: list[LonLat]) -> list[LonLat]:
-    """Four corners as a counter-clockwise ring whose last position is its first, in one piece at the antimeridian."""
+    """Close four corners to a counter-clockwise ring, in one piece even across the antimeridian."""
     lons = [lon for lon, _ in corners]
     if max(lons) - min(lons) > 180:
         corners = [(lon + 360 if lon < 0 else lon, lat) for lon, lat in corners]
@@ -261,10 +254,10 @@ def _close_ring(corners: list[LonLat]) -> list[LonLat]:
 
 
 def _measure_area(ring: Sequence[LonLat]) -> float:
-    """Twice the signed area: above zero when the ring runs counter-clockwise (the shoelace formula)."""
+    """Return twice the signed area, positive for a counter-clockwise ring (the shoelace formula)."""
     return sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, [*ring[1:], ring[0]], strict=True))
 
 
 def _quote(error: Any) -> str:
-    """An error's own words on one line."""
+    """Return an error's text on one line."""
     return " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__

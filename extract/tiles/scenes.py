@@ -1,4 +1,4 @@
-"""Scenes: the source image a tile was cut from, read off the tile's name, and LIMIT's choice of whole scenes."""
+"""Find each tile's scene (the source image it was cut from) from its name, and choose whole scenes for LIMIT."""
 
 import hashlib
 import re
@@ -12,14 +12,14 @@ from extract.errors import ConfigError
 
 DEFAULT_SCENE_REGEX = r"^(?P<scene>.+?)(?:_\d+)+$"
 MIN_SCENES = 5
-"""Fewer cannot be split by scene into tiles that train and tiles that validate."""
+"""Fewer scenes cannot be split into training and validation."""
 
 
 def find_scenes(tiles: npt.NDArray[np.str_], scene_regex: str = DEFAULT_SCENE_REGEX) -> npt.NDArray[np.str_]:
-    """(N,) scene of each tile: the group `scene` of `scene_regex` on the name's stem, `1052_3_7` -> `1052`.
+    """Return the scene of each tile, (N,): the group `scene` of `scene_regex` in the stem, `1052_3_7` -> `1052`.
 
     Raises:
-        ConfigError: a pattern that does not compile or has no such group, or names that do not match (three shown).
+        ConfigError: the pattern does not compile or lacks the group, or names do not match (three are shown).
     """
     try:
         pattern = re.compile(scene_regex)
@@ -44,9 +44,12 @@ def find_scenes(tiles: npt.NDArray[np.str_], scene_regex: str = DEFAULT_SCENE_RE
 
 
 def choose_whole_scenes(scenes: npt.NDArray[np.str_], limit: int) -> npt.NDArray[np.bool_]:
-    """(N,) bool: tiles of whole scenes, up to about `limit` of them; the same ones every time, at least one scene.
+    """Choose the same whole scenes every time: at least one, and up to about `limit` tiles.
 
-    Scenes are taken in the order of their names' hashes, so a larger limit contains a smaller one's scenes.
+    Scenes are taken in the order of their names' hashes, so a larger limit includes the scenes of a smaller one.
+
+    Returns:
+        (N,) bool, the tiles of the chosen scenes.
     """
     names, index, sizes = np.unique(scenes, return_inverse=True, return_counts=True)
     order = sorted(range(len(names)), key=lambda i: hashlib.sha256(str(names[i]).encode()).digest())

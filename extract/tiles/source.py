@@ -1,7 +1,7 @@
-"""Where tiles are: list them, and read one object, from `gs://bucket/prefix` or a local directory.
+"""List and read tiles in `gs://bucket/prefix` or a local directory.
 
-Below TILES lie `images/NAME.png|jpg|jpeg|tif` and `labels/NAME.txt`. The listing alone identifies every tile's bytes;
-a read is checked against it.
+TILES holds `images/NAME.png|jpg|jpeg|tif` and `labels/NAME.txt`. The listing alone identifies every tile's bytes;
+each read is checked against it.
 """
 
 import os
@@ -23,24 +23,24 @@ from cache_schema.storage.place import VIEWER, Purpose, check_url, is_bucket
 from extract.errors import SourceError, TileGoneError, TransportError
 
 CONCURRENT_READS = 32
-"""Requests in flight per process: at 50 ms each they bring more tiles than one core decodes."""
+"""Requests in flight per process: at 50 ms each they deliver more tiles than one core decodes."""
 _CHECKED_READS = 16
-"""Connections that google-cloud-storage keeps open: only bodies that were not what was listed travel through it."""
+"""Connections that google-cloud-storage keeps open, used only for bodies that did not match the listing."""
 _PAGE_FILES = 4096
 _PURPOSE = Purpose("TILES", VIEWER)
 
 ListedObject = tuple[str, int, int, int]
-"""Name, size, crc32c, generation: a row of a page."""
+"""Name, size, crc32c, generation: one row of a page."""
 
 
 @dataclass(frozen=True, eq=False)
 class ListedPage:
-    """n objects of a listing, in columns: one by one they would cost more time and memory than all that follows.
+    """n listed objects, in columns: one Python object each would take more time and memory than all later steps.
 
     Attributes:
         name: below TILES, such as `images/1052_3_7.png` (StringDType).
         size: bytes (int64).
-        crc32c: of the bytes (uint32); for a local file, of its modification time, which stands in for them.
+        crc32c: of the bytes (uint32); for a local file, of its modification time instead.
         generation: object generation (int64); for a local file, its modification time in ns.
     """
 
@@ -51,7 +51,7 @@ class ListedPage:
 
     @classmethod
     def from_rows(cls, rows: Sequence[ListedObject]) -> Self:
-        """The columns of objects that came one by one."""
+        """Make columns from rows."""
         names, sizes, checksums, generations = zip(*rows, strict=True) if rows else ((), (), (), ())
         return cls(
             np.array(names, np.dtypes.StringDType()),
@@ -62,48 +62,50 @@ class ListedPage:
 
     @classmethod
     def concatenate(cls, pages: Sequence[Self]) -> Self:
-        """One page after the other, as one; an empty one of none."""
-        pages = [cls.from_rows([]), *pages]  # NumPy refuses to concatenate nothing
+        """Join pages to one, which is empty if there are none."""
+        pages = [cls.from_rows([]), *pages]  # NumPy cannot concatenate an empty list
         return cls(*(np.concatenate([getattr(page, field.name) for page in pages]) for field in fields(cls)))
 
     def __len__(self) -> int:
         return len(self.name)
 
     def select(self, rows: npt.NDArray[np.integer | np.bool_]) -> Self:
-        """The same columns at `rows` (a mask, or indices)."""
+        """Return the objects at `rows` (a mask, or indices)."""
         return type(self)(self.name[rows], self.size[rows], self.crc32c[rows], self.generation[rows])
 
 
 class Source(Protocol):
-    """A place that lists and reads objects by their name below TILES."""
+    """Lists and reads objects by their name below TILES."""
 
     url: str
     identity: str
-    """`crc32c` where the listing knows the bytes' checksum, `mtime` where a modification time stands in."""
+    """`crc32c` if the listing gives the bytes' checksum, `mtime` if a modification time is used instead."""
 
     def list(self, folder: str) -> Iterator[ListedPage]:
-        """Objects below `folder`, page by page, in no particular order; below TILES itself if it is empty.
+        """List the objects below `folder` (all of TILES if it is empty), page by page, in no particular order.
 
         Raises:
-            SourceError: it cannot be listed, or says too little about an object.
+            SourceError: the folder cannot be listed, or an object's metadata is incomplete.
         """
 
     def read(self, name: str, generation: int) -> bytes:
-        """The bytes of one object.
+        """Return the bytes of one object.
 
         Raises:
-            TileGoneError: the listed generation does not exist any more.
+            TileGoneError: the listed generation no longer exists.
             TransportError: reading kept failing past its deadline.
             SourceError: access refused.
         """
 
     def read_checked(self, name: str, generation: int) -> bytes:
-        """As `read`, for a body that was not what was listed: slower, but damage done on the way is noticed and read
-        again, so what comes is what is there."""
+        """Read as `read` does, but verify the transfer and repeat it if it was damaged; slower.
+
+        Used when a body did not match the listing: the result is what the bucket really holds.
+        """
 
 
 def open_source(url: str) -> Source:
-    """The source behind `gs://bucket/prefix` or a local directory; no request is made yet.
+    """Open `gs://bucket/prefix` or a local directory; no request is made yet.
 
     Raises:
         SourceError: another kind of URL, or a directory that does not exist.
@@ -135,8 +137,8 @@ class LocalSource:
         root = os.path.join(self._root, "")
         for directory, folders, files in os.walk(root + folder, onerror=self._refuse_folder):
             for linked in filter(os.path.islink, (os.path.join(directory, name) for name in folders)):
-                # Followed, it could lead in a circle; passed over, its tiles would be missed by nobody.
-                raise SourceError(f"cannot list {linked!r}: a link to a folder: put the folder itself there")
+                # Following the link could loop for ever; skipping it would silently leave out its tiles.
+                raise SourceError(f"cannot list {linked!r}: a link to a folder: replace it with the folder itself")
             for file in files:
                 path = os.path.join(directory, file)
                 name = path[len(root) :]
@@ -144,14 +146,14 @@ class LocalSource:
                     name.encode()
                     stat = os.stat(path)
                 except (OSError, UnicodeEncodeError) as error:
-                    raise SourceError(f"cannot list {path!r}: {error.args[-1]}: mend or remove it") from error
-                if not S_ISREG(stat.st_mode):  # reading a pipe would wait for ever, a device never end
+                    raise SourceError(f"cannot list {path!r}: {error.args[-1]}: fix or remove it") from error
+                if not S_ISREG(stat.st_mode):  # a read from a pipe or a device might never end
                     raise SourceError(f"cannot list {path!r}: not a file: remove it")
-                stand_in = google_crc32c.value(stat.st_mtime_ns.to_bytes(8, "little"))
-                yield name, stat.st_size, stand_in, stat.st_mtime_ns
+                checksum = google_crc32c.value(stat.st_mtime_ns.to_bytes(8, "little"))
+                yield name, stat.st_size, checksum, stat.st_mtime_ns
 
     def _refuse_folder(self, error: OSError) -> None:
-        """A folder that cannot be listed would leave its tiles out without a word."""
+        """Raise for a folder that cannot be listed, whose tiles would otherwise be left out silently."""
         if not isinstance(error, FileNotFoundError):
             raise SourceError(f"cannot list {error.filename}: {error.strerror}: check TILES and its permissions")
 
@@ -167,7 +169,7 @@ class LocalSource:
 
 
 class GcsSource:
-    """A prefix of a bucket; picklable, since its clients belong to the process."""
+    """A prefix of a bucket. Picklable: it holds no client, each process has its own."""
 
     identity = "crc32c"
 
@@ -181,13 +183,13 @@ class GcsSource:
         try:
             for page in self._objects.list_items(folder, "name,size,crc32c,generation"):
                 listed = [self._read_item(item) for item in page]
-                # A name that ends in / is the placeholder that consoles make for a folder.
+                # Consoles create an object whose name ends in / as the placeholder of a folder.
                 yield ListedPage.from_rows([row for row in listed if not row[0].endswith("/")])
         except StorageError as error:
             raise _explain(error) from error
 
     def _read_item(self, item: Mapping[str, str]) -> ListedObject:
-        """A row from an object resource of the JSON API: decimal numbers, and crc32c in base64, big-endian."""
+        """Parse an object resource of the JSON API: numbers are decimal strings, crc32c is big-endian base64."""
         try:
             (crc32c,) = struct.unpack(">I", a2b_base64(item["crc32c"]))
             name = item["name"][len(self._objects.name("")) :]

@@ -74,7 +74,7 @@ def test_ranks_refuse_what_nodes_must_have_in_common(tmp_path: Path, python_env:
             ask(*EXTRACT),
             ask(*EXTRACT, "--cache", "c", "--image-size", 224, "--batch-size", 8),
         ],
-        rf"command differs: {zero} has extract run, {one} has train head: start every node with the same": [
+        rf"command differs: {zero} has extract run, {one} has train head: run the same command on every node": [
             ask(*EXTRACT),
             ask(*HEAD),
         ],

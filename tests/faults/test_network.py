@@ -53,8 +53,8 @@ def test_three_requests_in_ten_are_harmed(
 @pytest.mark.parametrize(
     "fault, error, message",
     [
-        (503, TransportError, "kept failing .503 Service Unavailable.: check the network; what is committed stays"),
-        ("reset", TransportError, "kept failing .no answer.: check the network; what is committed stays"),
+        (503, TransportError, "kept failing .503 Service Unavailable.: check the network; committed blocks are kept"),
+        ("reset", TransportError, "kept failing .no answer.: check the network; committed blocks are kept"),
         (401, SourceError, "access to gs://.* refused: .*gcloud auth application-default login.*committed stays"),
     ],
     ids=["503", "reset", "credentials expire"],

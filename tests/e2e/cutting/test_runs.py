@@ -33,7 +33,7 @@ def test_a_second_run_cuts_what_has_changed_and_nothing_else(tmp_path: Path) -> 
     arguments = options(raw, "out", "--size", 64, "--workers", 1)
     assert "cut 4 scenes" in tile(tmp_path, *arguments).out
     first, out = digest_tree(tmp_path / "out"), tmp_path / "out"
-    assert re.search(r"cut 0 scenes .*; 4 were there before", tile(tmp_path, *arguments).out)
+    assert re.search(r"cut 0 scenes .*; 4 existed before", tile(tmp_path, *arguments).out)
     assert digest_tree(out) == first
 
     (out / "images" / "36_0_1.png").unlink()
@@ -53,7 +53,7 @@ def test_a_second_run_cuts_what_has_changed_and_nothing_else(tmp_path: Path) -> 
     (raw.images / "104.tif").unlink()
     finished = tile(tmp_path, *arguments)
     assert "cut 0 scenes" in finished.out
-    assert "1 in out whose file is gone; their tiles stay there: 104" in finished.out
+    assert "1 in out whose file is gone; tiles are kept: 104" in finished.out
 
 
 def test_a_scene_that_is_cut_again_never_has_labels_without_their_images_nor_a_mark_without_both(
@@ -172,7 +172,7 @@ def test_a_stopped_tiling_leaves_no_half_scene_and_goes_on(
             assert process.returncode == -number
         else:
             assert process.returncode == 128 + number
-            assert re.search(rf"stopped by {number.name}: \d+ scenes were finished", errors)
+            assert re.search(rf"stopped by {number.name}: \d+ scenes are finished", errors)
             assert "Traceback" not in errors
             assert not os.listdir(out / "tiling" / "unfinished")
         before, marked = marked, {name.split(".")[0] for name in os.listdir(out / "tiling" / "done")}
@@ -187,7 +187,7 @@ def test_a_stopped_tiling_leaves_no_half_scene_and_goes_on(
             if f"{name}.txt" in labels:
                 assert {f"{other}.png" for other in wanted if other.startswith(f"{scene}_")} <= images
     assert len(marked) < 13
-    assert re.search(rf"; {len(marked)} were there before", tile(tmp_path, *arguments).out)
+    assert re.search(rf"; {len(marked)} existed before", tile(tmp_path, *arguments).out)
     assert_agrees(out, wanted)
     assert not os.listdir(out / "tiling" / "unfinished")
 
@@ -210,7 +210,7 @@ def test_a_bucket_gets_the_same_objects(raw: RawXView, tmp_path: Path, bucket: s
     assert set(there) == set(here)
     assert all(there[name].download_as_bytes() == here[name] for name in list(here)[::7])
     assert all(there[name].crc32c for name in there)
-    assert re.search(r"cut 0 scenes .*; 9 were there before", tile(tmp_path, *arguments).out)
+    assert re.search(r"cut 0 scenes .*; 9 existed before", tile(tmp_path, *arguments).out)
     bucket.blob("xview/train/labels/5_0_0.txt").delete()
     assert "cut 1 scenes" in tile(tmp_path, *arguments).out
     assert bucket.blob("xview/train/labels/5_0_0.txt").exists()

@@ -111,7 +111,7 @@ def test_what_is_dropped_is_counted_and_the_numbers_add_up(raw: RawXView, tmp_pa
         (raw.defects["no id"], "type_id is no number"),
         (raw.defects["no properties"], "no properties"),
         (raw.defects["repeated"], "repeats another feature"),
-        (raw.defects["no file"], "of scenes without a file"),
+        (raw.defects["no file"], "their scene has no file"),
     ):
         assert re.search(rf"^ +{count} dropped: {words}", said, re.M), (count, words)
     dropped = sum(
@@ -121,10 +121,10 @@ def test_what_is_dropped_is_counted_and_the_numbers_add_up(raw: RawXView, tmp_pa
     assert f"features  {len(everything)} in" in said
     assert re.search(rf"^boxes     {boxes}$", said, re.M)
     assert len(everything) == dropped + boxes
-    assert f"1 with features but without a file, passed over: {MISSING_SCENE}\n" in said
-    assert re.search(rf"1 without a feature: .*: {UNLABELLED_SCENE}\n", said)
-    assert f"keep them: {UNKNOWN_ID} (" in said
-    assert "2 other files there are passed over" in said
+    assert f"1 with features but without a file, skipped: {MISSING_SCENE}\n" in said
+    assert re.search(rf"1 without features: .*: {UNLABELLED_SCENE}\n", said)
+    assert f"are not xView types: {UNKNOWN_ID} (" in said
+    assert "2 other files are skipped" in said
 
 
 def test_a_dry_run_writes_nothing_and_says_what_the_real_one_does(raw: RawXView, tmp_path: Path) -> None:

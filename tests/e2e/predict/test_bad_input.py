@@ -27,7 +27,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[object, ...], str]] = {
         ("a.png",),
         "none of 1 tiles could be read, so nothing is written (a.png cannot be decoded as an image (not a PNG",
     ),
-    "empty directory": (lambda here: (here / "d").mkdir(), ("d",), "no images in d: PNG, JPEG and TIFF files are read"),
+    "empty directory": (lambda here: (here / "d").mkdir(), ("d",), "no PNG, JPEG or TIFF images in d"),
     "no raster": (lambda here: (here / "a.tif").write_text("x"), ("a.tif", "--window", 64), "opened as a GeoTIFF"),
     "no place": (
         lambda here: write_raster(here / "a.tif", np.zeros((70, 70, 3), np.uint8)),

@@ -107,7 +107,7 @@ def test_what_is_no_collection_is_refused_in_a_line(tmp_path: Path, text: str) -
     path = tmp_path / "a.geojson"
     path.write_text(text)
     with pytest.raises(
-        AnnotationError, match=r"a\.geojson is no GeoJSON FeatureCollection .*LABELS is xView"
+        AnnotationError, match=r"a\.geojson is not a GeoJSON FeatureCollection .*LABELS is xView"
     ) as caught:
         read_annotations(path)
     assert "\n" not in str(caught.value)
@@ -116,7 +116,7 @@ def test_what_is_no_collection_is_refused_in_a_line(tmp_path: Path, text: str) -
 
 def test_other_files_are_refused_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00" * 99)
-    with pytest.raises(AnnotationError, match="is no GeoJSON"):
+    with pytest.raises(AnnotationError, match="is not a GeoJSON"):
         read_annotations(tmp_path / "bytes")
     with pytest.raises(AnnotationError, match="Is a directory"):
         read_annotations(tmp_path)
@@ -131,7 +131,7 @@ def test_what_is_larger_than_any_feature_is_not_held(tmp_path: Path, monkeypatch
     path.write_text(json.dumps({"features": ["x" * 4000]}))
     assert list(read_features(path)) == ["x" * 4000]
     path.write_text(json.dumps({"features": ["x" * 50_000]}))
-    with pytest.raises(AnnotationError, match="is no GeoJSON"):
+    with pytest.raises(AnnotationError, match="is not a GeoJSON"):
         list(read_features(path))
 
 

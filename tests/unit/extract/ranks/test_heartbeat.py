@@ -80,7 +80,7 @@ def test_a_rank_that_fails_is_missed_by_name(
     with suppress(ZeroDivisionError), watches[2]:
         raise ZeroDivisionError
     wait_until(lambda: ended)
-    line = f"error: rank 2 on {os.uname().nodename} has not been heard of for 1 s (PEER_TIMEOUT), so rank 0 ends: once"
+    line = f"error: rank 2 on {os.uname().nodename} has not been heard of for 1 s (PEER_TIMEOUT), so rank 0 exits: once"
     assert line in capfd.readouterr().err
     assert set(ended) == {1}
 

@@ -96,7 +96,7 @@ def test_a_rank_that_does_not_come_is_missed_by_all(monkeypatch: pytest.MonkeyPa
         said = [*pool.map(lambda rank: settle(store, rank, 4, me), (0, 1))]
     assert said[0] == said[1]
     assert said[0] is not None
-    assert said[0].startswith("2 of 4 ranks, rank 2 among them, did not come within")
+    assert said[0].startswith("2 of 4 ranks, including rank 2, did not join within")
 
 
 def test_rank_0_that_ends_before_it_joins_says_why() -> None:

@@ -310,7 +310,7 @@ def test_label_that_is_not_as_listed_ends_the_pass(bucket: storage.Bucket, chang
     bucket.delete_blob("labels/1.txt")
     if change == "changed":
         upload(bucket, {"labels/1.txt": b"19 0 0 0 0\n"})
-    with pytest.raises(TransportError, match=r"labels/1.txt changed or went away.*run the same command again"):
+    with pytest.raises(TransportError, match=r"labels/1.txt was changed or deleted.*run the same command again"):
         read_all(source, table)
 
 

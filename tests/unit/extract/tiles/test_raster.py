@@ -136,13 +136,14 @@ def test_a_window_lies_where_mercator_says(tmp_path: Path) -> None:
 
     with Raster(tmp_path / "a.tif") as raster:
         for window in windows(60, 80, 32, 20):
-            ring = raster.wgs84_ring(window)
+            rings = raster.wgs84_rings([window])
             rows, columns = (window.top, window.top + window.height), (window.left, window.left + window.width)
             wanted = [
                 invert(c, r)
                 for c, r in zip((*columns, *columns[::-1]), (rows[1], rows[1], rows[0], rows[0]), strict=True)
             ]
-            assert ring is not None
+            assert rings is not None
+            (ring,) = rings
             assert ring[0] == ring[4]
             start = min(range(4), key=lambda i: math.dist(ring[i], wanted[0]))
             assert np.allclose([*ring[start:4], *ring[:start]], wanted, atol=1e-9, rtol=0)  # so counter-clockwise
@@ -153,8 +154,9 @@ def test_rings_run_counter_clockwise_also_across_the_antimeridian(tmp_path: Path
     place = from_origin(3_330_000 if flipped else 19_990_000, -2_000_000, 600, -600 if flipped else 600)
     write_geotiff(tmp_path / "a.tif", np.zeros((100, 100, 3), np.uint8), "EPSG:3832" if flipped else "EPSG:3857", place)
     with Raster(tmp_path / "a.tif") as raster:
-        ring = raster.wgs84_ring(Window(0, 0, 0, 0, 100, 100))
-    assert ring is not None
+        rings = raster.wgs84_rings([Window(0, 0, 0, 0, 100, 100)])
+    assert rings is not None
+    (ring,) = rings
     assert sum((b[0] - a[0]) * (b[1] + a[1]) for a, b in pairwise(ring)) < 0  # by another formula
     lons = [lon for lon, _ in ring]
     assert 0 < max(lons) - min(lons) < 2
@@ -165,7 +167,7 @@ def test_a_raster_of_nowhere_has_no_ring(tmp_path: Path) -> None:
         write_geotiff(tmp_path / f"{name}.tif", np.zeros((9, 9, 3), np.uint8), crs, place)
         with Raster(tmp_path / f"{name}.tif") as raster:
             assert raster.crs is None
-            assert raster.wgs84_ring(Window(0, 0, 0, 0, 9, 9)) is None
+            assert raster.wgs84_rings([Window(0, 0, 0, 0, 9, 9)]) is None
 
 
 def test_files_beside_a_raster_are_neither_read_nor_written(tmp_path: Path) -> None:

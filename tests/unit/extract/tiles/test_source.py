@@ -240,7 +240,7 @@ def test_linked_folder_is_named_and_not_passed_over(tmp_path: Path) -> None:
     write_directory(tmp_path / "set", draw("images/1.png", "labels/1.txt"))
     write_directory(tmp_path / "more", draw("images/2.png", "labels/2.txt"))
     (tmp_path / "set" / "images" / "more").symlink_to(tmp_path / "more" / "images")
-    with pytest.raises(SourceError, match=r"cannot list .*images/more.*: a link to a folder: put the folder itself"):
+    with pytest.raises(SourceError, match=r"cannot list .*images/more.*: a link to a folder: replace it"):
         list_tiles(open_source(str(tmp_path / "set")))
 
 
