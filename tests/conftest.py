@@ -5,12 +5,14 @@ import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.core
 import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
+from xdist.scheduler import LoadScopeScheduling
 
 from extract.demo.server import find_server_binary, serve_bucket
 from tests.proxy import Proxy
@@ -36,6 +38,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and TEST_SEED != FIXED:
         reporter.write_line(f"TEST_SEED={TEST_SEED}")
+
+
+class ByFixtures(LoadScopeScheduling):
+    """Give the tests of a file to one process, and those of a folder of `e2e` or `distributed`: they share fixtures."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        folder = file.rpartition("/")[0]
+        return folder if folder.rpartition("/")[0].endswith(("e2e", "distributed")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """Share out tests so with `--dist loadfile`."""
+    return ByFixtures(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(wrapper=True)
