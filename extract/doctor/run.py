@@ -1,5 +1,4 @@
-"""Whether an extraction and the training after it can work, and what it would take: said in seconds, before an hour is
-spent."""
+"""Run all checks of `python -m extract doctor` in order, and print each finding and a verdict."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,15 +22,15 @@ __all__ = ["DoctorConfig", "Finding", "examine", "run_doctor"]
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """What is to be examined.
+    """The extraction to check, and how.
 
     Attributes:
-        extract: the extraction, as it would be asked for.
-        sample: tiles to fetch and decode.
-        seed: of their draw.
-        nproc: ranks the extraction would have, None for one per GPU, else 1.
-        taxonomy: the class list training would use, None for xView's.
-        price_per_hour: of all that computes, in any currency.
+        extract: configuration of the extraction.
+        sample: number of tiles to fetch and decode.
+        seed: for drawing them.
+        nproc: ranks of the extraction, None for one per GPU, else 1.
+        taxonomy: class list for training, None for xView's.
+        price_per_hour: of all machines together, in any currency.
     """
 
     extract: ExtractConfig
@@ -43,34 +42,34 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         for name, url in (("TILES", self.extract.tiles), ("CACHE", self.extract.cache or "")):
-            if carries_credentials(url):  # refused before any check could show it
+            if carries_credentials(url):  # refuse it before a check could print it
                 raise ConfigError(f"{name} is a URL with a user or password in it: leave them out")
         if self.sample < 1:
             raise ConfigError(f"--sample {self.sample}: choose at least 1 tile")
         if self.nproc is not None and self.nproc < 1:
             raise ConfigError(f"NPROC={self.nproc}: choose at least 1 rank")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < float("inf"):
-            raise ConfigError(f"--price-per-hour {self.price_per_hour}: a price, 0 or more")
+            raise ConfigError(f"--price-per-hour {self.price_per_hour}: choose 0 or more")
 
 
 def run_doctor(config: DoctorConfig) -> list[Finding]:
-    """Examine, print each finding as it comes, and a verdict at the end."""
+    """Run all checks, print each finding at once and a verdict at the end."""
     with stop_on_signals():
         findings = examine(config, lambda finding: print(finding, flush=True))
     failed = [finding.check for finding in findings if finding.status == "fail"]
     count = [sum(finding.status == status for finding in findings) for status in ("ok", "warning", "skipped")]
-    verdict = f"this extraction cannot work yet: mend {', '.join(failed)}" if failed else "this extraction can work"
+    verdict = f"this extraction cannot work yet: fix {', '.join(failed)}" if failed else "this extraction can work"
     print(f"{verdict} ({len(failed)} failed, {count[1]} warnings, {count[0]} ok, {count[2]} skipped)")
     return findings
 
 
 def examine(config: DoctorConfig, say: Callable[[Finding], None]) -> list[Finding]:
-    """Run all checks; `say` takes each finding at once. One that fails never ends the others."""
+    """Run all checks and pass each finding to `say` at once. A check that fails never stops the others."""
     run, exam = config.extract, Examination(say)
     exam.check("packages", check_packages)
     device = exam.check("device", lambda: check_device(run, config.nproc))
     backbone = exam.check("backbone", lambda: check_backbone(run.backbone, run.image_size, device.value))
-    # Where the cache goes by default depends on the backbone.
+    # The default CACHE depends on the backbone.
     url = Known("backbone", run.cache)
     if backbone.value:
         url = Known("backbone", run.cache_url(backbone.value.checkpoint.image_size))
@@ -94,7 +93,7 @@ def examine(config: DoctorConfig, say: Callable[[Finding], None]) -> list[Findin
 def _examine_tiles(
     exam: Examination, config: DoctorConfig, credentials: Known[bool]
 ) -> tuple[Known[Source], Known[Found], Known[Sample]]:
-    """Where the tiles are, and what they are."""
+    """Run the checks of the tiles' storage and of the tiles."""
     run, in_bucket = config.extract, is_bucket(config.extract.tiles)
     source = exam.check("storage", lambda: check_storage(run.tiles), *([credentials] if in_bucket else []))
     if in_bucket:
@@ -119,7 +118,7 @@ def _examine_work(
     pending: Known[Pending],
     url: Known[str],
 ) -> None:
-    """The limits that feed workers meet, and what the extraction takes."""
+    """Run the checks of limits, speed and cost."""
     run = config.extract
 
     def count_workers() -> int:

@@ -1,4 +1,4 @@
-"""Checks of where the tiles are: credentials, the bucket itself, its clock, what lies where in it."""
+"""Check the storage of the tiles: credentials, access, clock, and the layout below TILES."""
 
 import os
 import time
@@ -29,28 +29,27 @@ if TYPE_CHECKING:
     from cache_schema.storage.gcs import GcsObjects
 
 LISTING_S = 15.0
-"""A longer listing is cut short: a bucket of ten million objects takes minutes."""
+"""A longer listing is stopped: ten million objects take minutes."""
 LISTED_A_REQUEST = 1000
 """Objects on a page of a bucket's listing."""
 DEADLINE_S = 8.0
-"""How long a bucket may keep failing."""
+"""How long requests to a bucket are retried."""
 AGAIN = "then run doctor again"
 _LARGEST_SKEW_S = 60.0
 _EMULATOR = "STORAGE_EMULATOR_HOST"
-_LOGIN = "run `gcloud auth application-default login`"
 
 
 def check_credentials(urls: Iterable[str]) -> Verdict[bool]:
-    """Which Google credentials the client libraries find, if one of `urls` needs any; none is shown.
+    """Name the kind of Google credentials that the client libraries find, if one of `urls` needs any.
 
     Raises:
-        SourceError: none.
+        SourceError: no credentials.
     """
     bucket = next((url for url in urls if is_bucket(url)), None)
     if bucket is None:
         return Verdict(True, "not needed: neither tiles nor cache are in a bucket")
     if server := os.environ.get(_EMULATOR):
-        return Verdict(True, f"anonymous: {_EMULATOR} names the server at {server}, not Google's")
+        return Verdict(True, f"anonymous: {_EMULATOR} is set, so requests go to {server}, not to Google")
     import google.auth
     from google.auth.exceptions import GoogleAuthError
 
@@ -74,11 +73,11 @@ _KINDS = {
 
 
 def check_storage(tiles: str) -> Verdict[Source]:
-    """Open the place of the tiles and, in a bucket, list one object of it.
+    """Open TILES and, in a bucket, list one object.
 
     Raises:
         SourceError: no such directory.
-        StorageError: no such bucket, refused, or out of reach.
+        StorageError: no such bucket, access refused, or no connection.
     """
     source = open_source(tiles)
     if not isinstance(source, GcsSource):
@@ -96,20 +95,20 @@ def _open_objects(source: Source) -> "GcsObjects":
 
 
 def check_clock(address: str) -> Verdict[float]:
-    """This machine's clock against the `Date` of a server's answer; Google refuses tokens of a clock that is off."""
+    """Compare this machine's clock with the `Date` of a server's answer: a wrong clock makes Google refuse tokens."""
     started = datetime.now(UTC)
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=DEADLINE_S) as answer:
             date = answer.headers["Date"]
-    except urllib.error.HTTPError as error:  # an answer as good as another
+    except urllib.error.HTTPError as error:  # an error page has a date, too
         date = error.headers["Date"]
     except OSError as error:
         raise SourceError(f"{address} does not answer ({type(error).__name__}): check the network") from error
     if not date:
-        return Verdict(0.0, "the server does not say what time it is")
+        return Verdict(0.0, "the server does not send its time")
     middle = started + (datetime.now(UTC) - started) / 2
     skew = (middle - parsedate_to_datetime(date)).total_seconds()
-    wrong = Concern("warning", "this machine's clock is off", "set it (`timedatectl set-ntp true`)")
+    wrong = Concern("warning", "this machine's clock is wrong", "set it (`timedatectl set-ntp true`)")
     detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server's, which counts whole seconds"
     return Verdict(skew, detail, [wrong] if abs(skew) > _LARGEST_SKEW_S else [])
 
@@ -119,7 +118,7 @@ def is_bucket(url: str) -> bool:
 
 
 def find_server() -> str:
-    """The address that requests to a bucket go to."""
+    """Return the address of the storage server."""
     return os.environ.get(_EMULATOR) or "https://storage.googleapis.com"
 
 
