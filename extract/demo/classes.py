@@ -111,7 +111,7 @@ def _draw_helipad(rng: np.random.Generator) -> Sprite:
 
 
 def _draw_hull(length: float, width: float) -> Points:
-    """A boat's outline, its bow along x."""
+    """Return a boat's outline, its bow along x."""
     side = [(-0.5, -0.38), (0.1, -0.5), (0.32, -0.36), (0.5, 0.0), (0.32, 0.36), (0.1, 0.5), (-0.5, 0.38)]
     return np.array(side) * (length, width)
 

@@ -142,10 +142,10 @@ class Found:
 
 
 def check_layout(source: Source, *, unlabelled: bool, seconds: float = LISTING_S) -> Verdict[Found]:
-    """List the tiles and their labels for so many seconds: what is there, and what does not fit together.
+    """List tiles and labels for at most `seconds`, and compare their names.
 
     Raises:
-        SourceError: nothing that could be embedded.
+        SourceError: there is nothing to embed.
     """
     with (
         tqdm(desc="listing", unit=" objects", leave=False, disable=not shows_bars()) as bar,
@@ -158,7 +158,7 @@ def check_layout(source: Source, *, unlabelled: bool, seconds: float = LISTING_S
     if not len(images):
         raise SourceError(f"no objects under {source.url}/images/: {_name_neighbours(source)}")
     whole = all_images and all_labels
-    comparable = whole or isinstance(source, GcsSource)  # a bucket lists by name, a directory as it pleases
+    comparable = whole or isinstance(source, GcsSource)  # a bucket lists in order of names, a directory does not
     tiles = [name for name in images.name.tolist() if is_tile(name)]
     if not tiles:
         raise SourceError(
@@ -176,12 +176,12 @@ def check_layout(source: Source, *, unlabelled: bool, seconds: float = LISTING_S
     found = Found(listing.table, whole, pages)
     detail = f"{found.at_least}{len(listing.table):,} tiles to embed of {len(tiles):,}, {len(labels):,} labels"
     if not whole:
-        detail += f"; the listing was cut short after {seconds:.0f} s"
-    return Verdict(found, detail + ("" if comparable else ", and is not in order: labels were not compared"), concerns)
+        detail += f"; the listing was stopped after {seconds:.0f} s"
+    return Verdict(found, detail + ("" if comparable else " and is unordered: labels were not compared"), concerns)
 
 
 def _list(source: Source, folder: str, deadline: float, bar: "tqdm[None]") -> tuple[ListedPage, bool]:
-    """What lies below a folder, one page at least, and whether that is all."""
+    """List a folder until the deadline, at least one page; return the objects and whether these are all."""
     pages = []
     for page in source.list(folder):
         pages.append(page)
@@ -194,23 +194,23 @@ def _list(source: Source, folder: str, deadline: float, bar: "tqdm[None]") -> tu
 def _compare_names(
     images: ListedPage, labels: ListedPage, all_images: bool, all_labels: bool, unlabelled: bool
 ) -> Iterator[Concern]:
-    """What does not fit together; of a listing cut short, among the names that both halves reached."""
+    """Yield mismatches between images and labels; if a listing was stopped, among the names that both reached."""
     tiles = list(filter(is_tile, images.name.tolist()))
     others = [name for name in images.name.tolist() if not is_tile(name)]
     if others:
-        what = f"{len(others):,} objects under images/ are no tiles ({_count_suffixes(others)}) and are left out"
+        what = f"{len(others):,} objects under images/ are not tiles ({_count_suffixes(others)}) and are skipped"
         yield Concern("warning", what, "convert them to PNG, JPEG or TIFF, or remove them")
     wanted = Counter(map(label_name, tiles))
     if clashing := [name for name, count in wanted.items() if count > 1]:
         what = f"{len(clashing):,} label files belong to several tiles at once, such as {_show(clashing)}"
-        yield Concern("warning", what, "give every tile a name of its own before the suffix")
+        yield Concern("warning", what, "give every tile a unique name before the suffix")
     there = set(labels.name.tolist())
     last_label = "" if all_labels else max(there, default="")
     missing = [name for name in wanted if name not in there and (all_labels or name <= last_label)]
     if missing and not unlabelled:
-        what = f"{len(missing):,} tiles have no label file and are left out, such as {_show(missing)}"
-        yield Concern("warning", what, "add an empty one where a tile shows nothing, or use --unlabelled")
-    # Whatever its suffix, the tile of `labels/a.txt` comes before `images/a/`.
+        what = f"{len(missing):,} tiles have no label file and are skipped, such as {_show(missing)}"
+        yield Concern("warning", what, "add an empty one for tiles without objects, or use --unlabelled")
+    # Whatever its suffix, the tile of `labels/a.txt` is listed before `images/a/`.
     last_image = "" if all_images else str(images.name[-1])
     orphans = [
         name
@@ -227,14 +227,14 @@ def _show(names: list[str]) -> str:
 
 
 def _count_suffixes(names: Iterable[str]) -> str:
-    """`.bmp 12, .gif 3`."""
+    """Format the suffixes and their counts as `.bmp 12, .gif 3`."""
     counts = Counter(PurePosixPath(name).suffix or "no suffix" for name in names)
     return ", ".join(f"{show_name(suffix)} {count:,}" for suffix, count in counts.most_common(5))
 
 
 def _name_neighbours(source: Source) -> str:
-    """What lies directly below TILES instead, as a remedy."""
+    """Return a remedy that names what lies directly below TILES."""
     names = _open_objects(source).list_dir() if isinstance(source, GcsSource) else iter(sorted(os.listdir(source.url)))
     there = [show_name(name) for name in islice(names, 8)]
-    what = f"there is {', '.join(there)}" if there else "there is nothing at all"
-    return f"TILES is the place that holds images/ and labels/, and {what}"
+    what = f"holds {', '.join(there)}" if there else "is empty"
+    return f"TILES must hold images/ and labels/, but {what}"

@@ -173,11 +173,11 @@ BROKEN: dict[str, tuple[Harm, tuple[str, ...], str, str, str, str, set[str]]] = 
     ),
     "no images/": (
         lambda root: (root / "tiles/images").rename(root / "tiles/pictures"), (), "layout", "fail",
-        "no objects under .*/tiles/images/", "the place that holds images/ and labels/, and there is labels, pictures",
+        "no objects under .*/tiles/images/", "TILES must hold images/ and labels/, but holds labels, pictures",
         AFTER_LAYOUT | {"estimate"},
     ),
     "nothing": (
-        each("tiles/*", shutil.rmtree), (), "layout", "fail", "no objects", "there is nothing at all",
+        each("tiles/*", shutil.rmtree), (), "layout", "fail", "no objects", "but is empty",
         AFTER_LAYOUT | {"estimate"},
     ),
     "no labels/": (
@@ -199,7 +199,7 @@ BROKEN: dict[str, tuple[Harm, tuple[str, ...], str, str, str, str, set[str]]] = 
     ),
     "names that clash": (
         shares_a_label, (), "layout", "warning", r"1 label files belong to several tiles .*s00_0\.txt",
-        "a name of its own", set(),
+        "a unique name", set(),
     ),
     "no tile an image": (
         NO_IMAGE, (), "sample", "fail", "24 of 24 tiles would be quarantined: .*cannot be decoded as an image",
