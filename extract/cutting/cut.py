@@ -1,8 +1,8 @@
 """Cut one scene into tiles: clip its boxes to windows, encode its pixels as PNG, and write both in a safe order.
 
-All images are written first, then all labels, then the mark that the scene is complete. An extraction embeds only
-tiles with labels, so it skips a scene that was interrupted before its labels were written. Marks lie outside images/
-and labels/:
+All images are written first, then all labels, then the mark that the scene is complete. By default an extraction embeds
+only tiles with labels, so it skips a scene that was interrupted before its labels were written. Marks lie outside
+images/ and labels/:
 
     tiling/settings.json          the settings of all scenes in this output
     tiling/done/SCENE.DIGEST      the scene is complete; digest of the settings, the scene's file and its boxes

@@ -1,1 +1,1 @@
-"""The demo: a bucket of synthetic overhead scenes, a real storage server for it, and a small backbone."""
+"""Provide the demo: a bucket of synthetic overhead scenes, a real storage server for it, and a small backbone."""

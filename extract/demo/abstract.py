@@ -1,4 +1,4 @@
-"""What the demo backbone was pre-trained on: twenty-four abstract shapes, none of them a class of the demo."""
+"""Draw the 24 abstract shapes that the demo backbone is pre-trained on; none of them is a class of the demo."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from .vocabulary import Habitat, ObjectClass, Vocabulary
 _PAINTS = [(222, 220, 214), (52, 54, 62), (176, 62, 50), (58, 92, 160), (208, 172, 62), (70, 140, 96)]
 _SIZES = [(8, 14), (12, 22), (18, 36)]
 _ODD_PAINT = 0.2
-"""Share of objects in a colour that is not their class's."""
+"""Share of objects whose colour is not that of their class."""
 
 Draw = Callable[[Colour, np.random.Generator], Sprite]
 
@@ -25,7 +25,7 @@ def _star(points: int, inner: float) -> Points:
 
 
 def _stencil(*outlines: Points) -> Draw:
-    """A shape of one colour: these outlines, in units of its size."""
+    """Make a shape of one colour from outlines in units of its size."""
 
     def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
         return Sprite(tuple(Part(outline, paint) for outline in outlines), height=rng.uniform(0, 0.5))
@@ -34,7 +34,7 @@ def _stencil(*outlines: Points) -> Draw:
 
 
 def _two_tone(ground: Points, *marks: Points) -> Draw:
-    """A shape of two colours: marks on a ground."""
+    """Make a shape of two colours: marks on a ground."""
 
     def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
         other = shade(paint, rng.choice([0.5, 0.65, 1.4]))
@@ -45,7 +45,7 @@ def _two_tone(ground: Points, *marks: Points) -> Draw:
 
 
 def _cut(ground: Points, *holes: Points) -> Draw:
-    """A shape of one colour with holes in it."""
+    """Make a shape of one colour with holes."""
 
     def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
         parts = (Part(ground, paint), *(Part(hole, None) for hole in holes))
@@ -55,10 +55,10 @@ def _cut(ground: Points, *holes: Points) -> Draw:
 
 
 def _make_class(label_id: int, name: str, draw: Draw) -> ObjectClass:
-    """A class has a shape, a range of sizes and a usual colour, as vehicles and buildings do.
+    """Make a class with a shape, a range of sizes and a usual colour, as vehicles and buildings have.
 
-    No colour and no size belongs to one class alone, so shape decides in the end; but from shape alone, so small a
-    transformer learns nothing in the time it has.
+    Classes share colours and sizes, so only the shape decides. But without colour and size as hints, so small a
+    transformer learns nothing in its short training.
     """
     usual, low, high = _PAINTS[label_id % len(_PAINTS)], *_SIZES[label_id // len(_PAINTS) % len(_SIZES)]
 

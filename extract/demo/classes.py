@@ -1,4 +1,4 @@
-"""What the demo's scenes show: seventeen xView classes, as common or rare as they are in such pictures."""
+"""Draw the demo's seventeen xView classes, about as common or rare as in real images."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def _draw_building(rng: np.random.Generator) -> Sprite:
     roof = _pick(rng, _ROOFS)
     parts = [Part(rectangle(length, width), roof)]
     style = rng.integers(3)
-    if style == 0:  # pitched: one half lies in the light
+    if style == 0:  # pitched: one half in the light
         parts.append(Part(rectangle(length, width / 2, y=width / 4), shade(roof, 0.8)))
     elif style == 1:  # flat, with a wing and plant on the roof
         wing = rng.uniform(0.4, 0.8) * width
@@ -111,7 +111,7 @@ def _draw_helipad(rng: np.random.Generator) -> Sprite:
 
 
 def _draw_hull(length: float, width: float) -> Points:
-    """A boat's outline, its bow along x."""
+    """Return a boat's outline, its bow along x."""
     side = [(-0.5, -0.38), (0.1, -0.5), (0.32, -0.36), (0.5, 0.0), (0.32, 0.36), (0.1, 0.5), (-0.5, 0.38)]
     return np.array(side) * (length, width)
 
@@ -207,4 +207,4 @@ DEMO = Vocabulary(
         ObjectClass(18, "Small Car", _draw_small_car, Habitat.ROADSIDE, rate=0.76, extra=3.0),
     ),
 )
-"""Label ids are xView type ids. `rate` is the share of tiles, for boats of tiles with water."""
+"""Label ids are xView type ids. `rate` is a share of the tiles, for boats of the tiles with water."""

@@ -1,9 +1,9 @@
-"""Make the demo's backbone: a small DINOv3 ViT, trained to name abstract shapes in synthetic scenes.
+"""Train the demo's backbone, a small DINOv3 ViT, to classify abstract shapes in synthetic scenes.
 
     python -m extract.demo.pretrain --out extract/demo/backbone
 
-It stands in for a real DINOv3 where none can be downloaded. Its features transfer to the demo's classes, of which it
-saw none, because small shapes on textured ground are all it ever saw; it is worth nothing on real pictures.
+It replaces a real DINOv3 when none can be downloaded. Its features transfer to the demo's classes, which it has never
+seen, because those are also small shapes on textured ground. It is useless on real images.
 """
 
 import json
@@ -55,10 +55,10 @@ class PretrainConfig:
 
 
 class ShapeNamer(nn.Module):
-    """A ViT under three linear layers: two name what is in the tile, one what is in each patch.
+    """A ViT with three linear heads: two classify the tile, one each patch.
 
-    CLS and the mean of the patches each have to say it alone, since either may be what is cached. The patches' layer
-    tells the ViT where to look, without which so few tiles teach a transformer nothing about objects this small.
+    CLS and the patch mean have separate heads, since either may be cached. The patch head shows the ViT where to look;
+    without it, so few tiles teach a transformer nothing about objects this small.
     """
 
     def __init__(self, vit: Any, classes: int) -> None:
@@ -69,17 +69,17 @@ class ShapeNamer(nn.Module):
         self.cls_head, self.mean_head, self.patch_head = (nn.Linear(width, classes) for _ in range(3))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) to logits from CLS and from the mean, (B, classes), and of patches (B, patches, classes)."""
+        """Map (B, 3, S, S) to logits (B, classes) of CLS and of the mean, and (B, patches, classes) of patches."""
         tokens = self.vit(pixel_values).last_hidden_state
         patches = tokens[:, self.first_patch :]
         return self.cls_head(tokens[:, 0]), self.mean_head(patches.mean(dim=1)), self.patch_head(patches)
 
 
 def draw_tiles(scenes: int) -> tuple[Tensor, Tensor]:
-    """Tiles of the first `scenes` pre-training scenes.
+    """Draw the tiles of the first `scenes` pre-training scenes.
 
     Returns:
-        (N, S, S, 3) uint8 at the backbone's size; (N, C, S/16, S/16) bool, which class lies in which patch.
+        (N, S, S, 3) uint8 at the backbone's size; (N, C, S/16, S/16) bool, the classes in each patch.
     """
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         drawn = list(pool.map(_draw_resized, range(scenes), chunksize=4))
@@ -97,7 +97,7 @@ def _draw_resized(number: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bo
 
 
 def _label_patches(boxes: tuple[Box, ...]) -> npt.NDArray[np.bool_]:
-    """(C, side, side): patches that hold a good part of an object; at least one does of every object."""
+    """Return (C, side, side) bool: the patches that hold a good part of an object, at least one for each object."""
     side = IMAGE_SIZE // _PATCH
     labels = np.zeros((len(PRETRAIN.classes), side, side), bool)
     edges = np.arange(side + 1) * (TILE_SIZE / side)
@@ -112,15 +112,15 @@ def _label_patches(boxes: tuple[Box, ...]) -> npt.NDArray[np.bool_]:
 
 
 def pretrain(pixels: Tensor, labels: Tensor, config: PretrainConfig) -> tuple[ShapeNamer, TileTransform]:
-    """Train on all but the last few tiles, report on those.
+    """Train on all but the last few tiles, and print the precision on those.
 
     Args:
         pixels: (N, S, S, 3) uint8.
-        labels: (N, C, side, side) bool, which class lies in which patch.
+        labels: (N, C, side, side) bool, the classes in each patch.
         config: the recipe.
 
     Returns:
-        The trained model and the transform its pixels went through.
+        The trained model and its input transform.
     """
     torch.manual_seed(config.seed)
     transform = TileTransform(pixels.shape[1], *measure_colours(pixels))
@@ -162,10 +162,10 @@ def pretrain(pixels: Tensor, labels: Tensor, config: PretrainConfig) -> tuple[Sh
 
 @torch.no_grad()
 def initialise(vit: Any, pixel_values: Tensor) -> None:
-    """Weights that let so short a training begin at once.
+    """Initialise weights such that a short training makes progress from the start.
 
-    Linear layers get the variance their width asks for (the library's 0.02 suits far wider ones). The patch embedding
-    starts as the whitened principal components of patches: otherwise the ground's brightness drowns small objects.
+    Linear layers get the variance for their width (the library's 0.02 suits much wider ones). The patch embedding
+    starts as the whitened principal components of patches: otherwise the brightness of the ground hides small objects.
     """
     for module in vit.modules():
         if isinstance(module, nn.Linear):
@@ -182,7 +182,7 @@ def initialise(vit: Any, pixel_values: Tensor) -> None:
 
 
 def sum_losses(of_cls: Tensor, of_mean: Tensor, of_patches: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of tiles, twice, plus that of patches, where the few that hold anything weigh more.
+    """Add the cross entropy of both tile heads and of patches, where the few positives weigh more.
 
     Args:
         of_cls, of_mean: (B, C) logits.
@@ -197,7 +197,7 @@ def sum_losses(of_cls: Tensor, of_mean: Tensor, of_patches: Tensor, labels: Tens
 
 
 def build_vit(config: PretrainConfig) -> Any:
-    """A DINOv3 ViT with fresh weights."""
+    """Make a DINOv3 ViT with random weights."""
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     architecture = DINOv3ViTConfig(
@@ -208,13 +208,13 @@ def build_vit(config: PretrainConfig) -> Any:
         num_register_tokens=4,
         patch_size=_PATCH,
         image_size=IMAGE_SIZE,
-        pos_embed_rescale=None,  # tiles have one scale: nothing to be robust to
+        pos_embed_rescale=None,  # all tiles have one scale, so no robustness to scale is needed
     )
     return DINOv3ViTModel(architecture)
 
 
 def measure_colours(pixels: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel on 0..1, to three decimals, as a preprocessor states them."""
+    """Return mean and standard deviation per channel on 0..1, to three decimals as in preprocessor files."""
     values = pixels[::8].float().flatten(0, 2) / 255
     mean, std = (
         tuple(round(value, 3) for value in statistic.tolist()) for statistic in (values.mean(0), values.std(0))
@@ -223,7 +223,7 @@ def measure_colours(pixels: Tensor) -> tuple[tuple[float, float, float], tuple[f
 
 
 def augment(tiles: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each tile turned by a quarter or not, mirrored or not, its labels likewise: from above there is no up."""
+    """Rotate tiles by random quarter turns and mirror them at random, with their labels: overhead views have no up."""
     turns = torch.randint(8, (len(tiles),))
     turned, turned_labels = tiles.clone(), labels.clone()
     for turn in range(1, 8):
@@ -236,7 +236,7 @@ def augment(tiles: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: ShapeNamer, transform: TileTransform, pixels: Tensor, labels: Tensor) -> float:
-    """Mean average precision over the classes, from CLS alone, in float32."""
+    """Return the mean average precision over the classes, from CLS alone, in float32."""
     from sklearn.metrics import average_precision_score
 
     model.eval()
@@ -249,7 +249,7 @@ def _prepare(transform: TileTransform, pixels: Tensor) -> Tensor:
 
 
 def save_backbone(model: ShapeNamer, transform: TileTransform, directory: Path) -> None:
-    """Write the ViT (not the head) as float16 safetensors with the preprocessor's settings beside it."""
+    """Write the ViT without its heads as float16 safetensors, together with the preprocessor's settings."""
     model.vit.half().save_pretrained(directory, safe_serialization=True)
     processor = {
         "image_processor_type": "DINOv3ViTImageProcessor",

@@ -1,4 +1,4 @@
-"""The demo: a bucket of synthetic overhead scenes, a real storage server for it, and a small backbone."""
+"""Run a command on the demo bucket."""
 
 import os
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from extract.ranks.signals import run_child
 
 
 def run_with_demo_bucket(command: Sequence[str]) -> int:
-    """Generate the demo bucket if it is not there, serve it, and run `command` meanwhile; returns its exit status.
+    """Generate the demo bucket if needed, run `command` while it is served, and return the command's exit status.
 
-    Every `demo://` in the command becomes `gs://tileprobe-demo/`; where the server has no binary for this platform, the
-    directory that holds the same objects.
+    Every `demo://` in the command becomes `gs://tileprobe-demo/`, or the directory with the same objects if the server
+    has no binary for this platform.
     """
     from .bucket import generate_bucket
     from .server import DEMO_BUCKET, find_server_binary, serve_bucket

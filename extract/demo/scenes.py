@@ -1,7 +1,7 @@
-"""Synthetic overhead scenes: ground, objects of a vocabulary with known boxes, and the tiles cut from them.
+"""Draw synthetic overhead scenes (ground, and objects of a vocabulary with known boxes) and cut tiles from them.
 
-A stand-in for satellite pictures that needs no download and no licence. The same vocabulary and number give the same
-scene, pixel for pixel.
+They replace satellite images without a download or a licence. The same vocabulary and number give the same scene,
+pixel for pixel.
 """
 
 import zlib
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .sprites import Placement, scale, stamp
+from .sprites import scale, stamp
 from .terrain import Mask, Terrain, develop, paint_terrain
 from .vocabulary import Habitat, ObjectClass, Vocabulary
 
@@ -24,7 +24,7 @@ _ATTEMPTS = 8
 _GAP = 2
 _CELL = 4
 _ZOOM = 1.6
-"""Pixels per unit of the sprites: small ones stay at 7 to 20 px, and still show at half the resolution."""
+"""Pixels per unit of the sprites: small ones are 7 to 20 px, still visible at half the resolution."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Box:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (S, S, 3) uint8 and where its objects are. A tile cut from a scene is a scene too."""
+    """An image (S, S, 3) uint8 and the boxes of its objects. A tile cut from a scene is a scene too."""
 
     pixels: npt.NDArray[np.uint8]
     boxes: tuple[Box, ...]
 
 
 def draw_scene(vocabulary: Vocabulary, number: int, size: int = SCENE_SIZE) -> Scene:
-    """Scene `number` of the vocabulary. Numbers of two vocabularies never give the same random stream."""
+    """Draw scene `number` of the vocabulary. Two vocabularies never share a random stream."""
     rng = np.random.default_rng([zlib.crc32(vocabulary.name.encode()), number])
     terrain = paint_terrain(rng, size)
     boxes = _place_objects(rng, terrain, vocabulary)
@@ -55,7 +55,7 @@ def draw_scene(vocabulary: Vocabulary, number: int, size: int = SCENE_SIZE) -> S
 
 
 def cut_tiles(scene: Scene, tile_size: int = TILE_SIZE) -> Iterator[tuple[int, int, Scene]]:
-    """Row, column and tile, from the top left; boxes clipped to the tile and counted from its corner."""
+    """Yield row, column and tile, from the top left; boxes are clipped to the tile and relative to its corner."""
     for row in range(scene.pixels.shape[0] // tile_size):
         for column in range(scene.pixels.shape[1] // tile_size):
             top, left = row * tile_size, column * tile_size
@@ -65,7 +65,7 @@ def cut_tiles(scene: Scene, tile_size: int = TILE_SIZE) -> Iterator[tuple[int, i
 
 
 def _clip(box: Box, left: int, top: int, size: int) -> Box | None:
-    """The part of a box inside a tile; None when too little of it is."""
+    """Return the part of a box inside a tile; None if that is less than `MIN_VISIBLE`."""
     x0, x1 = (min(max(x - left, 0.0), size) for x in (box.x0, box.x1))
     y0, y1 = (min(max(y - top, 0.0), size) for y in (box.y0, box.y1))
     visible = (x1 - x0) * (y1 - y0) / ((box.x1 - box.x0) * (box.y1 - box.y0))
@@ -73,12 +73,12 @@ def _clip(box: Box, left: int, top: int, size: int) -> Box | None:
 
 
 def _place_objects(rng: np.random.Generator, terrain: Terrain, vocabulary: Vocabulary) -> list[Box]:
-    """Stamp objects tile by tile, so that a class's rate is a share of tiles; they may lie across tile borders."""
+    """Place objects tile by tile, so that a class's rate is a share of tiles; they may cross tile borders."""
     size = len(terrain.pixels)
     taken: Mask = np.zeros((size // _CELL, size // _CELL), bool)
     boxes: list[Box] = []
     for wanted in vocabulary.classes:
-        # Scenes differ in what they are full of: a harbour, an airfield, a town, next to nothing.
+        # Scenes differ in the abundance of each class, like a harbour, an airfield, a town or open land.
         abundance = rng.gamma(2.0, 0.5) if wanted.rate < 0.5 else rng.uniform(0.6, 1.25)
         for top in range(0, size, TILE_SIZE):
             for left in range(0, size, TILE_SIZE):
@@ -92,7 +92,7 @@ def _place_objects(rng: np.random.Generator, terrain: Terrain, vocabulary: Vocab
 def _place_one(
     rng: np.random.Generator, terrain: Terrain, taken: Mask, wanted: ObjectClass, left: int, top: int
 ) -> Box | None:
-    """Stamp one object in a free place of its habitat within the tile; None when none is found soon."""
+    """Stamp one object in a free place of its habitat within the tile; None if a few attempts find none."""
     size = len(terrain.pixels)
     sprite = scale(wanted.draw(rng), _ZOOM * rng.uniform(0.8, 1.2))
     reach = max(float(np.abs(part.points).max()) for part in sprite.parts) + _GAP
@@ -106,21 +106,16 @@ def _place_one(
         columns = slice(int(x - reach) // _CELL, int(x + reach) // _CELL + 1)
         if taken[rows, columns].any():
             continue
-        placed = stamp(terrain.pixels, sprite, x, y, angle, terrain.sun)
-        _mark_taken(taken, placed)
-        return Box(wanted.label_id, placed.x0, placed.y0, placed.x1, placed.y1)
+        x0, y0, x1, y1 = stamp(terrain.pixels, sprite, x, y, angle, terrain.sun)
+        taken[int(y0) // _CELL : int(y1) // _CELL + 1, int(x0) // _CELL : int(x1) // _CELL + 1] = True
+        return Box(wanted.label_id, x0, y0, x1, y1)
     return None
-
-
-def _mark_taken(taken: Mask, placed: Placement) -> None:
-    rows = slice(int(placed.y0) // _CELL, int(placed.y1) // _CELL + 1)
-    taken[rows, int(placed.x0) // _CELL : int(placed.x1) // _CELL + 1] = True
 
 
 def _choose_spot(
     rng: np.random.Generator, terrain: Terrain, habitat: Habitat, left: int, top: int
 ) -> tuple[float, float, float]:
-    """x, y and heading. Vehicles are mostly on a road that crosses the tile, along it; the rest stands anywhere."""
+    """Choose x, y and heading: for vehicles mostly along a road in the tile, for all others anywhere."""
     x, y = rng.uniform(left, left + TILE_SIZE), rng.uniform(top, top + TILE_SIZE)
     angle = rng.uniform(0, 2 * np.pi)
     if habitat is Habitat.ROADSIDE and terrain.roads and rng.random() < 0.6:

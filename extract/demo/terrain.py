@@ -1,4 +1,4 @@
-"""The ground of a synthetic scene: fields, bare soil, water, roads, trees; and the light it is seen in."""
+"""Paint the ground of a synthetic scene (fields, soil, water, roads, trees), and simulate light and sensor."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,10 +38,10 @@ class Terrain:
     """Ground to place objects on.
 
     Attributes:
-        pixels: (S, S, 3) float32, drawn into.
+        pixels: (S, S, 3) float32; objects are drawn into it.
         water: (S, S) bool.
         paved: (S, S) bool, the roads.
-        roads: their pieces.
+        roads: straight pieces of the roads.
         sun: direction of shadows in radians.
     """
 
@@ -53,7 +53,7 @@ class Terrain:
 
 
 def paint_terrain(rng: np.random.Generator, size: int) -> Terrain:
-    """A square of ground, `size` pixels a side."""
+    """Paint a square of ground, `size` pixels a side."""
     pixels = _paint_fields(rng, size)
     water = _flood(rng, pixels)
     roads, paved = _build_roads(rng, pixels, water)
@@ -63,12 +63,12 @@ def paint_terrain(rng: np.random.Generator, size: int) -> Terrain:
 
 
 def develop(rng: np.random.Generator, pixels: Pixels) -> npt.NDArray[np.uint8]:
-    """(S, S, 3) uint8: the scene as a sensor saw it, with a light, colour cast, contrast, haze and noise of its own."""
+    """Return the scene as a sensor sees it, (S, S, 3) uint8, under random light, colour, contrast, haze and noise."""
     size = len(pixels)
     light = rng.uniform(0.72, 1.15) + rng.uniform(0.02, 0.10) * make_noise(rng, size, 3)
     cast = rng.normal(1, 0.035, 3).astype(np.float32)
     contrast, haze = rng.uniform(0.75, 1.15), rng.uniform(0, 24)
-    # (seen * light * cast - 110) * contrast + 110 + haze, with as few passes over the picture as can be
+    # (seen * light * cast - 110) * contrast + 110 + haze, in as few passes over the image as possible
     grain = rng.integers(-128, 128, (size, size), np.int8) * np.float32(rng.uniform(0.01, 0.04))
     seen = pixels * light[..., None]
     seen *= cast * np.float32(contrast)
@@ -78,14 +78,14 @@ def develop(rng: np.random.Generator, pixels: Pixels) -> npt.NDArray[np.uint8]:
 
 
 def make_noise(rng: np.random.Generator, size: int, cells: int) -> npt.NDArray[np.float32]:
-    """(size, size) smooth noise of about unit variance, `cells` bumps a side."""
+    """Make (size, size) smooth noise of about unit variance, with `cells` bumps a side."""
     bumps = Image.fromarray(rng.standard_normal((cells + 2, cells + 2), np.float32))
     method = Image.Resampling.BICUBIC if cells < 50 else Image.Resampling.BILINEAR
     return np.asarray(bumps.resize((size, size), method))
 
 
 def _paint_fields(rng: np.random.Generator, size: int) -> Pixels:
-    """A patchwork of fields, some ploughed, over uneven ground."""
+    """Paint a patchwork of fields, some ploughed, on uneven ground."""
     axis = np.arange(size, dtype=np.float32)
     angle = rng.uniform(0, np.pi)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -105,7 +105,7 @@ def _paint_fields(rng: np.random.Generator, size: int) -> Pixels:
 
 
 def _flood(rng: np.random.Generator, pixels: Pixels) -> Mask:
-    """Lakes and shores in about two scenes of three, painted into `pixels`."""
+    """Paint lakes and shores into `pixels`, in about two of three scenes; return the water."""
     size = len(pixels)
     if rng.random() > 0.65:
         return np.zeros((size, size), bool)
@@ -121,7 +121,7 @@ def _flood(rng: np.random.Generator, pixels: Pixels) -> Mask:
 
 
 def _build_roads(rng: np.random.Generator, pixels: Pixels, water: Mask) -> tuple[list[Road], Mask]:
-    """One to four bent roads across the scene; over water they are bridges or causeways, so they stay."""
+    """Paint one to four bent roads across the scene; over water they are bridges or causeways."""
     size = len(pixels)
     roads: list[Road] = []
     surface, marking = Image.new("L", (size, size)), Image.new("L", (size, size))
@@ -146,7 +146,7 @@ def _build_roads(rng: np.random.Generator, pixels: Pixels, water: Mask) -> tuple
 
 
 def _scatter_clutter(rng: np.random.Generator, terrain: Terrain) -> None:
-    """Trees, rocks, bright slabs: what no label names and a classifier has to learn to pass over."""
+    """Add trees, rocks and bright slabs without labels, which a classifier must learn to ignore."""
     size = len(terrain.pixels)
     for _ in range(rng.poisson(_CLUTTER_PER_TILE * (size / 256) ** 2)):
         x, y = rng.uniform(0, size, 2)

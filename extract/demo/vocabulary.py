@@ -1,4 +1,4 @@
-"""A vocabulary: the classes a set of scenes is drawn from. Two exist, and they share neither a class nor a seed."""
+"""Define vocabularies: the classes of a set of scenes. The two that exist share neither a class nor a seed."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -20,12 +20,12 @@ class ObjectClass:
     """One class of objects.
 
     Attributes:
-        label_id: what its boxes carry.
-        name: what it is called.
-        draw: makes one of them; no two are alike.
-        habitat: where it is found.
-        rate: share of the tiles of its habitat that hold at least one, about.
-        extra: how many more there are then, on average.
+        label_id: id in label files.
+        name: for people.
+        draw: draws one object; no two are alike.
+        habitat: where its objects are found.
+        rate: approximate share of the tiles of its habitat that hold at least one.
+        extra: average number of further objects in such a tile.
     """
 
     label_id: int
@@ -38,7 +38,7 @@ class ObjectClass:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Classes, large or rare ones first: they are placed while there is room. The name is part of every seed."""
+    """Classes in the order of placement: large or rare ones first, while there is room. The name enters every seed."""
 
     name: str
     classes: tuple[ObjectClass, ...]

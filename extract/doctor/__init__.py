@@ -1,2 +1,1 @@
-"""Whether an extraction and the training after it can work, and what it would take: said in seconds, before an hour is
-spent."""
+"""Check in seconds whether an extraction and the training after it can work, and estimate time and cost."""

@@ -1,4 +1,4 @@
-"""Checks of where the cache goes: whether it may be written, what is there already, whether there is room."""
+"""Check the place of the cache: write access, existing versions, and free space."""
 
 import shutil
 import tempfile
@@ -25,16 +25,16 @@ from .machine import Device
 from .storage import AGAIN, DEADLINE_S, Found
 
 HASHED_BYTES = 4 * 2**30
-"""Weights of more are not hashed to tell a version's id: that would take longer than all the rest."""
+"""Larger weights are not hashed to find the version's id: that would take longer than all other checks."""
 _ROOM_LEFT = 0.9
-"""Share of the free space above which a cache is called a tight fit."""
+"""Share of the free space above which a cache gets a warning."""
 
 
 def check_place(url: str) -> Verdict[str]:
-    """Write something where the cache goes, and remove it.
+    """Write a test object to the place of the cache, and remove it.
 
     Raises:
-        StorageError: a URL that no cache has, or a place that cannot be written.
+        StorageError: not the URL of a cache, or the place cannot be written.
     """
     check_url(url, "CACHE")
     if is_bucket(url):
@@ -49,18 +49,18 @@ def _check_bucket(url: str) -> Verdict[str]:
     objects = open_objects(url, Purpose(again=AGAIN), deadline_s=DEADLINE_S)
     name = f"doctor-{uuid.uuid4().hex}"
     if not objects.create(name, name.encode()):
-        raise CacheError(f"{url} does not keep what is written: check CACHE and what else writes there")
+        raise CacheError(f"{url} does not keep a new object: check CACHE and what else writes there")
     objects.delete(name)
     return Verdict(url, f"{url} can be written: a test object was created and removed")
 
 
 @dataclass(frozen=True)
 class Pending:
-    """What an extraction has to do.
+    """The work left for an extraction.
 
     Attributes:
         to_do: tiles to embed.
-        to_write: rows to write, those taken over from an earlier version included.
+        to_write: rows to write, including those copied from an earlier version.
     """
 
     to_do: int
@@ -70,25 +70,25 @@ class Pending:
 def check_version(
     config: ExtractConfig, url: str, source: Source, found: Found, weights: Weights, device: Device
 ) -> Verdict[Pending]:
-    """Which version of the cache an extraction would fill, and how much of it is there; nothing is written.
+    """Find the version of the cache that an extraction would fill, and its progress; nothing is written.
 
     Raises:
         RunError: more than a tenth of the tiles of the version in use are gone.
-        CacheError: what is there cannot be read.
+        CacheError: an existing version cannot be read.
     """
     root, everything = CacheRoot(url, read_only=True), Pending(len(found.table), len(found.table))
     there = root.versions()
     unknown = (
         "not all tiles were listed"
         if not found.whole
-        else "the weights are not here yet"
+        else "the weights are not downloaded yet"
         if weights.download
         else f"hashing {weights.file_bytes / 2**30:.0f} GiB of weights takes too long"
         if weights.file_bytes > HASHED_BYTES
         else None
     )
     if unknown:
-        return Verdict(everything, f"{_count(there)} there; whether one is to be gone on with is not known: {unknown}")
+        return Verdict(everything, f"{_count(there)} there; unknown whether one of them continues: {unknown}")
     provenance = choose_provenance(
         config.precision, config.pooled_arrays, weights.checkpoint, root, found.table, device.ranks.device
     )
@@ -110,13 +110,13 @@ def check_version(
 def _describe_version(root: CacheRoot, version_id: str, everything: Pending) -> Verdict[Pending]:
     try:
         version = root.open_version(version_id)
-    except CacheError:  # an extraction creates it anew
-        return Verdict(everything, f"version {version_id} was not created completely, and is begun again")
+    except CacheError:  # an extraction creates it again
+        return Verdict(everything, f"version {version_id} was not created completely, and starts again")
     if version.sealed:
         return Verdict(Pending(0, 0), f"version {version_id} is finished: an extraction has nothing to do")
     left = version.layout.count_rows(np.flatnonzero(~version.committed()).tolist())
     blocks = f"{int(version.committed().sum()):,} of {count_blocks(version.layout.blocks)}"
-    detail = f"version {version_id} is begun: {blocks} are committed, and an extraction goes on from there"
+    detail = f"version {version_id} is unfinished: {blocks} committed, and an extraction continues from there"
     return Verdict(Pending(left, left), detail)
 
 
@@ -125,7 +125,7 @@ def _count(versions: list[str]) -> str:
 
 
 def check_space(url: str, pending: Pending, numbers: int, *, at_least: str = "") -> Verdict[int]:
-    """Whether the disk has room for the rows to write, each of so many pooled numbers."""
+    """Check that the disk has room for the rows to write, each of `numbers` pooled numbers."""
     needed = estimate_cache_bytes(pending.to_write, numbers)
     wanted = f"{at_least}{needed / 2**20:,.1f} MiB to write"
     if is_bucket(url):
@@ -136,7 +136,7 @@ def check_space(url: str, pending: Pending, numbers: int, *, at_least: str = "")
         return Verdict(needed, detail)
     tight = Concern(
         "fail" if needed > free else "warning",
-        "too little room for the cache" if needed > free else "hardly room for the cache",
+        "too little room for the cache" if needed > free else "barely enough room for the cache",
         "free space, or set CACHE to another disk or a bucket",
     )
     return Verdict(needed, detail, [tight])

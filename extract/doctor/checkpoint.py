@@ -1,4 +1,4 @@
-"""Check of the backbone: its configuration, its weights if they are here, and whether they could be fetched."""
+"""Check the backbone: its configuration, and its weights or whether they can be downloaded."""
 
 import json
 import math
@@ -18,18 +18,18 @@ from .finding import Concern, Verdict
 from .machine import Device
 
 _HUB_BYTES_A_NUMBER = 4
-"""What the hub holds of these models is in float32."""
+"""The hub holds these models in float32."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint, and how much of it there is to load.
+    """A checkpoint and its size.
 
     Attributes:
-        checkpoint: without weight files as long as there is something to download.
-        download: bytes still to be fetched from the hub.
-        file_bytes: of its weight files.
-        numbers: parameters in them.
+        checkpoint: has no weight files while something must be downloaded.
+        download: bytes to download from the hub.
+        file_bytes: size of the weight files.
+        numbers: number of parameters.
     """
 
     checkpoint: Checkpoint
@@ -39,19 +39,19 @@ class Weights:
 
 
 def check_backbone(name: str, image_size: int | None, device: Device | None) -> Verdict[Weights]:
-    """Read the configuration; open the weight files that are here, or ask the hub for access; load nothing.
+    """Read the configuration, and the headers of local weight files or the hub's permission; load no weights.
 
     Args:
-        name, image_size: as an extraction takes them.
-        device: that they are to fit on, where it is known.
+        name, image_size: as for an extraction.
+        device: device that the weights must fit on, if known.
 
     Raises:
-        BackboneError: not found, gated, damaged, not a DINOv3 ViT, or an image size it cannot take.
+        BackboneError: not found, gated, damaged, not a DINOv3 ViT, or an unsuitable image size.
     """
     checkpoint, download = find_configuration(name, image_size)
     if download:
         weights = Weights(checkpoint, download, download, download // _HUB_BYTES_A_NUMBER)
-        where = f"the hub gives access; {download / 2**30:.1f} GiB are still to be downloaded"
+        where = f"the hub grants access; {download / 2**30:.1f} GiB to download"
     else:
         _refuse_missing_shards(checkpoint)
         files = checkpoint.weight_files
@@ -60,14 +60,14 @@ def check_backbone(name: str, image_size: int | None, device: Device | None) -> 
         where = f"{numbers / 1e6:,.1f} M parameters, {weights.file_bytes / 2**30:.2f} GiB in {checkpoint.path}"
     detail = (
         f"{name}: {checkpoint.depth} layers of width {checkpoint.width}, {checkpoint.image_size} px a side, "
-        f"{checkpoint.tokens} tokens and {checkpoint.flop / 1e9:.3g} GFLOP a tile; {where}"
+        f"{checkpoint.tokens} tokens and {checkpoint.flop / 1e9:.3g} GFLOP per tile; {where}"
     )
     concerns = [*_judge_download(download), *(_judge_memory(weights, device) if device else [])]
     return Verdict(weights, detail, concerns)
 
 
 def _count_numbers(file: Path) -> int:
-    """Parameters in a weight file, from its header, which must account for every byte of the file."""
+    """Count the parameters in a weight file from its header, which must account for every byte of the file."""
     try:
         with safe_open(file, "pt") as tensors:
             return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
@@ -102,13 +102,13 @@ def _judge_download(download: int) -> list[Concern]:
 
 
 def find_existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or its nearest parent that exists."""
     path = path.expanduser().absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _judge_memory(weights: Weights, device: Device) -> list[Concern]:
-    """Whether every rank's weights fit into memory, the least of what it needs."""
+    """Check that the weights of every rank fit into memory, the minimum that a rank needs."""
     ranks, needed = device.ranks, weights.numbers * DTYPES[device.precision].itemsize
     free = find_free_memory() // ranks.local_world_size
     if ranks.device.type == "cuda":

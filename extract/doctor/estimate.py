@@ -1,4 +1,4 @@
-"""What an extraction would take: how fast each part of it is here, which one is the wall, and what follows."""
+"""Estimate an extraction: measure the speed of each part, find the bottleneck, and derive time and cost."""
 
 import time
 from collections.abc import Sequence
@@ -25,17 +25,17 @@ from .storage import Found
 from .tiles import Sample
 
 _LOADED_BYTES = 4 * 2**30
-"""Weights of more are not loaded: that alone may take minutes."""
+"""Larger weights are not loaded, since that may take minutes."""
 _FORWARD_S = 8.0
-"""Seconds that all forward passes together may take."""
+"""Seconds allowed for all forward passes together."""
 _PASSES = 3
-"""One to warm up and two to time."""
+"""One warm-up and two timed passes."""
 _SHARE_OF_PRODUCT = 0.8
-"""Of a matrix product's FLOP/s, what a forward pass reached: vitl16 at 224 in bf16 on a CPU, README.md."""
+"""A forward pass's share of a matrix product's FLOP/s, measured with vitl16 at 224 in bf16 on a CPU, tests/benchmarks/README.md."""
 _LONG_S = 24 * 3600.0
 
 CLASS_A_USD, CLASS_B_USD = 0.005 / 1000, 0.0004 / 1000
-"""A request that writes or lists, one that reads: standard storage in one region.
+"""Price of one request that writes or lists, and of one that reads: standard storage in one region.
 
 Source: https://cloud.google.com/storage/pricing-examples.
 """
@@ -45,14 +45,14 @@ _OTHER_OBJECTS_A_BLOCK = 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds a tile of the parts of an extraction, and the ranks that share the tiles.
+    """Seconds per tile of each part of an extraction, and the ranks that share the tiles.
 
     Attributes:
         backbone_s: forward pass, on one rank's device.
-        fetch_s: one feed process with many reads in flight.
-        decode_s: one core.
-        ranks, cores, workers: of the job; cores and feed processes are a rank's.
-        on_cpu: the backbone runs on the cores that decode.
+        fetch_s: in one feed process with many reads in flight.
+        decode_s: on one core.
+        ranks, cores, workers: ranks of the job; cores and feed processes per rank.
+        on_cpu: whether the backbone runs on the cores that decode.
     """
 
     backbone_s: float
@@ -64,10 +64,10 @@ class Speed:
     on_cpu: bool
 
     def parts(self) -> dict[str, float]:
-        """Seconds a tile for which each part keeps one rank from going faster.
+        """Return the seconds per tile that each part takes on one rank.
 
-        Workers fetch and decode beside each other, each on a core if there are enough; on a CPU, decoding takes its
-        time from the backbone.
+        Workers fetch and decode in parallel, each on its own core if there are enough; on a CPU, decoding takes time
+        from the backbone.
         """
         at_once = max(1, min(self.workers, self.cores))
         fetch, decode = self.fetch_s / max(1, self.workers), self.decode_s / at_once
@@ -83,14 +83,14 @@ class Speed:
 
     @property
     def tile_s(self) -> float:
-        """Seconds a tile of the whole job; without workers nothing happens beside anything else."""
+        """Seconds per tile of the whole job; without workers, nothing runs in parallel."""
         if self.workers:
             return max(self.parts().values()) / self.ranks
         return (self.backbone_s + self.fetch_s + self.decode_s) / self.ranks
 
 
 def check_speed(weights: Weights, device: Device, sample: Sample, batch_size: int, workers: int) -> Verdict[Speed]:
-    """Time the backbone if it loads in seconds, else derive its speed from its FLOP; and compare with the feed."""
+    """Time the backbone, or derive its speed from its FLOP if it is too large to load; compare it with the feed."""
     ranks = device.ranks
     derived = weights.checkpoint.flop / (_SHARE_OF_PRODUCT * device.flop_s)
     batch = choose_batch(derived, batch_size)
@@ -107,18 +107,18 @@ def check_speed(weights: Weights, device: Device, sample: Sample, batch_size: in
     detail = (
         f"{1 / speed.tile_s:,.1f} tiles/s; a tile takes {1000 * backbone_s:.3g} ms in the backbone ({how}), "
         f"{1000 * sample.fetch_s:.3g} to fetch in one process and {1000 * sample.decode_s:.3g} to decode on one core; "
-        f"{speed.wall} is the wall (feed workers a rank: {workers})"
+        f"the bottleneck is {speed.wall} (feed workers per rank: {workers})"
     )
     return Verdict(speed, detail)
 
 
 def choose_batch(tile_s: float, asked: int) -> int:
-    """The largest batch whose passes fit into the time for them; 0 if not even one tile does."""
+    """Return the largest batch whose passes fit into `_FORWARD_S`; 0 if one tile already takes longer."""
     return min(asked, int(_FORWARD_S / (_PASSES * tile_s)))
 
 
 def _time_backbone(weights: Weights, device: Device, sample: TileBatch, size: int) -> float:
-    """Seconds a tile of transform and forward pass, with tiles of the sample as far as they go."""
+    """Measure seconds per tile of transform and forward pass, on the tiles of the sample."""
     backbone = Backbone.load(weights.checkpoint, precision=device.precision, device=device.ranks.device)
     embedder = TileEmbedder(backbone, weights.checkpoint, size, DEFAULT_POOLING)
     if not embedder.fits():
@@ -139,11 +139,11 @@ def _time_backbone(weights: Weights, device: Device, sample: TileBatch, size: in
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an extraction takes.
+    """Time, bytes and requests of an extraction.
 
     Attributes:
-        seconds: of the whole job, embedding alone.
-        read_bytes: of the tiles to embed and their labels.
+        seconds: of the whole job, embedding only.
+        read_bytes: size of the tiles to embed and their labels.
         class_a, class_b: requests to a bucket that list or write, and that read.
     """
 
@@ -160,10 +160,9 @@ class Estimate:
 def estimate(
     found: Found, pending: Pending, speed: Speed, *, tiles_in_bucket: bool, cache_in_bucket: bool, arrays: int
 ) -> Estimate:
-    """What embedding `pending.to_do` of the tiles found takes, each being as the average of them.
+    """Estimate the embedding of `pending.to_do` tiles of average size.
 
-    A tile and a label that is not empty are read with a request each; a block is written with one for each of its
-    chunks.
+    Reading takes one request per tile and per non-empty label, writing one per chunk of a block.
     """
     table = found.table
     share = pending.to_do / len(table)
@@ -181,12 +180,12 @@ def estimate(
 def check_estimate(
     found: Found, pending: Pending, speed: Speed, urls: Sequence[str], price: float | None, *, arrays: int
 ) -> Verdict[Estimate]:
-    """Tiles, bytes, time and cost, of what is to do.
+    """Estimate tiles, bytes, time and cost of the pending work.
 
     Args:
-        found, pending, speed: what was found out.
+        found, pending, speed: results of earlier checks.
         urls: of tiles and cache.
-        price: of all that computes, an hour, in whatever currency.
+        price: of all machines together per hour, in any currency.
         arrays: number of pooled arrays in the cache.
     """
     tiles, cache = (is_bucket(url) for url in urls)
@@ -204,9 +203,9 @@ def check_estimate(
     if taken.class_a or taken.class_b:
         detail += (
             f"; {taken.class_b:,} reads and {taken.class_a:,} lists and writes of a bucket, about "
-            f"{taken.request_usd:,.2f} USD if it is standard storage in one region (cloud.google.com/storage/pricing) "
-            "and computed beside, where traffic is free"
+            f"{taken.request_usd:,.2f} USD for standard storage in one region (cloud.google.com/storage/pricing), "
+            "without traffic, which is free within that region"
         )
-    remedy = "use a GPU, or more of them; IMAGE_SIZE=224 is a sixth of the work of 512; LIMIT=500 makes a trial"
+    remedy = "use a GPU, or more of them; IMAGE_SIZE=224 takes a sixth of the work of 512; LIMIT=500 makes a trial"
     long = Concern("warning", "more than a day", remedy)
     return Verdict(taken, detail, [long] if taken.seconds > _LONG_S else [])

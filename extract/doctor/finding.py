@@ -1,4 +1,4 @@
-"""What a check found, and the examination that runs one check after another whatever becomes of them."""
+"""Represent findings, and run one check after another even if some fail."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +18,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        check: its name, always the same.
-        status: `fail` for what ends an extraction or the training after it, `warning` for what a user should know.
+        check: name of the check.
+        status: `fail` for a problem that stops extraction or training, `warning` for one that a user should know.
         detail: what was found.
-        remedy: what to do about it; empty where nothing is to be done.
+        remedy: what to do about it; empty if there is nothing to do.
     """
 
     check: str
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Concern:
-    """Something about what was found that is not as it should be, and what to do about it."""
+    """A problem that a check found, and what to do about it."""
 
     status: Literal["warning", "fail"]
     detail: str
@@ -48,12 +48,12 @@ class Concern:
 
 @dataclass(frozen=True)
 class Verdict(Generic[T]):
-    """What a check learnt for those after it, and how to say it.
+    """The result of a check.
 
     Attributes:
-        value: for the checks after it.
+        value: for later checks.
         detail: for the user.
-        concerns: the gravest decides the status.
+        concerns: the most serious one decides the status.
     """
 
     value: T
@@ -62,21 +62,21 @@ class Verdict(Generic[T]):
 
 
 class UnknownError(Exception):
-    """What a check needs was not found out by the one of this name."""
+    """The check of this name has no result, which another check needs."""
 
 
 @dataclass(frozen=True)
 class Known(Generic[T]):
-    """What the check of this name learnt, if it came to an end."""
+    """The result of the check of this name, if it has one."""
 
     check: str
     value: T | None
 
     def get(self) -> T:
-        """The value.
+        """Return the value.
 
         Raises:
-            UnknownError: there is none; the check that asks is then skipped.
+            UnknownError: there is none; the check that calls this is skipped.
         """
         if self.value is None:
             raise UnknownError(self.check)
@@ -84,24 +84,23 @@ class Known(Generic[T]):
 
 
 class Examination:
-    """Checks one after the other; one that fails never ends the others.
+    """Runs checks one after the other, and passes each finding to `say`; a check that fails never stops the others.
 
     Attributes:
         findings: so far, in order.
     """
 
     def __init__(self, say: Callable[[Finding], None]) -> None:
-        """`say` takes each finding at once."""
         self.findings: list[Finding] = []
         self._say = say
 
     def check(self, name: str, look: Callable[[], Verdict[T]], *needs: "Known[Any]") -> Known[T]:
-        """Run one check, whatever it raises, and give what it learnt to those after it.
+        """Run one check, whatever it raises, and return its result for later checks.
 
         Args:
             name: of the check.
-            look: does it; what it asks of `Known` and nobody found out has it skipped.
-            needs: checks that must have come to an end besides.
+            look: performs it; the check is skipped if `look` gets a `Known` that has no value.
+            needs: further checks that must have a result.
         """
         value = None
         try:
@@ -109,14 +108,12 @@ class Examination:
                 need.get()
             verdict = look()
         except UnknownError as unknown:
-            finding = Finding(
-                name, "skipped", f"it needs what the check `{unknown}` would have told", "mend that first"
-            )
+            finding = Finding(name, "skipped", f"needs the result of the check `{unknown}`", "fix that first")
         except TileprobeError as error:
             finding = Finding(name, "fail", *split_message(str(error)))
-        except Exception as error:  # a report with a hole says more than a traceback in the middle of it
-            what = f"this check itself failed ({type(error).__name__}: {error})"
-            finding = Finding(name, "fail", what, "report it; what it looks at may be in order")
+        except Exception as error:  # an incomplete report is more useful than a traceback
+            what = f"this check crashed ({type(error).__name__}: {error})"
+            finding = Finding(name, "fail", what, "report this bug; what the check looks at may be fine")
         else:
             finding, value = _describe(name, verdict), verdict.value
         self.findings.append(finding)
@@ -125,7 +122,7 @@ class Examination:
 
 
 def split_message(message: str) -> tuple[str, str]:
-    """What happened and what to do, of an error's `what happened: what to do`."""
+    """Split an error message, `what happened: what to do`."""
     detail, _, remedy = message.replace("\n", "; ").rpartition(": ")
     return (detail, remedy) if detail else (remedy, "")
 

@@ -1,4 +1,4 @@
-"""Checks of the machine: packages, the device and what it multiplies, limits that feed workers meet."""
+"""Check the machine: packages, the device and its speed, and the limits for feed workers."""
 
 import platform
 import resource
@@ -29,13 +29,13 @@ _SHOWN = ("torch", "transformers", "zarr")
 _SHARED_MEMORY = Path("/dev/shm")
 _INSTALL = "install it again: remove .venv and run `make`, or `pip install --constraint constraints.txt -e .`"
 _OPEN_FILES, _OPEN_FILES_A_WORKER = 128, 8
-"""An extraction from a bucket ended with 64 and 2 workers ("Too many open files"), and ran with 100 and 8."""
+"""Measured: an extraction from a bucket failed with 64 open files and 2 workers, and ran with 100 and 8."""
 _MATMUL = {"cpu": 1024, "cuda": 8192}
-"""Side of the product that measures a device: large enough for its full speed, and a fraction of a second."""
+"""Side of the matrices that measure a device: large enough for full speed, small enough for a fraction of a second."""
 
 
 def check_packages() -> Verdict[bool]:
-    """Python and every package against what pyproject.toml asks."""
+    """Compare Python and every package with the requirements in pyproject.toml."""
     try:
         asked = [Requirement(text) for text in requires(_DISTRIBUTION) or ()]
         python = SpecifierSet(metadata(_DISTRIBUTION)["Requires-Python"] or "")
@@ -70,12 +70,12 @@ def _find_version(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Device:
-    """Where the backbone is to run.
+    """The device that the backbone would run on.
 
     Attributes:
-        ranks: the first of those an extraction would have.
-        precision: as asked, or what `auto` gives.
-        flop_s: floating-point operations a second of a matrix product in that precision, on one rank's share.
+        ranks: the first rank of the extraction.
+        precision: as asked, or the one `auto` selects.
+        flop_s: floating-point operations per second of a matrix product in that precision, on one rank's share.
     """
 
     ranks: Ranks
@@ -84,10 +84,10 @@ class Device:
 
 
 def check_device(config: ExtractConfig, nproc: int | None) -> Verdict[Device]:
-    """The device, what it computes in, and how fast it multiplies.
+    """Find the device, its precision and its speed in a matrix product.
 
     Raises:
-        ConfigError: CUDA asked for and not there, or fewer GPUs than ranks.
+        ConfigError: CUDA is not available, fewer GPUs than ranks, or the device cannot compute.
     """
     world = nproc or (max(1, torch.cuda.device_count()) if config.device != "cpu" else 1)
     device = choose_device(config.device, 0, world)
@@ -95,20 +95,20 @@ def check_device(config: ExtractConfig, nproc: int | None) -> Verdict[Device]:
     precision = choose_precision(device) if config.precision == "auto" else config.precision
     concerns = []
     if device.type == "cpu" and config.device == "auto" and (gpu := _ask_driver("name")):
-        what = f"{gpu} is there, but this torch ({torch.__version__}) does not see it"
+        what = f"this machine has {gpu}, but this torch ({torch.__version__}) does not see it"
         concerns.append(Concern("warning", what, "install the CUDA build of torch that fits the driver"))
     if precision == "bf16" and not multiplies_bf16(device):
-        what = "this device has no bf16 instructions, so bf16 would take many times as long"
-        concerns.append(Concern("warning", what, "use --precision float32, or leave it at auto"))
+        what = "this device has no bf16 instructions, so bf16 would be many times slower"
+        concerns.append(Concern("warning", what, "use --precision float32 or auto"))
     if device.type == "cpu":
         torch.set_num_threads(ranks.cores)
     try:
         flop_s = measure_product(device, precision)
-    except RuntimeError as error:  # no kernel for this GPU, a driver that is too old, no memory left
+    except RuntimeError as error:  # no kernel for this GPU, an old driver, or no memory left
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{device.type} cannot compute ({reason}): free it, or install the torch that fits its driver; "
-            "--device cpu does without"
+            f"{device.type} cannot compute ({reason}): free its memory, install the torch build for its driver, or use "
+            "--device cpu"
         ) from error
     detail = f"{_describe_device(ranks)}; computes in {precision}, {flop_s / 1e12:.3g} TFLOP/s in a matrix product"
     return Verdict(Device(ranks, precision, flop_s), detail, concerns)
@@ -128,25 +128,20 @@ def _describe_device(ranks: Ranks) -> str:
 
 
 def _ask_driver(field: str) -> str | None:
-    """What the NVIDIA driver says of the first GPU; None without a driver."""
-    command = shutil.which("nvidia-smi")
-    if command is None:
+    """Ask the NVIDIA driver about the first GPU; None without a driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
         return None
+    command = [program, f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        result = subprocess.run(
-            [command, f"--query-gpu={field}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        lines = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return next(iter(result.stdout.splitlines()), "").strip() or None
+    return lines.partition("\n")[0].strip() or None
 
 
 def measure_product(device: torch.device, precision: Precision) -> float:
-    """Floating-point operations a second of a square matrix product: the best of five, after one to warm up."""
+    """Measure floating-point operations per second of a square matrix product: the best of five, after a warm-up."""
     side = _MATMUL[device.type]
     a, b = (torch.rand(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
     product, best = a @ b, float("inf")
@@ -160,33 +155,33 @@ def measure_product(device: torch.device, precision: Precision) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until what was queued on the device is done."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def check_open_files(workers: int) -> Verdict[int]:
-    """Whether a rank may open enough files for that many feed workers, whose batches come as files of shared memory."""
+    """Check that a rank may open enough files for its feed workers, whose batches arrive as shared-memory files."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = _OPEN_FILES + _OPEN_FILES_A_WORKER * workers
-    detail = f"{allowed:,} files may be open in a process; {needed} or so are wanted (feed workers a rank: {workers})"
+    detail = f"a process may open {allowed:,} files and needs about {needed} (feed workers per rank: {workers})"
     few = Concern("warning", "too few open files are allowed", f"run `ulimit -n {max(4096, 2 * needed)}` first")
     return Verdict(allowed, detail, [few] if 0 <= allowed < needed else [])
 
 
 def check_shared_memory(workers: int, ranks: int, batch_bytes: int) -> Verdict[int]:
-    """Whether /dev/shm holds the batches that wait in it; a container's own default is 64 MiB.
+    """Check that /dev/shm has room for waiting batches; the default in a container is 64 MiB.
 
     Args:
-        workers: feed processes a rank.
+        workers: feed processes per rank.
         ranks: on this machine.
-        batch_bytes: pixels of one batch of tiles.
+        batch_bytes: of one batch of tiles.
     """
     if not workers or not _SHARED_MEMORY.is_dir():
-        return Verdict(0, "not needed: no batch travels between processes" if not workers else "no /dev/shm here")
+        return Verdict(0, "not needed: no batch is sent between processes" if not workers else "no /dev/shm here")
     free = shutil.disk_usage(_SHARED_MEMORY).free
     waiting = ranks * workers * (PREFETCHED_BATCHES + 1) * batch_bytes
-    detail = f"{_SHARED_MEMORY} has {free / 2**20:,.0f} MiB free; batches that wait there take {waiting / 2**20:,.0f}"
+    detail = f"{_SHARED_MEMORY} has {free / 2**20:,.0f} MiB free; waiting batches take {waiting / 2**20:,.0f}"
     remedy = "enlarge it (`docker run --shm-size 8g …`), or use fewer --workers or a smaller --batch-size"
     small = Concern("fail", "too little shared memory: feed workers would die", remedy)
     return Verdict(free, detail, [small] if waiting > free else [])

@@ -1,5 +1,4 @@
-"""Whether an extraction and the training after it can work, and what it would take: said in seconds, before an hour is
-spent."""
+"""Run all checks of `python -m extract doctor` in order, and print each finding and a verdict."""
 
 from collections.abc import Callable
 
@@ -20,23 +19,23 @@ __all__ = ["DoctorConfig", "Finding", "examine", "run_doctor"]
 
 
 def run_doctor(config: DoctorConfig) -> list[Finding]:
-    """Examine, print each finding as it comes, and a verdict at the end."""
+    """Run all checks, print each finding at once and a verdict at the end."""
     with stop_on_signals():
         findings = examine(config, lambda finding: print(finding, flush=True))
     failed = [finding.check for finding in findings if finding.status == "fail"]
     count = [sum(finding.status == status for finding in findings) for status in ("ok", "warning", "skipped")]
-    verdict = f"this extraction cannot work yet: mend {', '.join(failed)}" if failed else "this extraction can work"
+    verdict = f"this extraction cannot work yet: fix {', '.join(failed)}" if failed else "this extraction can work"
     print(f"{verdict} ({len(failed)} failed, {count[1]} warnings, {count[0]} ok, {count[2]} skipped)")
     return findings
 
 
 def examine(config: DoctorConfig, say: Callable[[Finding], None]) -> list[Finding]:
-    """Run all checks; `say` takes each finding at once. One that fails never ends the others."""
+    """Run all checks and pass each finding to `say` at once. A check that fails never stops the others."""
     run, exam = config.extract, Examination(say)
     exam.check("packages", check_packages)
     device = exam.check("device", lambda: check_device(run, config.nproc))
     backbone = exam.check("backbone", lambda: check_backbone(run.backbone, run.image_size, device.value))
-    # Where the cache goes by default depends on the backbone.
+    # The default CACHE depends on the backbone.
     url = Known("backbone", run.cache)
     if backbone.value:
         url = Known("backbone", run.cache_url(backbone.value.checkpoint.image_size))
@@ -65,7 +64,7 @@ def examine(config: DoctorConfig, say: Callable[[Finding], None]) -> list[Findin
 def _examine_tiles(
     exam: Examination, config: DoctorConfig, credentials: Known[bool]
 ) -> tuple[Known[Source], Known[Found], Known[Sample]]:
-    """Where the tiles are, and what they are."""
+    """Run the checks of the tiles' storage and of the tiles."""
     run, in_bucket = config.extract, is_bucket(config.extract.tiles)
     source = exam.check("storage", lambda: check_storage(run.tiles), *([credentials] if in_bucket else []))
     if in_bucket:
@@ -90,7 +89,7 @@ def _examine_work(
     pending: Known[Pending],
     url: Known[str],
 ) -> None:
-    """The limits that feed workers meet, and what the extraction takes."""
+    """Run the checks of limits, speed and cost."""
     run = config.extract
 
     def count_workers() -> int:

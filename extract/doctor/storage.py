@@ -1,4 +1,4 @@
-"""Checks of where the tiles are: credentials, the bucket itself, its clock, what lies where in it."""
+"""Check the storage of the tiles: credentials, access, clock, and the layout below TILES."""
 
 import os
 import time
@@ -27,29 +27,28 @@ from extract.tiles.source import GcsSource, ListedPage, Source, open_source
 from .finding import Concern, Verdict
 
 LISTING_S = 15.0
-"""A longer listing is cut short: a bucket of ten million objects takes minutes."""
+"""A longer listing is stopped: ten million objects take minutes."""
 LISTED_A_REQUEST = 1000
 """Objects on a page of a bucket's listing."""
 DEADLINE_S = 8.0
-"""How long a bucket may keep failing."""
+"""How long requests to a bucket are retried."""
 AGAIN = "then run doctor again"
 _TILES = Purpose("TILES", VIEWER, AGAIN)
 _LARGEST_SKEW_S = 60.0
 _EMULATOR = "STORAGE_EMULATOR_HOST"
-_LOGIN = "run `gcloud auth application-default login`"
 
 
 def check_credentials(urls: Iterable[str]) -> Verdict[bool]:
-    """Which Google credentials the client libraries find, if one of `urls` needs any; none is shown.
+    """Name the kind of Google credentials that the client libraries find, if one of `urls` needs any.
 
     Raises:
-        SourceError: none.
+        SourceError: no credentials.
     """
     bucket = next((url for url in urls if is_bucket(url)), None)
     if bucket is None:
         return Verdict(True, "not needed: neither tiles nor cache are in a bucket")
     if server := os.environ.get(_EMULATOR):
-        return Verdict(True, f"anonymous: {_EMULATOR} names the server at {server}, not Google's")
+        return Verdict(True, f"anonymous: {_EMULATOR} is set, so requests go to {server}, not to Google")
     import google.auth
     from google.auth.exceptions import GoogleAuthError
 
@@ -72,11 +71,11 @@ _KINDS = {
 
 
 def check_storage(tiles: str) -> Verdict[Source]:
-    """Open the place of the tiles and, in a bucket, list one object of it.
+    """Open TILES and, in a bucket, list one object.
 
     Raises:
         SourceError: no such directory.
-        StorageError: no such bucket, refused, or out of reach.
+        StorageError: no such bucket, access refused, or no connection.
     """
     source = open_source(tiles)
     if not isinstance(source, GcsSource):
@@ -89,26 +88,26 @@ def check_storage(tiles: str) -> Verdict[Source]:
 
 
 def check_clock(address: str) -> Verdict[float]:
-    """This machine's clock against the `Date` of a server's answer; Google refuses tokens of a clock that is off."""
+    """Compare this machine's clock with the `Date` of a server's answer: a wrong clock makes Google refuse tokens."""
     started = datetime.now(UTC)
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=DEADLINE_S) as answer:
             date = answer.headers["Date"]
-    except urllib.error.HTTPError as error:  # an answer as good as another
+    except urllib.error.HTTPError as error:  # an error page has a date, too
         date = error.headers["Date"]
     except OSError as error:
         raise SourceError(f"{address} does not answer ({type(error).__name__}): check the network") from error
     if not date:
-        return Verdict(0.0, "the server does not say what time it is")
+        return Verdict(0.0, "the server does not send its time")
     middle = started + (datetime.now(UTC) - started) / 2
     skew = (middle - parsedate_to_datetime(date)).total_seconds()
-    wrong = Concern("warning", "this machine's clock is off", "set it (`timedatectl set-ntp true`)")
+    wrong = Concern("warning", "this machine's clock is wrong", "set it (`timedatectl set-ntp true`)")
     detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server's, which counts whole seconds"
     return Verdict(skew, detail, [wrong] if abs(skew) > _LARGEST_SKEW_S else [])
 
 
 def find_server() -> str:
-    """The address that requests to a bucket go to."""
+    """Return the address of the storage server."""
     return os.environ.get(_EMULATOR) or "https://storage.googleapis.com"
 
 
@@ -132,10 +131,10 @@ class Found:
 
 
 def check_layout(source: Source, *, unlabelled: bool, seconds: float = LISTING_S) -> Verdict[Found]:
-    """List the tiles and their labels for so many seconds: what is there, and what does not fit together.
+    """List tiles and labels for at most `seconds`, and compare their names.
 
     Raises:
-        SourceError: nothing that could be embedded.
+        SourceError: there is nothing to embed.
     """
     with (
         tqdm(desc="listing", unit=" objects", leave=False, disable=not shows_bars()) as bar,
@@ -148,7 +147,7 @@ def check_layout(source: Source, *, unlabelled: bool, seconds: float = LISTING_S
     if not len(images):
         raise SourceError(f"no objects under {source.url}/images/: {_name_neighbours(source)}")
     whole = all_images and all_labels
-    comparable = whole or isinstance(source, GcsSource)  # a bucket lists by name, a directory as it pleases
+    comparable = whole or isinstance(source, GcsSource)  # a bucket lists in order of names, a directory does not
     tiles = [name for name in images.name.tolist() if is_tile(name)]
     if not tiles:
         raise SourceError(
@@ -166,12 +165,12 @@ def check_layout(source: Source, *, unlabelled: bool, seconds: float = LISTING_S
     found = Found(listing.table, whole, pages)
     detail = f"{found.at_least}{len(listing.table):,} tiles to embed of {len(tiles):,}, {len(labels):,} labels"
     if not whole:
-        detail += f"; the listing was cut short after {seconds:.0f} s"
-    return Verdict(found, detail + ("" if comparable else ", and is not in order: labels were not compared"), concerns)
+        detail += f"; the listing was stopped after {seconds:.0f} s"
+    return Verdict(found, detail + ("" if comparable else " and is unordered: labels were not compared"), concerns)
 
 
 def _list(source: Source, folder: str, deadline: float, bar: "tqdm[None]") -> tuple[ListedPage, bool]:
-    """What lies below a folder, one page at least, and whether that is all."""
+    """List a folder until the deadline, at least one page; return the objects and whether these are all."""
     pages = []
     for page in source.list(folder):
         pages.append(page)
@@ -184,23 +183,23 @@ def _list(source: Source, folder: str, deadline: float, bar: "tqdm[None]") -> tu
 def _compare_names(
     images: ListedPage, labels: ListedPage, all_images: bool, all_labels: bool, unlabelled: bool
 ) -> Iterator[Concern]:
-    """What does not fit together; of a listing cut short, among the names that both halves reached."""
+    """Yield mismatches between images and labels; if a listing was stopped, among the names that both reached."""
     tiles = list(filter(is_tile, images.name.tolist()))
     others = [name for name in images.name.tolist() if not is_tile(name)]
     if others:
-        what = f"{len(others):,} objects under images/ are no tiles ({_count_suffixes(others)}) and are left out"
+        what = f"{len(others):,} objects under images/ are not tiles ({_count_suffixes(others)}) and are skipped"
         yield Concern("warning", what, "convert them to PNG, JPEG or TIFF, or remove them")
     wanted = Counter(map(label_name, tiles))
     if clashing := [name for name, count in wanted.items() if count > 1]:
         what = f"{len(clashing):,} label files belong to several tiles at once, such as {_show(clashing)}"
-        yield Concern("warning", what, "give every tile a name of its own before the suffix")
+        yield Concern("warning", what, "give every tile a unique name before the suffix")
     there = set(labels.name.tolist())
     last_label = "" if all_labels else max(there, default="")
     missing = [name for name in wanted if name not in there and (all_labels or name <= last_label)]
     if missing and not unlabelled:
-        what = f"{len(missing):,} tiles have no label file and are left out, such as {_show(missing)}"
-        yield Concern("warning", what, "add an empty one where a tile shows nothing, or use --unlabelled")
-    # Whatever its suffix, the tile of `labels/a.txt` comes before `images/a/`.
+        what = f"{len(missing):,} tiles have no label file and are skipped, such as {_show(missing)}"
+        yield Concern("warning", what, "add an empty one for tiles without objects, or use --unlabelled")
+    # Whatever its suffix, the tile of `labels/a.txt` is listed before `images/a/`.
     last_image = "" if all_images else str(images.name[-1])
     orphans = [
         name
@@ -217,14 +216,14 @@ def _show(names: list[str]) -> str:
 
 
 def _count_suffixes(names: Iterable[str]) -> str:
-    """`.bmp 12, .gif 3`."""
+    """Format the suffixes and their counts as `.bmp 12, .gif 3`."""
     counts = Counter(PurePosixPath(name).suffix or "no suffix" for name in names)
     return ", ".join(f"{show_name(suffix)} {count:,}" for suffix, count in counts.most_common(5))
 
 
 def _name_neighbours(source: Source) -> str:
-    """What lies directly below TILES instead, as a remedy."""
+    """Return a remedy that names what lies directly below TILES."""
     names = open_objects(source.url, _TILES, deadline_s=DEADLINE_S).list_dir()
     there = [show_name(name) for name in islice(names, 8)]
-    what = f"there is {', '.join(there)}" if there else "there is nothing at all"
-    return f"TILES is the place that holds images/ and labels/, and {what}"
+    what = f"holds {', '.join(there)}" if there else "is empty"
+    return f"TILES must hold images/ and labels/, but {what}"

@@ -1,4 +1,4 @@
-"""Checks of what the tiles are: a sample of them fetched and decoded, their labels, and the scenes in their names."""
+"""Check the tiles: fetch and decode a sample, and check its labels and the scenes in the names."""
 
 import io
 import warnings
@@ -24,7 +24,7 @@ from .finding import Concern, Verdict
 from .storage import Found
 
 _CHANCE = 0.05
-"""Likelihood below which so many bad tiles are no accident of the draw."""
+"""Probability below which so many bad tiles in a sample are not chance."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Sample:
     """Tiles drawn at random, read as an extraction reads them.
 
     Attributes:
-        batch: images, labels and what was wrong with them.
-        fetch_s, decode_s: seconds a tile: of one process with many reads in flight, and of one core.
-        tile_bytes: pixels of the largest tile.
+        batch: images, labels and problems.
+        fetch_s, decode_s: seconds per tile: in one process with many reads in flight, and on one core.
+        tile_bytes: decoded size of the largest tile.
     """
 
     batch: TileBatch
@@ -47,12 +47,12 @@ def check_sample(source: Source, found: Found, size: int, seed: int, max_quarant
     """Fetch and decode `size` tiles drawn by `seed`.
 
     Raises:
-        SourceError: what is no single tile's own fault: an outage, refused access, a label that changes.
+        SourceError: an outage, refused access, a label that changed: anything that is not one tile's own fault.
     """
     drawn = np.random.default_rng(seed).choice(len(found.table), min(size, len(found.table)), replace=False)
     requests = make_requests(found.table, np.sort(drawn).tolist())
     peeking = _PeekingSource(source)
-    with suppress(TileGoneError):  # opens the connection, which belongs to no tile
+    with suppress(TileGoneError):  # opens the connection, so that no tile's time includes it
         source.read(requests[0].tile, requests[0].generation)
     with ThreadPoolExecutor(CONCURRENT_READS) as pool:
         batch = PendingBatch(peeking, pool, requests).finish()
@@ -71,7 +71,7 @@ def check_sample(source: Source, found: Found, size: int, seed: int, max_quarant
     )
     concerns = [*_judge_failures(batch, len(found.table), max_quarantined)]
     if any(height != width for height, width, _ in shapes):
-        concerns.append(Concern("warning", "some are not square, and would be squeezed", "cut square tiles"))
+        concerns.append(Concern("warning", "some are not square and would be distorted", "cut square tiles"))
     return Verdict(sample, detail, concerns)
 
 
@@ -84,17 +84,17 @@ def _judge_failures(batch: TileBatch, tiles: int, max_quarantined: float) -> Ite
     drawn_all = len(batch) == tiles
     too_many = failed > max_quarantined * tiles if drawn_all else is_no_accident(failed, len(batch), max_quarantined)
     limit = f"more than --max-quarantined {max_quarantined} ends an extraction"
-    yield Concern("fail" if too_many else "warning", what, f"mend or remove such tiles: {limit}")
+    yield Concern("fail" if too_many else "warning", what, f"fix or remove such tiles: {limit}")
 
 
 def is_no_accident(failed: int, drawn: int, share: float) -> bool:
-    """Whether so many failures of those drawn would be unlikely (1 in 20) if only `share` of all were bad."""
+    """Return whether so many failures would be unlikely (below 1 in 20) if only `share` of all tiles were bad."""
     fewer = sum(comb(drawn, k) * share**k * (1 - share) ** (drawn - k) for k in range(failed))
     return 1 - fewer < _CHANCE
 
 
 class _PeekingSource:
-    """A source that notes what kinds of image pass through: of a decoded tile nobody could tell."""
+    """A source that counts the image formats it reads, which a decoded tile no longer shows."""
 
     def __init__(self, source: Source) -> None:
         self.url, self.identity = source.url, source.identity
@@ -107,7 +107,7 @@ class _PeekingSource:
     def read(self, name: str, generation: int) -> bytes:
         data = self._source.read(name, generation)
         if name.startswith("images/"):
-            # Whatever a plugin raises on a broken file: decoding will say what is wrong with it.
+            # Ignore all errors on broken files: decoding will report them.
             with warnings.catch_warnings(), suppress(Exception):
                 warnings.simplefilter("ignore")
                 image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF"))
@@ -119,18 +119,18 @@ class _PeekingSource:
 
 
 def _count(counts: Counter[str]) -> str:
-    """`512 x 512 (20), 500 x 512 (4)`; of one kind alone its name."""
+    """Format counts as `512 x 512 (20), 500 x 512 (4)`; a single kind without its count."""
     names = [name if len(counts) == 1 else f"{name} ({count})" for name, count in counts.most_common()]
     return show_first(names) or "none"
 
 
 def check_labels(sample: Sample) -> Verdict[bool]:
-    """The sample's label files: how many lines, and which are malformed."""
+    """Count the lines in the sample's label files, and name malformed ones."""
     batch = sample.batch
     malformed = [show_name(problem) for problem in batch.problems if problem.endswith(": malformed line")]
     empty = int((batch.label_ids.sum(axis=1) == 0).sum())
-    detail = f"{batch.label_lines:,} lines in the label files of {len(batch)} tiles, {empty} of which name nothing"
-    # The last column counts what is malformed and ids too large to be one.
+    detail = f"{batch.label_lines:,} lines in the label files of {len(batch)} tiles; {empty} tiles have no labels"
+    # The last column counts malformed lines and ids above 126.
     share = int(batch.label_ids[:, -1].sum()) / max(batch.label_lines, 1)
     if not share:
         return Verdict(True, detail)
@@ -138,16 +138,16 @@ def check_labels(sample: Sample) -> Verdict[bool]:
     if malformed:
         what += f": {show_first(malformed, limit=3)}"
     remedy = (
-        f"mend them (`id cx cy w h`, the last four between 0 and 1); above {MAX_MEANINGLESS:.0%} training refuses a set"
+        f"fix them (`id cx cy w h`, the last four between 0 and 1); above {MAX_MEANINGLESS:.0%} training refuses a set"
     )
     return Verdict(True, detail, [Concern("fail" if share > 0.5 else "warning", what, remedy)])
 
 
 def check_label_ids(sample: Sample, taxonomy_file: str | None) -> Verdict[str]:
-    """Which label ids the sample holds, by the rule that training decides with on the whole set.
+    """Decide, by the rule that training applies to the whole set, whether the sample has type ids or class ids.
 
     Raises:
-        TaxonomyError: a class list that cannot be read.
+        TaxonomyError: the class list cannot be read.
     """
     taxonomy = Taxonomy.from_file(taxonomy_file) if taxonomy_file else Taxonomy.xview()
     raw = RawLabels.pack(sample.batch.label_ids)
@@ -158,12 +158,12 @@ def check_label_ids(sample: Sample, taxonomy_file: str | None) -> Verdict[str]:
     try:
         reading = taxonomy.detect_label_ids(raw.totals)
     except TaxonomyError:
-        # Where each reading leaves ids unexplained, both kinds were mixed, and a larger sample can only confirm it.
+        # If neither reading explains all ids, both kinds are mixed, and a larger sample cannot change that.
         mixed = all(taxonomy.decode(raw, reading).unknown for reading in ("type", "class"))
         what = "type ids and class ids are mixed" if mixed else "every id is both a type id and a class id"
         remedy = "train with ARGS='--label-ids type' or 'class', whichever is meant"
         if mixed:
-            remedy = f"mend the labels, or {remedy}"
+            remedy = f"fix the labels, or {remedy}"
         return Verdict("unknown", "", [Concern("fail" if mixed else "warning", f"{what} {seen}", remedy)])
     decoded = taxonomy.decode(raw, reading)
     classes = int(decoded.labels.any(axis=0).sum())
@@ -175,16 +175,16 @@ def check_label_ids(sample: Sample, taxonomy_file: str | None) -> Verdict[str]:
         return Verdict(reading, detail)
     share = unknown / decoded.instances
     ids = ", ".join(f"{label_id} ({count:,}x)" for label_id, count in decoded.unknown.items())
-    what = f"{share:.1%} of instances are of no class of this list: {ids}"
+    what = f"{share:.1%} of instances have ids that are not in this class list: {ids}"
     remedy = f"give the class list they belong to with --taxonomy; above {MAX_MEANINGLESS:.0%} training refuses a set"
     return Verdict(reading, detail, [Concern("fail" if share > 0.5 else "warning", what, remedy)])
 
 
 def check_scenes(found: Found, scene_regex: str) -> Verdict[int]:
-    """Whether tiles can be split by scene.
+    """Check that tiles can be split by scene.
 
     Raises:
-        ConfigError: a pattern that cannot be used, or that some names do not fit.
+        ConfigError: the pattern cannot be used, or some names do not match it.
     """
     names, sizes = np.unique(find_scenes(found.table.tile, scene_regex), return_counts=True)
     examples = ", ".join(show_name(str(name)) for name in names[:3])
@@ -195,6 +195,6 @@ def check_scenes(found: Found, scene_regex: str) -> Verdict[int]:
         status = Concern("fail" if found.whole else "warning", what, f"{remedy}, or train with a VAL_CACHE")
         return Verdict(len(names), detail, [status])
     if len(names) == len(found.table):
-        what = "every tile is a scene of its own: if tiles overlap, a split would leak"
+        what = "every tile is its own scene: if tiles overlap, a split would leak"
         return Verdict(len(names), detail, [Concern("warning", what, remedy)])
     return Verdict(len(names), detail)

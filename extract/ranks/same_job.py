@@ -245,6 +245,6 @@ def find_wrong_clock(members: Sequence[Member], ahead: Sequence[float]) -> str:
     where = "ahead of" if ahead[worst] > 0 else "behind"
     return (
         f"the clock of {_name_ranks([worst], members)} is {abs(ahead[worst]):.0f} s {where} that of "
-        f"{_name_ranks([0], members)}, and access tokens for buckets expire by the clock: set both clocks (NTP) to "
-        f"within {MAX_CLOCK_S:.0f} s"
+        f"{_name_ranks([0], members)}, and access tokens for buckets expire by the clock: synchronise both (NTP), "
+        f"to within {MAX_CLOCK_S:.0f} s"
     )

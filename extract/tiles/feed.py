@@ -152,13 +152,13 @@ def _init_worker(worker: int) -> None:
 
     PyTorch's own watchdog looks at the parent process. Here that is the fork server, which outlives the rank.
     """
-    end_with_parent()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         # torchrun sends SIGTERM to every process of a rank. Only the rank may act on it: a worker that exits first may
         # hold a lock that the rank needs. Block it here and not in the fork server, whose other children would
-        # inherit the mask and never end.
+        # inherit the mask and never end. Block it before any thread starts, since threads inherit the mask.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_rank, name="obey-rank", daemon=True).start()
+    end_with_parent()
     sys.excepthook = _ignore_lost_connections
 
 

@@ -133,7 +133,7 @@ def test_lines_for_people(patient: Patient) -> None:
     assert "\x1b" not in finished.out
     finished = run_here(run_command_line, patient.root, *common, "./nowhere")
     assert finished.status == FOUND
-    assert finished.out.splitlines()[-1].startswith("this extraction cannot work yet: mend backbone (1 failed, 1 warn")
+    assert finished.out.splitlines()[-1].startswith("this extraction cannot work yet: fix backbone (1 failed, 1 warn")
     assert "Traceback" not in finished.err
 
 
@@ -173,11 +173,11 @@ BROKEN: dict[str, tuple[Harm, tuple[str, ...], str, str, str, str, set[str]]] = 
     ),
     "no images/": (
         lambda root: (root / "tiles/images").rename(root / "tiles/pictures"), (), "layout", "fail",
-        "no objects under .*/tiles/images/", "the place that holds images/ and labels/, and there is labels, pictures",
+        "no objects under .*/tiles/images/", "TILES must hold images/ and labels/, but holds labels, pictures",
         AFTER_LAYOUT | {"estimate"},
     ),
     "nothing": (
-        each("tiles/*", shutil.rmtree), (), "layout", "fail", "no objects", "there is nothing at all",
+        each("tiles/*", shutil.rmtree), (), "layout", "fail", "no objects", "but is empty",
         AFTER_LAYOUT | {"estimate"},
     ),
     "no labels/": (
@@ -199,17 +199,17 @@ BROKEN: dict[str, tuple[Harm, tuple[str, ...], str, str, str, str, set[str]]] = 
     ),
     "names that clash": (
         shares_a_label, (), "layout", "warning", r"1 label files belong to several tiles .*s00_0\.txt",
-        "a name of its own", set(),
+        "a unique name", set(),
     ),
     "no tile an image": (
         NO_IMAGE, (), "sample", "fail", "24 of 24 tiles would be quarantined: .*cannot be decoded as an image",
-        "mend or remove .*--max-quarantined 0.01", set(),
+        "fix or remove .*--max-quarantined 0.01", set(),
     ),
     "a tile no image, of all": (
-        ONE_NO_IMAGE, ALL, "sample", "fail", r"1 of 32 tiles would be quarantined: images/s00_0\.png", "mend", set(),
+        ONE_NO_IMAGE, ALL, "sample", "fail", r"1 of 32 tiles would be quarantined: images/s00_0\.png", "fix", set(),
     ),
     "a tile no image, and allowed": (
-        ONE_NO_IMAGE, (*ALL, "--max-quarantined", "0.1"), "sample", "warning", "1 of 32", "mend", set(),
+        ONE_NO_IMAGE, (*ALL, "--max-quarantined", "0.1"), "sample", "warning", "1 of 32", "fix", set(),
     ),
     "boxes in pixels": (
         each("tiles/labels/*", lambda path: path.write_text("73 .5 .5 .1 .1\n" + 3 * "73 9 20 3 3\n")), (),
@@ -243,7 +243,7 @@ BROKEN: dict[str, tuple[Harm, tuple[str, ...], str, str, str, str, set[str]]] = 
         "--scene-regex .*VAL_CACHE", set(),
     ),
     "a scene a tile": (
-        nothing, ("--scene-regex", "^(?P<scene>.+)$"), "scenes", "warning", "every tile is a scene of its own",
+        nothing, ("--scene-regex", "^(?P<scene>.+)$"), "scenes", "warning", "every tile is its own scene",
         "--scene-regex", set(),
     ),
     "image size": (
@@ -338,7 +338,7 @@ def test_a_bucket_is_read_as_often_as_was_estimated(patient: Patient, bucket: st
     report = patient.examine("--cache", cache, tiles=tiles)
     assert report.states() == {}
     assert "clock" in report.findings
-    assert report.findings["credentials"]["detail"].startswith("anonymous: STORAGE_EMULATOR_HOST names")
+    assert report.findings["credentials"]["detail"].startswith("anonymous: STORAGE_EMULATOR_HOST is set")
     assert "a test object was created and removed" in report.findings["cache place"]["detail"]
     assert not list(bucket.list_blobs(prefix="caches/"))
     estimate = re.search(r"([\d,]+) reads and ([\d,]+) lists and writes", report.findings["estimate"]["detail"])

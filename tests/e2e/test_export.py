@@ -355,7 +355,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "other mean": (lambda copy: move_backbone(copy, image_mean=(0.5, 0.5, 0.5)), (), "trained on (mean: (0.43,"),
     "something there": (lambda copy: (copy / "kept").mkdir(), ("--out", "kept"), "kept exists and is not overwritten"),
     "no directory": (lambda copy: (copy / "file").write_text(""), ("--out", "file/new"), "cannot write file/new"),
-    "out in a bucket": (lambda copy: None, ("--out", "gs://bucket/x"), "gs://bucket/x: an export must be a local directory"),
+    "out in a bucket": (
+        lambda copy: None,
+        ("--out", "gs://bucket/x"),
+        "gs://bucket/x: an export must be a local directory",
+    ),
     "run in a bucket": (lambda copy: None, ("--run-dir", "gs://bucket/head"), "name one with --out"),
 }
 

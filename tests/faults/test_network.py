@@ -55,7 +55,7 @@ def test_three_requests_in_ten_are_harmed(
     [
         (503, TransportError, "kept failing .503 Service Unavailable.: check the network; committed blocks are kept"),
         ("reset", TransportError, "kept failing .no answer.: check the network; committed blocks are kept"),
-        (401, SourceError, "access to gs://.* refused: .*gcloud auth application-default login.*committed stays"),
+        (401, SourceError, "access to gs://.* refused: .*gcloud auth application-default login.*blocks are kept"),
     ],
     ids=["503", "reset", "credentials expire"],
 )

@@ -91,7 +91,7 @@ def test_a_damaged_scene_is_named_and_the_others_are_cut(tmp_path: Path) -> None
     (raw.images / "104.tif").write_bytes(b"II*\0 no raster")
     finished = tile(tmp_path, *options(raw, "out", "--size", 64))
     assert finished.status == 1
-    assert "2 of 4 scenes cannot be read: get them again or remove them" in finished.errors[0]
+    assert "2 of 4 scenes cannot be read: replace or remove them" in finished.errors[0]
     assert re.search(r"^  104: .*104\.tif cannot be opened as a GeoTIFF", finished.out, re.M)
     assert re.search(r"^  36: .*36\.tif is damaged at rows", finished.out, re.M)
     assert {name.split("_")[0] for name in os.listdir(tmp_path / "out" / "labels")} == {"5"}

@@ -73,8 +73,7 @@ def test_boxes_lie_where_objects_were_drawn() -> None:
 def _draw_alone(sprite: Sprite, x: float, y: float, angle: float) -> list[Scene]:
     """Tiles of plain ground that show enough of the one object on it."""
     pixels = np.full((2 * TILE_SIZE, 2 * TILE_SIZE, 3), 128, np.float32)
-    placed = stamp(pixels, sprite, x, y, angle, sun=0.0)
-    boxes = (Box(18, placed.x0, placed.y0, placed.x1, placed.y1),)
+    boxes = (Box(18, *stamp(pixels, sprite, x, y, angle, sun=0.0)),)
     return [tile for _, _, tile in cut_tiles(Scene(np.rint(pixels).astype(np.uint8), boxes)) if tile.boxes]
 
 
@@ -182,7 +181,7 @@ def test_another_size_replaces_a_bucket_but_nothing_else(tmp_path: Path) -> None
     precious = tmp_path / "mine" / "train" / "images" / "a.png"
     precious.parent.mkdir(parents=True)
     precious.touch()
-    with pytest.raises(FileExistsError, match="mine is no demo bucket"):
+    with pytest.raises(FileExistsError, match="mine is not a demo bucket"):
         generate_bucket(tmp_path / "mine", 1, 1)
     assert precious.exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -59,10 +59,10 @@ def test_a_version_that_is_begun(own: Path) -> None:
     version = root.open_version(open_cache(root.url).id, read_only=False)
     version.reopen_blocks([0])
     begun = ask(own)
-    assert begun.detail.startswith(f"version {version.id} is begun: 0 of 1 block are committed")
+    assert begun.detail.startswith(f"version {version.id} is unfinished: 0 of 1 block committed")
     assert begun.value == Pending(32, 32)
     (own / "cache" / f"{version.id}.zarr/commit/zarr.json").unlink()
-    assert ask(own).detail == f"version {version.id} was not created completely, and is begun again"
+    assert ask(own).detail == f"version {version.id} was not created completely, and starts again"
 
 
 def test_room_for_the_cache(tmp_path: Path) -> None:

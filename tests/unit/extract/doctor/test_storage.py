@@ -52,7 +52,7 @@ def test_a_listing_cut_short_judges_only_what_both_halves_reached(tmp_path: Path
     assert whole.value.whole
     assert len(whole.value.table) == 34
     assert [concern.detail.split(",")[0] for concern in whole.concerns] == [
-        "6 tiles have no label file and are left out",
+        "6 tiles have no label file and are skipped",
         "2 label files have no tile",
     ]
     cut = check_layout(InOrder(str(tmp_path)), unlabelled=False, seconds=-1)
@@ -61,7 +61,7 @@ def test_a_listing_cut_short_judges_only_what_both_halves_reached(tmp_path: Path
     assert cut.value.table.tile.tolist() == [f"images/{name}.png" for name in ("00_0", "00_1", "00_2", "01_0")]
     assert "at least 4 tiles to embed of 5" in cut.detail
     assert [concern.detail.split(",")[0] for concern in cut.concerns] == [
-        "1 tiles have no label file and are left out",
+        "1 tiles have no label file and are skipped",
         "1 label files have no tile",
     ]
     unordered = check_layout(SmallPages(str(tmp_path)), unlabelled=False, seconds=-1)
@@ -84,7 +84,7 @@ def test_of_a_listing_cut_short_the_half_that_lags_is_not_blamed(
     write(tmp_path, *(f"labels/{name}.txt" for name in (names | without_tile) - without_label))
     cut = check_layout(InOrder(str(tmp_path)), unlabelled=False, seconds=-1)
     assert [concern.detail.split(",")[0] for concern in cut.concerns] == [
-        f"{missing} tiles have no label file and are left out",
+        f"{missing} tiles have no label file and are skipped",
         f"{orphans} label files have no tile",
     ]
 

@@ -330,7 +330,7 @@ def test_error_of_a_worker_arrives_as_itself_and_the_feed_goes_on(
         text = str(error)
         # It holds the feed, which holds it: left to the garbage collector, the workers would be waited for.
         error.__traceback__ = None
-    assert text.startswith("labels/102_0.txt changed")
+    assert text.startswith("labels/102_0.txt was changed")
     assert "\n" not in text
     assert len(before) == 5
     assert [batch.rows[0] for batch in feed.read(batches[:3])] == [0, 4, 8]
