@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from .errors import CacheFormatError
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "tileprobe"
@@ -100,3 +103,31 @@ class Layout:
 
     def block_slices(self) -> Iterator[slice]:
         return (self.block_slice(block) for block in range(self.blocks))
+
+
+def check_attributes(attributes: Any, url: str, path: str) -> dict[str, Any]:
+    """Check the attribute that describes a version.
+
+    Args:
+        attributes: its value as it was read.
+        url: the cache.
+        path: the version's group in it.
+
+    Raises:
+        CacheFormatError: it is missing, incomplete, or of a format that this program does not read.
+    """
+    if not isinstance(attributes, dict) or "format" not in attributes:
+        raise CacheFormatError(f"{url}/{path} is a Zarr group, but not a version of a cache: check CACHE")
+    if attributes["format"] != FORMAT_VERSION:
+        raise CacheFormatError(
+            f"{url}: format {attributes['format']}, this program reads {FORMAT_VERSION}: "
+            "update it, or run `make extract` again"
+        )
+    known = {"format", "rows", "block_rows", "provenance", "recorded"}
+    counts = (attributes.get("rows"), attributes.get("block_rows"))
+    if set(attributes) != known or not all(type(count) is int and count > 0 for count in counts):
+        raise CacheFormatError(
+            f"{url}/{path}: its attributes are not those of format {FORMAT_VERSION}: it is damaged; "
+            "remove it and run `make extract` again"
+        )
+    return attributes

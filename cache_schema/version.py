@@ -19,7 +19,6 @@ from .errors import CacheFormatError, IntegrityError
 from .layout import (
     ATTRIBUTE,
     DIGEST_BYTES,
-    FORMAT_VERSION,
     LABEL_ID_COLUMNS,
     LABEL_IDS_DTYPE,
     POOLED_DTYPE,
@@ -30,6 +29,7 @@ from .layout import (
     Status,
     UInt8Array,
     UInt16Array,
+    check_attributes,
 )
 from .provenance import Provenance, Recorded
 from .table import COLUMN_DTYPES, TileTable
@@ -57,7 +57,7 @@ class Version:
         self.url = url
         self.id = version_id
         self.group = group
-        attributes = _read_attributes(group, url)
+        attributes = self._read_attributes()
         self.provenance = Provenance.from_json(attributes["provenance"])
         self.recorded = Recorded.from_json(attributes["recorded"])
         self.layout = Layout(
@@ -122,7 +122,7 @@ class Version:
                 "go on where that fits, or extract into another CACHE with a smaller --batch-size"
             )
         self.recorded = replace(self.recorded, batch_size=batch_size)
-        attributes = _read_attributes(self.group, self.url)
+        attributes = self._read_attributes()
         with storage_errors(self.url):
             self.group.attrs[ATTRIBUTE] = {**attributes, "recorded": self.recorded.to_json()}
 
@@ -356,6 +356,9 @@ class Version:
                 continue
         return values
 
+    def _read_attributes(self) -> dict[str, Any]:
+        return check_attributes(self.group.attrs.asdict().get(ATTRIBUTE), self.url, self.group.path)
+
     # Arrays
 
     @cached_property
@@ -389,23 +392,3 @@ class Version:
             # either for damaged metadata.
             except (ValueError, KeyError) as error:
                 raise IntegrityError(f"array {name} cannot be read ({error})") from error
-
-
-def _read_attributes(group: zarr.Group, url: str) -> dict[str, Any]:
-    """Read the attributes that `create_arrays` wrote, and check their format."""
-    attributes: Any = group.attrs.asdict().get(ATTRIBUTE)
-    if not isinstance(attributes, dict) or "format" not in attributes:
-        raise CacheFormatError(f"{url}/{group.path} is a Zarr group, but not a version of a cache: check CACHE")
-    if attributes["format"] != FORMAT_VERSION:
-        raise CacheFormatError(
-            f"{url}: format {attributes['format']}, this program reads {FORMAT_VERSION}: "
-            "update it, or run `make extract` again"
-        )
-    known = {"format", "rows", "block_rows", "provenance", "recorded"}
-    counts = (attributes.get("rows"), attributes.get("block_rows"))
-    if set(attributes) != known or not all(type(count) is int and count > 0 for count in counts):
-        raise CacheFormatError(
-            f"{url}/{group.path}: its attributes are not those of format {FORMAT_VERSION}: it is damaged; "
-            "remove it and run `make extract` again"
-        )
-    return attributes
