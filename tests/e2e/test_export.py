@@ -358,7 +358,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "out in a bucket": (
         lambda copy: None,
         ("--out", "gs://bucket/x"),
-        "gs://bucket/x: an export must be a local directory",
+        "an export must be a local directory",
     ),
     "run in a bucket": (lambda copy: None, ("--run-dir", "gs://bucket/head"), "name one with --out"),
 }

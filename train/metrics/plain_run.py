@@ -46,7 +46,7 @@ def compare_with_plain(run: RunDirectory, config: TrainConfig, sets: Sets, logit
     what = f"class weights {config.class_weights}, repeat factor {config.repeat_factor:g}"
     found = _find_plain(run, config, sets)
     if found is None:
-        return ("", f"{what}: no earlier run on this split is without them, so their effect is unknown")
+        return ("", f"{what}: no earlier run without them is on this split, so their effect is unknown")
     plain, plain_logits, differing = found
     rows, counted = sets.val.rows.select(sets.counted), torch.from_numpy(sets.counted)
     probs, plain_probs = (tensor[counted].sigmoid().numpy() for tensor in (logits, plain_logits))

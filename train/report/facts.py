@@ -85,7 +85,7 @@ class Facts:
         """
         config, metrics = run.read_config(), _read_optional(run, "metrics.json")
         if metrics is None:
-            raise TrainError(f"{run} has no metrics.json: it was stopped before it finished: continue it with --resume")
+            raise TrainError(f"{run} has no metrics.json: it was stopped before its end: continue it with --resume")
         try:
             found = _read_evidence(run, config, metrics)
         except (KeyError, TypeError) as error:

@@ -80,7 +80,7 @@ def test_what_cannot_be_had_is_named(made: Made, open_page: Open, tmp_path: Path
     assert re.search("left out: thumbnails and map: .*no-cache", finished.out)
     assert "left out: label doubts: " in finished.out
     said = open_page(run / "report.html").inner_text(".lacking")
-    assert "its header is not that of" in said
+    assert "its header is not the one that" in said
     assert "no-cache" in said
 
 
@@ -116,7 +116,7 @@ def test_tiles_that_changed_or_went_are_counted(made: Made, tmp_path: Path) -> N
             lambda run: (run / "metrics.json").unlink(),
             "has no metrics.json: it was stopped before its end: continue it",
         ),
-        (lambda run: (run / "metrics.json").write_text("{}"), "metrics.json is not of this release"),
+        (lambda run: (run / "metrics.json").write_text("{}"), "metrics.json is from another release"),
         (lambda run: (run / "config.json").unlink(), "no run at runs/head: train one first"),
         (lambda run: (run / "split.json").write_text("["), "split.json cannot be read"),
     ],
