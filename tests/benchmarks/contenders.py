@@ -14,7 +14,7 @@ from imagecodecs import spng_decode
 from obstore.store import GCSStore
 from tqdm import tqdm
 
-from extract.backbone.checkpoint import count_flop, find_checkpoint
+from extract.backbone.checkpoint import find_checkpoint
 from extract.backbone.dinov3 import Backbone
 from extract.backbone.precision import DTYPES, Precision
 from extract.backbone.transform import TileTransform
@@ -60,7 +60,7 @@ def compare_with_ceiling(checkpoint: Path, image_size: int, precision: Precision
     backbone = _load(checkpoint, image_size, precision)
     pixels = torch.rand(batch, 3, image_size, image_size, dtype=backbone.dtype)
     a, b, product = (torch.rand(MATMUL, MATMUL, dtype=DTYPES[precision]) for _ in range(3))
-    flop = batch * count_flop(backbone.vit.config.to_dict(), image_size)
+    flop = batch * find_checkpoint(str(checkpoint), image_size).flop
     matmul_flop = 2.0 * MATMUL**3
     repeats = max(1, round(flop / matmul_flop))
 
