@@ -31,7 +31,7 @@ _FORWARD_S = 8.0
 _PASSES = 3
 """One warm-up and two timed passes."""
 _SHARE_OF_PRODUCT = 0.8
-"""A forward pass's share of a matrix product's FLOP/s: vitl16 at 224 in bf16 on a CPU, see tests/benchmarks/README.md."""
+"""A forward pass's share of a matrix product's FLOP/s: vitl16 at 224 in bf16 on a CPU (tests/benchmarks)."""
 _LONG_S = 24 * 3600.0
 
 CLASS_A_USD, CLASS_B_USD = 0.005 / 1000, 0.0004 / 1000

@@ -71,14 +71,14 @@ def parse_summary(out: str) -> tuple[dict[str, float | None], dict[str, list[str
         "subset accuracy": "accuracy",
         "label accuracy": "label_accuracy",
         "mAP": "map_macro",
-        "F1 weighted": "f1_weighted",
-        "F1 weighted, tuned": "f1_weighted_tuned",
-        "F1 macro": "f1_macro",
-        "F1 micro": "f1_micro",
-        "precision weighted": "precision_weighted",
-        "precision macro": "precision_macro",
-        "recall weighted": "recall_weighted",
-        "recall macro": "recall_macro",
+        "weighted F1": "f1_weighted",
+        "weighted F1, tuned": "f1_weighted_tuned",
+        "macro F1": "f1_macro",
+        "micro F1": "f1_micro",
+        "weighted precision": "precision_weighted",
+        "macro precision": "precision_macro",
+        "weighted recall": "recall_weighted",
+        "macro recall": "recall_macro",
     }
     figures: dict[str, float | None] = {}
     lines = out.splitlines()
