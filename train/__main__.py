@@ -17,7 +17,7 @@ from extract.ranks.group import exit_with
 from extract.ranks.signals import Stopped
 from train.ladder.rungs import RUNGS
 from train.model.augment import VIEWS, Views
-from train.predict.target import Target
+from train.predict.target import DEFAULT_OUT, Target
 from train.sweep.grid import Grid
 
 from .command import make_training_options
@@ -170,9 +170,7 @@ def evaluate(run: str, tta: Views, device: str, workers: int | None, **target: A
 @heading("Model")
 @_TTA
 @heading("Output")
-@click.option(
-    "--out", default="predictions.csv", help="FILE.csv, .jsonl or .geojson (of rasters); - is predictions.csv."
-)
+@click.option("--out", default=DEFAULT_OUT, help=f"FILE.csv, .jsonl or .geojson (of rasters); - is {DEFAULT_OUT}.")
 def predict(run: str, out: str, tta: Views, device: str, workers: int | None, **target: Any) -> Outcome:
     """Write every tile's probabilities and decisions, and the thresholds used with them.
 

@@ -1,11 +1,11 @@
-"""Declare an option once, on the field of a config, and make from it all that needs it.
+"""Declare each option once, on a field of a config, and derive everything else from it.
 
     @dataclass(frozen=True)
     class TrainConfig:
         lr: float = option(1e-3, "Training", "Peak learning rate of the head.", range=Range(above=0))
 
-`make_options` makes click options of such fields, `make_config` a config of what click parsed, `check_ranges` refuses
-values out of range, and `spell_out` writes the words of a command line that gives the same values.
+`make_options` turns such fields into click options, `make_config` turns what click parsed into a config, `check_ranges`
+refuses values out of range, and `spell_out` gives the words of a command line that sets the same values.
 """
 
 import math
@@ -66,7 +66,7 @@ def _show_bound(value: float) -> str:
 
 
 class Option(NamedTuple):
-    """What a config's field says of its option, see `option`."""
+    """How a field is set on the command line, see `option`."""
 
     group: str
     help: str
@@ -118,21 +118,21 @@ def option(
 
 
 def same_option(config: type, name: str) -> Any:
-    """Make a field with the default and the option of a field of another config."""
+    """Make a field with the same default and option as a field of another config."""
     other = config.__dataclass_fields__[name]  # type: ignore[attr-defined]
     return field(default=other.default, metadata=other.metadata)
 
 
-def find_option(of: Field[Any]) -> Option | None:
-    """Return what a field says of its option; None for a field that no option sets."""
-    found: Option | None = of.metadata.get(_OPTION)
+def find_option(config_field: Field[Any]) -> Option | None:
+    """Return the option that sets a field; None if no option does."""
+    found: Option | None = config_field.metadata.get(_OPTION)
     return found
 
 
-def name_option(of: Field[Any]) -> str:
+def name_option(config_field: Field[Any]) -> str:
     """Return a field's option as a user types it, `--run-dir`."""
-    said = find_option(of)
-    return f"--{(said and said.name) or of.name.replace('_', '-')}"
+    said = find_option(config_field)
+    return f"--{(said and said.name) or config_field.name.replace('_', '-')}"
 
 
 def make_options(
@@ -166,9 +166,9 @@ def _list_fields(config: type) -> Iterator[tuple[Field[Any], Any]]:
             yield each, hint
 
 
-def _make_option(of: Field[Any], hint: Any, default: Any) -> click.Option:
-    said = of.metadata[_OPTION]
-    names = [name_option(of), of.name]
+def _make_option(config_field: Field[Any], hint: Any, default: Any) -> click.Option:
+    said = config_field.metadata[_OPTION]
+    names = [name_option(config_field), config_field.name]
     kind = said.type or _choose_type(hint)
     is_flag = kind is click.BOOL
     if is_flag and default is None:
@@ -185,7 +185,7 @@ def _make_option(of: Field[Any], hint: Any, default: Any) -> click.Option:
 
 
 def _choose_type(hint: Any) -> click.ParamType[Any]:
-    """Return what parses an annotation: `int`, `str | None`, `Literal[…]`, `tuple[int, ...]`."""
+    """Return the type that parses an annotation: `int`, `str | None`, `Literal[…]`, `tuple[int, ...]`."""
     kinds = [kind for kind in _flatten(hint) if kind is not NoneType]
     if all(get_origin(kind) is Literal for kind in kinds):
         return click.Choice([choice for kind in kinds for choice in get_args(kind)])
@@ -197,10 +197,10 @@ def _flatten(hint: Any) -> tuple[Any, ...]:
 
 
 def make_config(config: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """Make a config, and those nested in it, of the values that click parsed; others keep their defaults.
+    """Make a config, and configs nested in it, from values by field name; fields without a value keep their defaults.
 
     Raises:
-        TileprobeError: a value that the config refuses.
+        TileprobeError: the config refuses a value.
     """
     hints = get_type_hints(config)
     given = {}
@@ -227,7 +227,7 @@ def spell_out(
     always: Collection[str] = (),
     never: Collection[str] = (),
 ) -> Iterator[str]:
-    """Yield the words of a command line that gives these values, without those that are the default anyway.
+    """Yield the words of a command line that sets these values, without options that have their defaults.
 
     Args:
         options: of the command.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 LossName = Literal["focal", "bce", "asymmetric"]
-LOSSES: tuple[LossName, ...] = get_args(LossName)
 LOSS_PARAMETERS: dict[LossName, tuple[str, ...]] = {
     "bce": (),
     "focal": ("alpha", "gamma"),

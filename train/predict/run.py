@@ -26,10 +26,9 @@ from train.model.augment import Views
 from .inference import Scored, Task, describe_views, score
 from .inputs import Inputs, Scene
 from .output import FORMATS, Table, make_record
-from .target import Target
+from .target import DEFAULT_OUT, Target
 from .trained_model import TrainedModel, open_model
 
-DEFAULT_OUT = "predictions.csv"
 _MAX_NAMED = 10
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from cache_schema.cli.options import option
 from train.errors import TrainError
 
+DEFAULT_OUT = "predictions.csv"
+
 
 @dataclass(frozen=True, eq=False)
 class Target:

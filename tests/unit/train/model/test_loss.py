@@ -8,7 +8,7 @@ import torch
 
 from tests.planted import fresh_seed
 from train.config import TrainConfig
-from train.model.loss import LOSSES, LossConfig, asymmetric_loss, bce_loss, focal_loss
+from train.model.loss import LOSS_PARAMETERS, LossConfig, asymmetric_loss, bce_loss, focal_loss
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_without_asymmetry_it_is_the_focal_loss_without_weights() -> None:
 
 def test_every_name_is_its_own_function_with_its_own_parameters() -> None:
     logits, labels = (torch.from_numpy(array) for array in draw_wide(2.0))
-    assert set(LOSSES) == {"focal", "bce", "asymmetric"}
+    assert set(LOSS_PARAMETERS) == {"focal", "bce", "asymmetric"}
     config = TrainConfig(
         cache="c", run="r", loss="focal", alpha=0.3, gamma=1.5, gamma_pos=1.0, gamma_neg=3.0, margin=0.1
     )
