@@ -88,7 +88,7 @@ RULES = (
     Rule("python -m train triage --run-dir runs/head --out runs/head/doubts.csv", extra="--device cpu"),
     Rule("make export .*", extra="--no-onnx"),
     Rule("make (info|help)"),
-    Rule("python -m extract verify-sample .*", parsed="embeds rows again; test_sample.py runs it"),
+    Rule("python -m extract verify-sample .*", parsed="embeds rows again; test_verify_sample.py runs it"),
     Rule("python -m cache_schema diff .*", status=(0, 1, 3)),
     Rule("python -m cache_schema (info|verify|gc)( .*)?"),
     Rule("python -m train triage", parsed="is run with its options"),

@@ -96,7 +96,7 @@ def _describe_split(scenes: npt.NDArray[np.str_], labels: BoolArray, val: BoolAr
         low, middle, high = np.quantile(shares, [0.1, 0.5, 0.9])
         notes[0] += f"; of each class {middle:.0%} validate (median; {low:.0%} to {high:.0%} for 8 classes in 10)"
     if len(names) == len(scenes):
-        notes.append("warning: every tile is a scene of its own: if tiles overlap, set --scene-regex")
+        notes.append("warning: every tile is its own scene: if tiles overlap, set --scene-regex")
     return tuple(notes)
 
 
