@@ -137,7 +137,7 @@ def test_another_split_or_none_without_them_is_said(trained: tuple[Path, Finishe
     assert other.status == 0, other.err
     assert "class weights balanced, repeat factor 0: no earlier run without them is on this split" in other.out
     same = run_train(root, *quick, "--lr", 0.01)
-    assert f"other settings differ too: epochs {EPOCHS} -> 1, hidden 128 -> 512\n" in same.out
+    assert f"other settings differ too: hidden 128 -> 512, epochs {EPOCHS} -> 1\n" in same.out
 
 
 # Triage
