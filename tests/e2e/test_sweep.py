@@ -180,8 +180,7 @@ def test_heads_that_do_not_fit_together_take_turns_and_come_out_the_same(
     assert result.status == 0, result.err
     assert "12 heads, 1 passes" not in result.out
     first = {
-        name_settings(entry): entry["heads"][0]
-        for entry in read(swept[0] / "runs" / "sweep" / "sweep.json")["ranking"]
+        name_settings(entry): entry["heads"][0] for entry in read(swept[0] / "runs" / "sweep" / "sweep.json")["ranking"]
     }
     entries = read(tmp_path / "runs" / "sweep" / "sweep.json")["ranking"]
     assert len(entries) == 12
