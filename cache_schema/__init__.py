@@ -9,7 +9,7 @@ y = cache.labels[cache.usable]                # (n, C) bool, columns named by ca
 
 from cache_schema.upkeep.lock import own_version
 
-from .block import BlockValues, CacheRows
+from .block import BlockValues
 from .cache import Cache, Embeddings, open_cache
 from .errors import (
     CacheError,
@@ -26,7 +26,7 @@ from .layout import LABEL_ID_COLUMNS, Layout, Status
 from .provenance import Provenance, Recorded
 from .root import CacheRoot
 from .table import NO_LABEL, TileTable
-from .taxonomy import DecodedLabels, LabelIds, RawLabels, Taxonomy, format_histogram
+from .taxonomy import LabelIds, RawLabels, Taxonomy, format_histogram
 from .version import Version
 
 __all__ = [
@@ -38,8 +38,6 @@ __all__ = [
     "CacheFormatError",
     "CacheNotFoundError",
     "CacheRoot",
-    "CacheRows",
-    "DecodedLabels",
     "Embeddings",
     "IntegrityError",
     "LabelIds",

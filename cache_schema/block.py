@@ -49,17 +49,20 @@ class BlockValues:
             status=np.full(rows, Status.PENDING, STATUS_DTYPE),
         )
 
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All arrays by name."""
+        return {**self.pooled, "label_ids": self.label_ids, "status": self.status}
+
     def select(self, rows: slice) -> Self:
         """Return a view of some of the rows."""
         return type(self)({name: v[rows] for name, v in self.pooled.items()}, self.label_ids[rows], self.status[rows])
 
-    def digest(self, pooling: tuple[str, ...]) -> bytes:
+    def digest(self, layout: Layout) -> bytes:
         """Return the sha256 of the little-endian values: pooled arrays in order, label ids, status."""
         digest = hashlib.sha256()
-        for name in pooling:
-            digest.update(np.ascontiguousarray(self.pooled[name], POOLED_DTYPE).tobytes())
-        digest.update(np.ascontiguousarray(self.label_ids, LABEL_IDS_DTYPE).tobytes())
-        digest.update(np.ascontiguousarray(self.status, STATUS_DTYPE).tobytes())
+        for name, (dtype, _) in layout.arrays.items():
+            digest.update(np.ascontiguousarray(self.arrays[name], dtype).tobytes())
         return digest.digest()
 
     def find_contradictions(self, layout: Layout, rows: slice) -> list[str]:
@@ -68,7 +71,13 @@ class BlockValues:
         Reasons are shapes or dtypes that differ from the layout, status codes that no committed row has, embeddings
         that do not fit float16 (inf or NaN), and vectors in rows that were not embedded.
         """
-        if lines := self._find_other_shapes(layout, rows.stop - rows.start):
+        n = rows.stop - rows.start
+        lines = [
+            f"array {name} of a block must be {dtype} {(n, *row)}"
+            for name, (dtype, row) in layout.arrays.items()
+            if name not in self.arrays or self.arrays[name].shape != (n, *row) or self.arrays[name].dtype != dtype
+        ]
+        if lines:
             return lines
 
         def name_rows(wrong: BoolArray) -> str:
@@ -99,32 +108,9 @@ class BlockValues:
         for line in self.find_contradictions(layout, rows):
             raise IntegrityError(f"{line}: nothing of its block was stored")
 
-    def _find_other_shapes(self, layout: Layout, n: int) -> list[str]:
-        expected: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {}
-        expected |= dict.fromkeys(layout.pooling, ((n, layout.width), POOLED_DTYPE))
-        expected |= {"label_ids": ((n, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE), "status": ((n,), STATUS_DTYPE)}
-        arrays: dict[str, npt.NDArray[Any]] = dict(self.pooled)
-        arrays |= {"label_ids": self.label_ids, "status": self.status}
-        return [
-            f"array {name} of a block must be {dtype} {shape}"
-            for name, (shape, dtype) in expected.items()
-            if name not in arrays or arrays[name].shape != shape or arrays[name].dtype != dtype
-        ]
 
-
-@dataclass(frozen=True, eq=False)
-class CacheRows:
-    """A whole version in memory, its digests checked.
-
-    Attributes:
-        pooled: per pooling (N, D) float16, NaN in rows that are not embedded.
-        label_ids: (N, 128) uint16, 0 in pending rows.
-        status: (N,) uint8; 0 in rows whose block is missing or does not match its digest.
-    """
-
-    pooled: dict[str, Float16Array]
-    label_ids: UInt16Array
-    status: UInt8Array
+class CacheRows(BlockValues):
+    """The values of all N rows of a version, digests checked; a block that is missing or damaged is pending."""
 
     @property
     def embedded(self) -> BoolArray:

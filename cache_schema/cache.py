@@ -5,7 +5,7 @@ x = cache["cls"][cache.usable]              # (n, D) float16, digests checked
 y = cache.labels[cache.usable]              # (n, C) bool, columns named by cache.classes
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from html import escape
 from pathlib import Path
@@ -15,24 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from .block import BlockValues
+from .block import BlockValues, CacheRows
 from .errors import CacheNotFoundError, IntegrityError, TaxonomyError
-from .layout import (
-    LABEL_ID_COLUMNS,
-    LABEL_IDS_DTYPE,
-    POOLED_DTYPE,
-    STATUS_DTYPE,
-    BoolArray,
-    Float16Array,
-    Status,
-    UInt8Array,
-    UInt16Array,
-    count_blocks,
-)
+from .layout import POOLED_DTYPE, BoolArray, Float16Array, Status, UInt8Array, count_blocks
 from .root import CacheRoot
 from .table import TileTable
 from .taxonomy import DecodedLabels, LabelIds, RawLabels, Taxonomy, refuse_meaningless
-from .version import Version
+from .version import TakeBlock, Version
 
 
 class Cache(Version):
@@ -103,7 +92,7 @@ class Cache(Version):
         Raises:
             IntegrityError: a block does not match its digest.
         """
-        return self._settled[0]
+        return self._settled.status
 
     @cached_property
     def embedded(self) -> BoolArray:
@@ -117,26 +106,18 @@ class Cache(Version):
 
     @cached_property
     def _decoded(self) -> DecodedLabels:
-        raw = RawLabels.pack(self._settled[1])
+        raw = RawLabels.pack(self._settled.label_ids)
         reading = self._label_ids or self.taxonomy.detect_label_ids(raw.totals)
         decoded = self.taxonomy.decode(raw, reading)
         refuse_meaningless(raw, self.table.tile, decoded, reading)
         return decoded
 
     @cached_property
-    def _settled(self) -> tuple[UInt8Array, UInt16Array]:
-        """Status (N,) and label ids (N, 128)."""
-        status = np.full(len(self), Status.PENDING, STATUS_DTYPE)
-        label_ids = np.zeros((len(self), LABEL_ID_COLUMNS), LABEL_IDS_DTYPE)
+    def _settled(self) -> CacheRows:
+        """Status and label ids without vectors."""
+        return self._gather((), self.scan_whole)
 
-        def take(block: int, values: BlockValues) -> None:
-            rows = self.layout.block_slice(block)
-            status[rows], label_ids[rows] = values.status, values.label_ids
-
-        self.scan_whole(take)
-        return status, label_ids
-
-    def scan_whole(self, take: Callable[[int, BlockValues], None], blocks: npt.ArrayLike | None = None) -> None:
+    def scan_whole(self, take: TakeBlock, blocks: npt.ArrayLike | None = None) -> None:
         """Scan like `scan`, but raise an error where that skips a committed block.
 
         Raises:
@@ -277,24 +258,23 @@ def open_cache(
         taxonomy = Taxonomy.xview()
     elif not isinstance(taxonomy, Taxonomy):
         taxonomy = Taxonomy.from_file(taxonomy)
-    chosen = choose_version(str(url), version=version, allow_unsealed=allow_unsealed)
-    return Cache(chosen.url, chosen.id, chosen.group, taxonomy, None if label_ids == "auto" else label_ids)
+    opened = _open_version(CacheRoot(str(url), read_only=True), version, allow_unsealed)
+    return Cache(opened.url, opened.id, opened.group, taxonomy, None if label_ids == "auto" else label_ids)
 
 
-def choose_version(url: str, *, version: str | None = None, allow_unsealed: bool = False) -> Version:
-    """Choose and open the version that `open_cache` returns, with the same errors."""
-    root = CacheRoot(url, read_only=True)
+def _open_version(root: CacheRoot, version: str | None, allow_unsealed: bool) -> Version:
     chosen = version or root.current()
     if chosen is None:
         unfinished = root.versions()
         if not unfinished:
-            raise CacheNotFoundError(f"no cache at {url}: run `make extract` first, or check CACHE")
+            raise CacheNotFoundError(f"no cache at {root.url}: run `make extract` first, or check CACHE")
         if not allow_unsealed or len(unfinished) > 1:
-            raise CacheNotFoundError(f"no finished version in {url}: {_describe_unfinished(root, unfinished)}")
+            raise CacheNotFoundError(f"no finished version in {root.url}: {_describe_unfinished(root, unfinished)}")
         chosen = unfinished[0]
     opened = root.open_version(chosen)
     if not opened.sealed and not allow_unsealed:
-        raise CacheNotFoundError(f"version {chosen} of {url} is not finished: {_describe_unfinished(root, [chosen])}")
+        missing = _describe_unfinished(root, [chosen])
+        raise CacheNotFoundError(f"version {chosen} of {root.url} is not finished: {missing}")
     return opened
 
 

@@ -101,17 +101,18 @@ class Layout:
         """Count the rows of these blocks together."""
         return sum(rows.stop - rows.start for rows in map(self.block_slice, blocks))
 
+    @property
+    def arrays(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Dtype and shape of a row of each array that blocks are written to, in digest order."""
+        pooled = dict.fromkeys(self.pooling, (POOLED_DTYPE, (self.width,)))
+        return {**pooled, "label_ids": (LABEL_IDS_DTYPE, (LABEL_ID_COLUMNS,)), "status": (STATUS_DTYPE, ())}
+
     def block_slices(self) -> Iterator[slice]:
         return (self.block_slice(block) for block in range(self.blocks))
 
 
 def check_attributes(attributes: Any, url: str, path: str) -> dict[str, Any]:
-    """Check the attribute that describes a version.
-
-    Args:
-        attributes: its value as it was read.
-        url: the cache.
-        path: the version's group in it.
+    """Check the attribute that describes a version, as it was read from the group `path` of the cache at `url`.
 
     Raises:
         CacheFormatError: it is missing, incomplete, or of a format that this program does not read.

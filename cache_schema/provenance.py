@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -44,11 +45,7 @@ class Provenance:
 
     def differences(self, other: "Provenance") -> list[str]:
         """List the fields that differ, a line each: `name: value of self, not value of other`."""
-        return [
-            f"{field.name}: {getattr(self, field.name)}, not {getattr(other, field.name)}"
-            for field in fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
-        ]
+        return _list_differences(self, other, [field.name for field in fields(self)])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,10 +58,6 @@ class Provenance:
             CacheFormatError: a field is missing, unknown or of another type.
         """
         raw = _exact_fields(cls, value, "provenance")
-        for name in ("weights_sha256", "resampling", "precision"):
-            _require(isinstance(raw[name], str), f"provenance.{name} is not a string")
-        for name in ("depth", "width", "image_size"):
-            _require(_is_positive_int(raw[name]), f"provenance.{name} is not a positive integer")
         for name in ("mean", "std"):
             three = isinstance(raw[name], list | tuple) and len(raw[name]) == 3
             _require(three and all(type(x) in (int, float) for x in raw[name]), f"provenance.{name} is not 3 numbers")
@@ -105,9 +98,6 @@ class Recorded:
     def from_json(cls, value: Any) -> Self:
         """Read exactly the known fields, like `Provenance.from_json`."""
         raw = _exact_fields(cls, value, "recorded")
-        for name in ("backbone", "tiles", "identity", "attention", "hardware"):
-            _require(isinstance(raw[name], str), f"recorded.{name} is not a string")
-        _require(_is_positive_int(raw["batch_size"]), "recorded.batch_size is not a positive integer")
         libraries = raw["libraries"]
         texts = isinstance(libraries, dict) and all(isinstance(text, str) for text in libraries.values())
         _require(texts, "recorded.libraries is not a version by package")
@@ -115,24 +105,26 @@ class Recorded:
 
     def differences(self, other: "Recorded") -> list[str]:
         """List the differing entries that change how an embedding is rounded, a line each."""
-        names = ("attention", "hardware", "libraries", "batch_size")
-        return [
-            f"{name}: {getattr(self, name)}, not {getattr(other, name)}"
-            for name in names
-            if getattr(self, name) != getattr(other, name)
-        ]
+        return _list_differences(self, other, ["attention", "hardware", "libraries", "batch_size"])
+
+
+def _list_differences(a: Any, b: Any, names: Sequence[str]) -> list[str]:
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in names}
+    return [f"{name}: {left}, not {right}" for name, (left, right) in pairs.items() if left != right]
 
 
 def _exact_fields(cls: type[Provenance] | type[Recorded], value: Any, where: str) -> dict[str, Any]:
-    """Return the fields of `value`, after checking that they are exactly those of `cls`."""
+    """Return the fields of `value`, after checking that they are exactly those of `cls`, texts and counts by type."""
     known = {field.name for field in fields(cls)}
     found = set(value) if isinstance(value, dict) else set()
     _require(found == known, f"{where}: missing {sorted(known - found)}, unknown {sorted(found - known)}")
+    for field in fields(cls):
+        given = value[field.name]
+        if field.type is str:
+            _require(isinstance(given, str), f"{where}.{field.name} is not a string")
+        elif field.type is int:  # and so is True
+            _require(type(given) is int and given > 0, f"{where}.{field.name} is not a positive integer")
     return dict(value)
-
-
-def _is_positive_int(value: Any) -> bool:
-    return type(value) is int and value > 0  # True is an int, too
 
 
 def _require(condition: bool, why: str) -> None:

@@ -15,25 +15,13 @@ from cache_schema.storage.place import VIEWER, Purpose
 from cache_schema.storage.store import open_store, storage_errors
 
 from .errors import CacheFormatError, CacheNotFoundError
-from .layout import (
-    ATTRIBUTE,
-    DIGEST_BYTES,
-    FORMAT_VERSION,
-    LABEL_ID_COLUMNS,
-    LABEL_IDS_DTYPE,
-    POOLED_DTYPE,
-    STATUS_DTYPE,
-    TABLE_CHUNK_ROWS,
-    Layout,
-    Status,
-    choose_block_rows,
-)
+from .layout import ATTRIBUTE, DIGEST_BYTES, FORMAT_VERSION, TABLE_CHUNK_ROWS, Layout, choose_block_rows
 from .provenance import Provenance, Recorded
 from .table import COLUMN_DTYPES, TileTable
 from .version import Version
 
-Dims = tuple[str, ...]
-"""Names of an array's axes, for xarray; this program does not read them."""
+_SUFFIX = ".zarr"
+_CURRENT = "current"
 
 
 def create_arrays(store: Store, path: str, table: TileTable, provenance: Provenance, recorded: Recorded) -> None:
@@ -52,35 +40,30 @@ def create_arrays(store: Store, path: str, table: TileTable, provenance: Provena
     }
     group = zarr.create_group(store, path=path, overwrite=True, attributes={ATTRIBUTE: attributes})
 
-    def create(name: str, dims: Dims, shape: tuple[int, ...], dtype: Any, chunks: tuple[int, ...], fill: Any) -> Any:
+    def create(name: str, shape: tuple[int, ...], chunk: int, dtype: Any, *axes: str, fill: Any = 0) -> Any:
+        """Create an array in chunks of whole rows; `axes` are names for xarray, which this program does not read."""
         return group.create_array(
             name,
             shape=shape,
             dtype=dtype,
-            chunks=chunks,
+            chunks=(chunk, *shape[1:]),
             fill_value=fill,
             filters=None,
             compressors=[Crc32cCodec()],
-            dimension_names=dims,
+            dimension_names=axes,
             config={"order": "C", "write_empty_chunks": True},
         )
 
-    vector, counts, digests = ("tile", "embedding"), ("tile", "raw_id"), ("block", "digest")
-    for name in layout.pooling:
-        create(name, vector, (rows, layout.width), POOLED_DTYPE, (layout.block_rows, layout.width), np.nan)
-    create("label_ids", counts, (rows, LABEL_ID_COLUMNS), LABEL_IDS_DTYPE, (layout.block_rows, LABEL_ID_COLUMNS), 0)
-    create("status", ("tile",), (rows,), STATUS_DTYPE, (layout.block_rows,), int(Status.PENDING))
+    axes = dict.fromkeys(layout.pooling, ("tile", "embedding")) | {"label_ids": ("tile", "raw_id"), "status": ("tile",)}
+    for name, (dtype, row) in layout.arrays.items():
+        fill = np.nan if name in layout.pooling else 0
+        create(name, (rows, *row), layout.block_rows, dtype, *axes[name], fill=fill)
     chunk = min(rows, TABLE_CHUNK_ROWS)
-    create("tile", ("tile",), (rows,), str, (chunk,), "")[:] = table.tile
+    create("tile", (rows,), chunk, str, "tile", fill="")[:] = table.tile
     for name, dtype in COLUMN_DTYPES.items():
-        create(name, ("tile",), (rows,), dtype, (chunk,), 0)[:] = getattr(table, name)
-    create("seal", ("digest",), (DIGEST_BYTES,), np.dtype("u1"), (DIGEST_BYTES,), 0)
-    create("commit", digests, (layout.blocks, DIGEST_BYTES), np.dtype("u1"), (1, DIGEST_BYTES), 0)
-
-
-_SUFFIX = ".zarr"
-
-_CURRENT = "current"
+        create(name, (rows,), chunk, dtype, "tile")[:] = getattr(table, name)
+    create("seal", (DIGEST_BYTES,), DIGEST_BYTES, np.dtype("u1"), "digest")
+    create("commit", (layout.blocks, DIGEST_BYTES), 1, np.dtype("u1"), "block", "digest")
 
 
 class CacheRoot:
@@ -107,7 +90,9 @@ class CacheRoot:
 
     def set_current(self, version_id: str) -> None:
         """Make a sealed version the one in use, with a single write."""
-        self._set(_CURRENT, json.dumps({"version": version_id}).encode() + b"\n")
+        value = json.dumps({"version": version_id}).encode() + b"\n"
+        with storage_errors(self.url):
+            sync(self.store.set(_CURRENT, default_buffer_prototype().buffer.from_bytes(value)))
 
     def versions(self) -> list[str]:
         """Return the ids of all versions, finished or not."""
@@ -187,7 +172,3 @@ class CacheRoot:
             except FileNotFoundError:  # the whole directory is missing
                 return None
         return None if buffer is None else buffer.to_bytes()
-
-    def _set(self, key: str, value: bytes) -> None:
-        with storage_errors(self.url):
-            sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(value)))

@@ -166,18 +166,12 @@ class Taxonomy:
         return "class" if only_class else "type"
 
     def decode(self, raw: RawLabels, reading: LabelIds) -> DecodedLabels:
-        """Decode the labels of N tiles.
-
-        Args:
-            raw: the raw ids of their label files.
-            reading: whether these are type ids or class ids.
-        """
-        columns = list(range(len(self)))
+        """Decode the labels of N tiles as type ids or class ids."""
+        columns, totals = list(range(len(self))), raw.totals
         if reading == "type":
             if self.type_ids is None:
                 raise TaxonomyError("this class list has no type_id column: use --label-ids class")
             columns = list(self.type_ids)
-        totals = raw.totals
         artefacts = sorted(self.artefacts) if reading == "type" else []
         known = {*columns, *artefacts, LABEL_ID_COLUMNS - 1}
         labels = raw.find(columns)

@@ -19,8 +19,6 @@ from .errors import CacheFormatError, IntegrityError
 from .layout import (
     ATTRIBUTE,
     DIGEST_BYTES,
-    LABEL_ID_COLUMNS,
-    LABEL_IDS_DTYPE,
     POOLED_DTYPE,
     STATUS_DTYPE,
     BoolArray,
@@ -39,17 +37,15 @@ _SCAN_THREADS = 4
 _SCAN_BYTES = 2**20
 """Vectors that one thread of a scan reads with one request to Zarr: several small blocks or one large one."""
 
+TakeBlock = Callable[[int, BlockValues], None]
+"""Gets a block's number and values, which it must not keep; called from several threads in any order."""
+
 
 class Version:
     """One version of a cache, written and checked block by block."""
 
     def __init__(self, url: str, version_id: str, group: zarr.Group) -> None:
-        """Read the attributes of a version.
-
-        Args:
-            url: the cache that the version belongs to, for messages.
-            version_id: its id.
-            group: its Zarr group, open for reading or writing.
+        """Read the attributes of a version from its Zarr group; `url` is that of the cache, for messages.
 
         Raises:
             CacheFormatError: the attributes are not those of this format.
@@ -92,10 +88,8 @@ class Version:
     def follow_listing(self, table: TileTable) -> None:
         """Update `generation` from the present listing, and repair a damaged tile table.
 
-        A sealed version stays as it is. If the seal does not match the version, the seal is removed.
-
-        Args:
-            table: the present listing, with this version's id: a difference in any other column is damage.
+        A sealed version stays as it is. If the seal does not match the version, the seal is removed. `table` gives this
+        version's id, so a difference in any other column is damage.
         """
         try:
             damaged = self.read_table().identity_digest() != table.identity_digest()
@@ -119,7 +113,7 @@ class Version:
         if self.committed().any():
             raise IntegrityError(
                 f"{self.url} holds blocks made {self.recorded.batch_size} tiles at a time, and may not mix sizes: "
-                "go on where that fits, or extract into another CACHE with a smaller --batch-size"
+                "continue where that fits, or extract into another CACHE with a smaller --batch-size"
             )
         self.recorded = replace(self.recorded, batch_size=batch_size)
         attributes = self._read_attributes()
@@ -144,14 +138,13 @@ class Version:
         """
         rows = self.layout.block_slice(block)
         values.refuse_unstorable(self.layout, rows)
-        chunks: dict[str, npt.NDArray[Any]] = {name: values.pooled[name] for name in self.layout.pooling}
-        chunks |= {"label_ids": values.label_ids, "status": values.status}
         with storage_errors(self.url):
             arrays = self._block_arrays
             # The end of `with` waits for all writes: none may arrive after the commit, or after an error was raised.
-            with ThreadPoolExecutor(len(chunks)) as threads:
-                writes = [threads.submit(arrays[name].__setitem__, rows, chunk) for name, chunk in chunks.items()]
-                digest = values.digest(self.layout.pooling)
+            with ThreadPoolExecutor(len(arrays)) as threads:
+                chunks = ((arrays[name], values.arrays[name]) for name in self.layout.arrays)
+                writes = [threads.submit(array.__setitem__, rows, chunk) for array, chunk in chunks]
+                digest = values.digest(self.layout)
             for write in writes:
                 write.result()
             arrays["commit"][block] = np.frombuffer(digest, np.uint8)
@@ -162,7 +155,7 @@ class Version:
         Raises:
             IntegrityError: one of its chunks is damaged.
         """
-        return self._read_values(self.layout.block_slice(block))
+        return self._read_values(self.layout.block_slice(block), self._open_blocks())
 
     def read_trusted(self, block: int) -> BlockValues:
         """Read one block and check it against its commit.
@@ -171,7 +164,7 @@ class Version:
             IntegrityError: it is not committed, or damaged; the message says how.
         """
         values = self.read_block(block)
-        if values.digest(self.layout.pooling) != self._read("commit", slice(block, block + 1)).tobytes():
+        if values.digest(self.layout) != self._read("commit", slice(block, block + 1)).tobytes():
             raise IntegrityError(DIGEST_CONTRADICTED)
         contradictions = values.find_contradictions(self.layout, self.layout.block_slice(block))
         if contradictions:
@@ -188,22 +181,22 @@ class Version:
 
     def read_rows(self) -> CacheRows:
         """Read everything into memory; a block that does not match its digest is pending."""
-        whole = BlockValues.make_blank(self.layout, self.layout.rows)
+        return self._gather(self.layout.pooling, self.scan)
+
+    def _gather(self, pooling: tuple[str, ...], scan: Callable[[TakeBlock], None]) -> CacheRows:
+        whole = CacheRows.make_blank(replace(self.layout, pooling=pooling), self.layout.rows)
 
         def take(block: int, values: BlockValues) -> None:
-            rows = self.layout.block_slice(block)
-            for name, vectors in values.pooled.items():
-                whole.pooled[name][rows] = vectors
-            whole.label_ids[rows], whole.status[rows] = values.label_ids, values.status
+            for name, array in whole.arrays.items():
+                array[self.layout.block_slice(block)] = values.arrays[name]
 
-        self.scan(take)
-        return CacheRows(dict(whole.pooled), whole.label_ids, whole.status)
+        scan(take)
+        return whole
 
     def read_status(self, blocks: npt.ArrayLike | None = None) -> UInt8Array:
         """Read (N,) uint8, the status of all rows, checking every digest with a few blocks in memory at a time.
 
-        Args:
-            blocks: ascending numbers of the blocks to read, None for all; rows of other blocks are pending.
+        If only some `blocks` are read, the rows of the others are pending.
         """
         status = np.zeros(self.layout.rows, STATUS_DTYPE)
 
@@ -219,19 +212,17 @@ class Version:
         Rows of a block that is not committed, or whose chunk is damaged, are pending and count no labels.
         """
         rows = list(self.layout.block_slices())
-        status = self._read_intact("status", rows, STATUS_DTYPE)
-        label_ids = self._read_intact("label_ids", rows, LABEL_IDS_DTYPE, LABEL_ID_COLUMNS)
+        status, label_ids = (
+            self._read_intact(name, rows, *self.layout.arrays[name]) for name in ("status", "label_ids")
+        )
         readable = np.repeat(self.committed(), self.layout.block_rows)[: self.layout.rows] & (status != Status.PENDING)
         return np.where(readable, status, STATUS_DTYPE.type(Status.PENDING)), label_ids * readable[:, None]
 
-    def scan(self, take: Callable[[int, BlockValues], None], blocks: npt.ArrayLike | None = None) -> None:
+    def scan(self, take: TakeBlock, blocks: npt.ArrayLike | None = None) -> None:
         """Pass every block that matches its commit to `take`, with a few blocks in memory at a time.
 
-        Blocks that are not committed, cannot be read or do not match their commit are skipped.
-
-        Args:
-            take: gets a block's number and values, which it must not keep; called from several threads in any order.
-            blocks: ascending numbers of the blocks to read, None for all.
+        Blocks that are not committed, cannot be read or do not match their commit are skipped. `blocks` holds ascending
+        numbers of the blocks to read, None for all.
         """
         wanted = np.arange(self.layout.blocks) if blocks is None else np.asarray(blocks, np.intp)
         if not len(wanted):
@@ -240,7 +231,7 @@ class Version:
         commits = self._commits(span)[wanted - wanted[0]]
         digests = {block: commit.tobytes() for block, commit in zip(wanted.tolist(), commits, strict=True)}
         try:
-            arrays = {name: self._open(name) for name in (*self.layout.pooling, "label_ids", "status")}
+            arrays = self._open_blocks()
         except IntegrityError:
             return
         committed = wanted[commits.any(axis=1)]
@@ -258,7 +249,7 @@ class Version:
         blocks: list[int],
         arrays: Mapping[str, Any],
         digests: Mapping[int, bytes],
-        take: Callable[[int, BlockValues], None],
+        take: TakeBlock,
     ) -> None:
         """Read adjacent blocks with one request, and pass those that match their commit to `take`."""
         start, stop = self.layout.block_slice(blocks[0]).start, self.layout.block_slice(blocks[-1]).stop
@@ -272,7 +263,7 @@ class Version:
         for block in blocks:
             rows = self.layout.block_slice(block)
             part = values.select(slice(rows.start - start, rows.stop - start))
-            if part.digest(self.layout.pooling) == digests[block]:
+            if part.digest(self.layout) == digests[block]:
                 take(block, part)
 
     def open_pooled(self, names: Sequence[str]) -> Callable[[int], list[Float16Array]]:
@@ -291,11 +282,12 @@ class Version:
 
         return read
 
-    def _read_values(self, rows: slice, arrays: Mapping[str, Any] | None = None) -> BlockValues:
-        """Read the values of any rows; `arrays` holds arrays by name that are open already."""
-        names = (*self.layout.pooling, "label_ids", "status")
-        arrays = arrays or {name: self._open(name) for name in names}
-        found = {name: self._read_from(arrays[name], rows) for name in names}
+    def _open_blocks(self) -> dict[str, Any]:
+        return {name: self._open(name) for name in self.layout.arrays}
+
+    def _read_values(self, rows: slice, arrays: Mapping[str, Any]) -> BlockValues:
+        """Read the values of any rows from open arrays."""
+        found = {name: self._read_from(array, rows) for name, array in arrays.items()}
         return BlockValues({name: found[name] for name in self.layout.pooling}, found["label_ids"], found["status"])
 
     # Commit records and the seal: a damaged one counts as missing, so that the next extraction writes it again
@@ -340,15 +332,17 @@ class Version:
     def _commits(self, blocks: slice = slice(None)) -> UInt8Array:
         """Read the commits (n, 32) uint8 of n adjacent blocks, by default all; zeros for a block without one."""
         numbers = range(self.layout.blocks)[blocks]
-        return self._read_intact("commit", [slice(i, i + 1) for i in numbers], np.dtype("u1"), DIGEST_BYTES)
+        return self._read_intact("commit", [slice(i, i + 1) for i in numbers], np.dtype("u1"), (DIGEST_BYTES,))
 
-    def _read_intact(self, name: str, chunks: Sequence[slice], dtype: np.dtype[Any], *width: int) -> npt.NDArray[Any]:
+    def _read_intact(
+        self, name: str, chunks: Sequence[slice], dtype: np.dtype[Any], row: tuple[int, ...]
+    ) -> npt.NDArray[Any]:
         """Read adjacent chunks of an array; a damaged one reads as zeros."""
         start, stop = (chunks[0].start, chunks[-1].stop) if chunks else (0, 0)
         try:
             return self._read(name, slice(start, stop))
         except IntegrityError:
-            values = np.zeros((stop - start, *width), dtype)
+            values = np.zeros((stop - start, *row), dtype)
         for rows in chunks:
             try:
                 values[rows.start - start : rows.stop - start] = self._read(name, rows)
@@ -364,7 +358,7 @@ class Version:
     @cached_property
     def _block_arrays(self) -> dict[str, zarr.Array[Any]]:
         """The arrays that blocks are written to, opened once: in a bucket the metadata of each is a request."""
-        return {name: self._array(name) for name in (*self.layout.pooling, "label_ids", "status", "commit")}
+        return {name: self._array(name) for name in (*self.layout.arrays, "commit")}
 
     def _array(self, name: str) -> zarr.Array[Any]:
         array: Any = self.group[name]

@@ -184,7 +184,7 @@ def rewrite_block(url: str, block: int, values: BlockValues) -> None:
         version._array(name)[rows] = vectors
     version._array("label_ids")[rows] = values.label_ids
     version._array("status")[rows] = values.status
-    version._array("commit")[block] = np.frombuffer(values.digest(version.layout.pooling), np.uint8)
+    version._array("commit")[block] = np.frombuffer(values.digest(version.layout), np.uint8)
     version.seal()
 
 

@@ -207,11 +207,13 @@ def _name(option: click.Option) -> str:
     return max(option.opts, key=len).lstrip("-")
 
 
-def _note(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    def note(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+def _make_flag(key: str, help: str, *names: str) -> click.Option:
+    """Make a flag whose value `ctx.meta` holds under `key`."""
+
+    def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.meta[key] = value
 
-    return note
+    return click.Option(names, is_flag=True, expose_value=False, callback=note, help=help)
 
 
 def _apply_settings(ctx: click.Context, param: click.Parameter, file: str | None) -> None:
@@ -298,28 +300,10 @@ _SETTINGS_OPTION = click.Option(
 )
 _COMMON = [
     _SETTINGS_OPTION,
-    click.Option(
-        ["-q", "--quiet"],
-        is_flag=True,
-        expose_value=False,
-        callback=_note(_QUIET),
-        help="Print only errors and the last line.",
-    ),
-    click.Option(
-        ["-v", "--verbose"],
-        is_flag=True,
-        expose_value=False,
-        callback=_note(_VERBOSE),
-        help="Also print every block, batch and request, and where an error arose.",
-    ),
+    _make_flag(_QUIET, "Print only errors and the last line.", "-q", "--quiet"),
+    _make_flag(_VERBOSE, "Also print every block, batch and request, and where an error arose.", "-v", "--verbose"),
 ]
-_JSON_OPTION = click.Option(
-    ["--json"],
-    is_flag=True,
-    expose_value=False,
-    callback=_note(_JSON),
-    help="Print one JSON object on stdout, and everything else on stderr.",
-)
+_JSON_OPTION = _make_flag(_JSON, "Print one JSON object on stdout, and everything else on stderr.", "--json")
 
 # Set on import: a `__main__` has no place for a call between its imports.
 sys.excepthook = _end_quietly

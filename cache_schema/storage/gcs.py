@@ -40,6 +40,10 @@ from .place import CACHE, Purpose, Stored, is_bucket, split_url
 GCS_ERRORS = (GoogleAPIError, GoogleAuthError, RequestException, ConnectionError)
 """Errors of a request for reasons outside this program."""
 
+_REQUEST_TIMEOUT_S = (10.0, 60.0)  # to connect, and between two packets
+_TRANSFER_ATTEMPTS = 10  # if 3 bodies in 10 arrive damaged, all attempts fail 1 time in 170,000
+_TRANSFER_PAUSE_S = 0.2
+
 
 class GcsConnection:
     """A client, and threads that wait for its answers."""
@@ -85,13 +89,7 @@ def _make_client(concurrency: int) -> Any:
 
 
 def explain_gcs_error(error: Exception, url: str, purpose: Purpose) -> str:
-    """Say what happened and what to do, without the text of a credentials error, which may quote a key.
-
-    Args:
-        error: one of `GCS_ERRORS`.
-        url: what was being read or written.
-        purpose: what it is used for.
-    """
+    """Say what one of `GCS_ERRORS` means and what to do, without its own text, which may quote a key."""
     if isinstance(error, DefaultCredentialsError):
         return (
             f"no Google credentials for {url}: run `gcloud auth application-default login`, "
@@ -106,13 +104,6 @@ def explain_gcs_error(error: Exception, url: str, purpose: Purpose) -> str:
         return f"no bucket {split_url(url)[0]} for {url}: check the name in {purpose.setting}"
     code = f" {error.code}" if isinstance(error, GoogleAPICallError) else ""
     return f"{url} kept failing ({type(error).__name__}{code}): check the network; {purpose.again}"
-
-
-_REQUEST_TIMEOUT_S = (10.0, 60.0)  # to connect, and between two packets
-
-_TRANSFER_ATTEMPTS = 10  # if 3 bodies in 10 arrive damaged, all attempts fail 1 time in 170,000
-
-_TRANSFER_PAUSE_S = 0.2
 
 
 class GcsObjects:
@@ -152,11 +143,7 @@ class GcsObjects:
         self._concurrency = concurrency
         self._deadline_s = deadline_s
         self._first_delay_s = first_delay_s
-
-    @property
-    def url(self) -> str:
-        """`gs://bucket/prefix`, without a slash at the end."""
-        return f"gs://{self.bucket}/{self._prefix}".rstrip("/")
+        self.url = f"gs://{self.bucket}/{self._prefix}".rstrip("/")
 
     @property
     def connection(self) -> GcsConnection:
@@ -197,12 +184,9 @@ class GcsObjects:
     def read_range(self, key: str, start: int, last: int | None) -> bytes | None:
         """Read bytes `start` (negative: from the end) to `last`, inclusive, unchecked; None if there is no object."""
         with self._errors():
+            blob, span = self._blob(key), {"start": start, "end": last}
             try:
-                return bytes(
-                    self._blob(key).download_as_bytes(
-                        start=start, end=last, raw_download=True, checksum=None, **self._options()
-                    )
-                )
+                return bytes(blob.download_as_bytes(**span, raw_download=True, checksum=None, **self._options()))
             except NotFound:
                 return None
             except RequestRangeNotSatisfiable:
@@ -210,13 +194,11 @@ class GcsObjects:
 
     def size(self, key: str) -> int | None:
         """Return the bytes of the object; None if there is none."""
-        blob = self._blob(key)
-        with self._errors():
-            try:
-                blob.reload(**self._options())
-            except NotFound:
-                return None
-        return int(blob.size)
+        with self._errors(), suppress(NotFound):
+            blob = self._blob(key)
+            blob.reload(**self._options())
+            return int(blob.size)
+        return None
 
     def list_keys(self, prefix: str) -> Iterator[list[str]]:
         """List the objects whose keys begin with `prefix`, page by page."""
@@ -314,8 +296,7 @@ class GcsObjects:
         return self.connection.client().bucket(self.bucket)
 
     def _blob(self, key: str, generation: int | None = None) -> Any:
-        with self._errors():  # looking for credentials may fail
-            return self._open_bucket().blob(self.name(key), generation=generation)
+        return self._open_bucket().blob(self.name(key), generation=generation)
 
     def _options(self) -> dict[str, Any]:
         retry = DEFAULT_RETRY.with_timeout(self._deadline_s).with_delay(initial=self._first_delay_s)

@@ -38,12 +38,7 @@ class GcsStore(Store):
     supports_listing: bool = True
 
     def __init__(self, url: str, *, read_only: bool = False, **deadlines: float) -> None:
-        """Make no request yet.
-
-        Args:
-            url: `gs://bucket` or `gs://bucket/prefix`.
-            read_only: refuse to write and delete.
-            deadlines: `deadline_s` and `first_delay_s` of `GcsObjects`.
+        """Make no request yet; for `deadlines` (`deadline_s`, `first_delay_s`) see `GcsObjects`.
 
         Raises:
             StorageError: not a `gs://` URL, or one without a bucket.
@@ -52,11 +47,7 @@ class GcsStore(Store):
         self._deadlines = deadlines
         purpose = Purpose(role=VIEWER if read_only else USER)
         self._objects = GcsObjects(url, purpose, concurrency=_CONCURRENCY, **deadlines)
-
-    @property
-    def url(self) -> str:
-        """`gs://bucket/prefix`, without a slash at the end."""
-        return self._objects.url
+        self.url = self._objects.url
 
     def __str__(self) -> str:
         return self.url
@@ -82,7 +73,7 @@ class GcsStore(Store):
         Unlike the inherited method, it may run in two tasks at the same time.
         """
         if not self._is_open:
-            await self._call(self._objects.check_access)
+            await self._run(self._objects.check_access)
             self._is_open = True
 
     # Reading
@@ -90,7 +81,6 @@ class GcsStore(Store):
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return the object's bytes or a part of them; None if there is no such object."""
         bounds = _to_bounds(byte_range)
-        await self._ensure_open()
         if bounds is None:
             found = await self._call(self._objects.read, key)
             data = found.data if found else None
@@ -106,13 +96,10 @@ class GcsStore(Store):
         return await concurrent_map(requests, self.get, limit=_CONCURRENCY)
 
     async def exists(self, key: str) -> bool:
-        """Return whether there is such an object."""
-        await self._ensure_open()
         return await self._call(self._objects.size, key) is not None
 
     async def getsize(self, key: str) -> int:
         """Return the object's size in bytes; raise FileNotFoundError if there is none."""
-        await self._ensure_open()
         size = await self._call(self._objects.size, key)
         if size is None:
             raise FileNotFoundError(f"{self.url}/{key}")
@@ -121,23 +108,15 @@ class GcsStore(Store):
     # Writing
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write an object, replacing an older one; readers see either the old or the new bytes, never a part."""
         self._check_writable()
-        data = _to_bytes(value)
-        await self._ensure_open()
-        await self._call(self._objects.write, key, data)
+        await self._call(self._objects.write, key, _to_bytes(value))
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write an object unless there is one."""
         self._check_writable()
-        data = _to_bytes(value)
-        await self._ensure_open()
-        await self._call(self._objects.create, key, data)
+        await self._call(self._objects.create, key, _to_bytes(value))
 
     async def delete(self, key: str) -> None:
-        """Delete an object; no error if there is none."""
         self._check_writable()
-        await self._ensure_open()
         await self._call(self._objects.delete, key)
 
     async def delete_dir(self, prefix: str) -> None:
@@ -149,29 +128,27 @@ class GcsStore(Store):
 
     # Listing
 
-    async def list(self) -> AsyncIterator[str]:
-        """List all keys."""
-        async for key in self.list_prefix(""):
-            yield key
+    def list(self) -> AsyncIterator[str]:
+        return self.list_prefix("")
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        """List all keys that begin with `prefix`, not shortened."""
         async for keys in self._stream(self._objects.list_keys(prefix)):
             for key in keys:
                 yield key
 
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """List the names directly below a folder, without slashes."""
-        async for name in self._stream(self._objects.list_dir(prefix)):
-            yield name
+    def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        return self._stream(self._objects.list_dir(prefix))
 
     async def _stream(self, items: Iterator[_T]) -> AsyncIterator[_T]:
         """Iterate over a blocking iterator, none of whose items is None."""
-        await self._ensure_open()
         while (item := await self._call(next, items, None)) is not None:
             yield item
 
     async def _call(self, request: Callable[..., _T], *args: Any) -> _T:
+        await self._ensure_open()
+        return await self._run(request, *args)
+
+    async def _run(self, request: Callable[..., _T], *args: Any) -> _T:
         """Run a blocking request in the connection's threads, off the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._objects.connection.threads, lambda: request(*args))

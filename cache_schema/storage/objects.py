@@ -5,7 +5,7 @@ import glob
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -210,7 +210,7 @@ class DirectoryObjects:
         finally:
             os.close(file)
 
-    def _errors(self) -> storage_errors:
+    def _errors(self) -> AbstractContextManager[None]:
         return storage_errors(self.url, self._purpose)
 
 

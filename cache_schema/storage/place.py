@@ -22,7 +22,7 @@ class Purpose:
 
     setting: str = "CACHE"
     role: str = USER
-    again: str = "what is committed stays, and the same command goes on from there"
+    again: str = "what is committed stays, and the same command continues from there"
 
 
 CACHE = Purpose()
@@ -59,11 +59,7 @@ def carries_credentials(url: str) -> bool:
 
 
 def check_url(url: str, setting: str) -> None:
-    """Check that a URL is `gs://bucket/prefix` or a path, without a password.
-
-    Args:
-        url: as the user gave it.
-        setting: the variable or option that names it.
+    """Check that the URL in the variable or option `setting` is `gs://bucket/prefix` or a path, without a password.
 
     Raises:
         StorageError: it is neither, or holds a user or password, which caches and runs would record.

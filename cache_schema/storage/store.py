@@ -2,7 +2,8 @@
 
 import errno
 import os
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from zarr.abc.store import Store
 from zarr.storage import LocalStore
@@ -26,26 +27,16 @@ def open_store(url: str, *, read_only: bool) -> Store:
     return LocalStore(url, read_only=read_only)
 
 
-class storage_errors:
-    """Turn the operating system's errors into a StorageError that says what to do.
-
-    Args:
-        url: the place that was read or written.
-        purpose: what it is used for.
-    """
-
-    def __init__(self, url: str, purpose: Purpose = CACHE) -> None:
-        self._url, self._purpose = url, purpose
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            setting, again = self._purpose.setting, self._purpose.again
-            raise StorageError(
-                f"{self._url}: {reason}: {'free space' if full else f'check {setting} and its permissions'}, or choose "
-                f"another {setting}; {again}"
-            ) from error
+@contextmanager
+def storage_errors(url: str, purpose: Purpose = CACHE) -> Iterator[None]:
+    """Turn the operating system's errors at a place into a StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        setting, again = purpose.setting, purpose.again
+        raise StorageError(
+            f"{url}: {reason}: {'free space' if full else f'check {setting} and its permissions'}, or choose another "
+            f"{setting}; {again}"
+        ) from error

@@ -110,8 +110,7 @@ def own_version(
     """Hold the lock of a version of the cache at `url`; an owner that is gone is replaced.
 
     Args:
-        url: directory or `gs://bucket/prefix`.
-        version_id: the version, which need not exist yet.
+        url, version_id: the cache and the version, which need not exist yet.
         job: torchrun's id of this job.
         pace: for tests.
         say: gets lines for the user.
@@ -121,12 +120,15 @@ def own_version(
         StorageError: the disk or the bucket refuses.
     """
     lock = _Lock(open_objects(url, deadline_s=_DEADLINE_S), version_id, Owner.make(job), pace, say)
-    heart = _Heart(lock, lock.acquire())
-    heart.start()
+    mine, stopped = lock.acquire(), threading.Event()
+    # A daemon: an unreachable bucket must not keep a run from ending.
+    thread = threading.Thread(target=_keep, args=(lock, mine, stopped), name="heartbeat", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        heart.stop()
+        stopped.set()
+        thread.join(_RELEASE_S)
 
 
 def find_owner(url: str, version_id: str, *, pace: Pace = PACE, say: Callable[[str], None] = print) -> str | None:
@@ -153,9 +155,6 @@ class _Lock:
     def read(self) -> Stored | None:
         return self.objects.read(self.version_id + SUFFIX)
 
-    def delete(self, stored: Stored) -> None:
-        self.objects.delete(self.version_id + SUFFIX, stored)
-
     def write(self, over: Stored | None) -> Stored | None:
         """Write this process's owner object over `over`; None if another one is there by now."""
         if mine := self.objects.replace(self.version_id + SUFFIX, self.me.to_bytes(), over):
@@ -176,7 +175,7 @@ class _Lock:
             if found and (alive := self.find_life(found)):
                 raise OwnedError(
                     f"version {self.version_id} is being written by {alive}: let it finish, or end it; "
-                    "then the same command goes on from there"
+                    "then the same command continues from there"
                 )
             if mine := self.write(found):
                 if found:
@@ -205,49 +204,25 @@ class _Lock:
         return None
 
 
-class _Heart:
-    """Writes the heartbeat, and deletes the owner object at the end.
-
-    Both happen in a daemon thread: an unreachable bucket must not keep a run from ending.
-    """
-
-    def __init__(self, lock: _Lock, stored: Stored) -> None:
-        self._lock, self._stored = lock, stored
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join(_RELEASE_S)
-
-    def _run(self) -> None:
-        while not self._stopped.wait(self._lock.pace.beat_s):
-            # If the bucket is unreachable, the run's own writes report it.
-            with suppress(StorageError):
-                if not self._beat():
-                    return
-        with suppress(StorageError):  # the next run sees that this process has ended
-            self._lock.delete(self._stored)
-
-    def _beat(self) -> bool:
-        """Write one heartbeat; return whether this process is still the owner."""
-        self._lock.me = replace(self._lock.me, beats=self._lock.me.beats + 1)
-        if stored := self._lock.write(self._stored):
-            self._stored = stored
-            return True
-        found = self._lock.read()
-        lost = "the lock of this run was removed"
-        if found:
-            lost = f"{_describe(found)} has taken over what this run writes"
-        print(
-            f"warning: {lost}; the run goes on, and digests reject blocks that two writers mix",
-            file=sys.stderr,
-            flush=True,
-        )
-        return False
+def _keep(lock: _Lock, stored: Stored, stopped: threading.Event) -> None:
+    """Write heartbeats over `stored` until `stopped` is set, then delete the owner object; end if it is lost."""
+    while not stopped.wait(lock.pace.beat_s):
+        with suppress(StorageError):  # if the bucket is unreachable, the run's own writes report it
+            lock.me = replace(lock.me, beats=lock.me.beats + 1)
+            if mine := lock.write(stored):
+                stored = mine
+                continue
+            found = lock.read()
+            taken = f"{_describe(found)} has taken over what this run writes" if found else ""
+            print(
+                f"warning: {taken or 'the lock of this run was removed'}; the run continues, and digests reject blocks "
+                "that two writers mix",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+    with suppress(StorageError):  # the next run sees that this process has ended
+        lock.objects.delete(lock.version_id + SUFFIX, stored)
 
 
 def _describe(stored: Stored) -> str:

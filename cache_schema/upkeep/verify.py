@@ -49,7 +49,8 @@ def verify_version(version: Version) -> Findings:
     Raises:
         StorageError: the disk or the bucket cannot be read; that is not reported as damage.
     """
-    lost = tuple(name for name in _list_arrays(version) if not _opens(version, name))
+    arrays = (*version.layout.arrays, *_TABLE, "seal", "commit")
+    lost = tuple(name for name in arrays if not _opens(version, name))
     if lost:
         where = f"{version.url}/{version.group.path}"
         remedy = f"its zarr.json is missing or damaged: remove {where} and run `make extract` again"
@@ -82,14 +83,7 @@ def verify_version(version: Version) -> Findings:
 def repair_version(version: Version, findings: Findings) -> list[str]:
     """Clear the seal and the commits of damaged blocks, so that the next extraction redoes these and no others.
 
-    A version without such damage is not written to.
-
-    Args:
-        version: the version, open for writing.
-        findings: what `verify_version` found in it.
-
-    Returns:
-        lines that say what was done and what to do.
+    Return lines that say what was done and what to do. A version without such damage is not written to.
     """
     if findings.lost_arrays:
         return ["nothing was repaired: no extraction can write to an array that is lost"]
@@ -115,8 +109,7 @@ def _check_values(version: Version, block: int) -> list[str]:
     verdict = version.check_block(block)
     if verdict is None:
         return []
-    arrays = (*version.layout.pooling, "label_ids", "status")
-    chunks = {name: _describe_chunk(version, name, block) for name in (*arrays, "commit")}
+    chunks = {name: _describe_chunk(version, name, block) for name in (*version.layout.arrays, "commit")}
     if lines := [f"array {name}: {why}" for name, why in chunks.items() if why]:
         return lines
     lines = version.read_block(block).find_contradictions(version.layout, version.layout.block_slice(block))
@@ -181,10 +174,6 @@ def _describe_chunk(version: Version, name: str, chunk: int) -> str | None:
         except ValueError:
             return "its chunk fails its checksum: at least one byte is wrong"
     return None
-
-
-def _list_arrays(version: Version) -> tuple[str, ...]:
-    return (*version.layout.pooling, "label_ids", "status", *_TABLE, "seal", "commit")
 
 
 def _opens(version: Version, name: str) -> bool:

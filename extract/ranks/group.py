@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,10 +36,8 @@ GROUP_TIMEOUT = timedelta(minutes=30)
 
 _DECLINE_TIMEOUT = timedelta(seconds=30)
 """How long a rank that fails before it has joined tries to inform the others."""
-
 _STOP_PATIENCE_S = 10
 """How long rank 0 waits for the other ranks to stop; torchrun kills all of them after 30 s."""
-
 _STOP_LOOK_S = 0.05
 
 _arrived = threading.Event()
@@ -125,21 +123,16 @@ class Ranks:
     def run_on_main(self, work: Callable[[], T], tell: Callable[[T], T] = lambda result: result) -> T:
         """Run `work` on rank 0 and return its result on all ranks; a `TileprobeError` is raised on all.
 
-        Args:
-            work: the function to run.
-            tell: reduces the result to the part that the other ranks need.
+        `tell` reduces the result to the part that the other ranks need.
 
         Raises:
             TileprobeError: on rank 0, the error of `work`; on the others `ToldByMainError`.
         """
         outcome: list[T | TileprobeError | None] = [None]
-        if self.is_main:
-            try:
+        with _caught(outcome):
+            if self.is_main:
                 result = work()
                 outcome[0] = tell(result)
-            except TileprobeError as error:
-                _log.debug("where the error arose:", exc_info=True)
-                outcome[0] = error.with_traceback(None)
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0, device=self.device)
         told = outcome[0]
@@ -149,26 +142,22 @@ class Ranks:
 
     def run_everywhere(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank and return each rank's own result; if one fails, all raise."""
-        failure: TileprobeError | None = None
-        try:
+        failure: list[TileprobeError | None] = [None]
+        with _caught(failure):
             result = work()
-        except TileprobeError as error:
-            _log.debug("where the error arose:", exc_info=True)
-            failure = error.with_traceback(None)
-        failures = [failure] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(failures, failure)
-        first = next((error for error in failures if error is not None), None)
-        if first is not None:
+        if first := next(filter(None, self._gather(failure[0])), None):
             raise first if self.is_main else ToldByMainError(str(first))
         return result
 
     def agree(self, holds: bool) -> bool:
         """Return whether `holds` is true on every rank."""
-        answers = [holds] * self.world_size
+        return all(self._gather(holds))
+
+    def _gather(self, value: T) -> list[T]:
+        values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(answers, holds)
-        return all(answers)
+            dist.all_gather_object(values, value)
+        return values
 
     def say(self, line: str) -> None:
         """Print a line for the user, on rank 0 only."""
@@ -204,6 +193,16 @@ class Ranks:
         """Make a counter shared by all ranks; its key holds a nonce, so that a restarted job counts from zero."""
         nonce = self.run_on_main(lambda: uuid.uuid4().hex)
         return lambda amount: self.store.add(f"{name}/{nonce}", amount)
+
+
+@contextmanager
+def _caught(outcome: list[Any]) -> Iterator[None]:
+    """Put a `TileprobeError` into `outcome` in place of raising it."""
+    try:
+        yield
+    except TileprobeError as error:
+        _log.debug("where the error arose:", exc_info=True)
+        outcome[0] = error.with_traceback(None)
 
 
 @contextmanager

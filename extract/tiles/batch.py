@@ -85,18 +85,10 @@ class TileBatch:
 
 def make_requests(table: TileTable, rows: Iterable[int], *, labels: bool = True) -> list[TileRequest]:
     """Return requests for `rows` of the table, in that order; without `labels`, only for the images."""
-    return [
-        TileRequest(
-            row,
-            str(table.tile[row]),
-            int(table.size[row]),
-            int(table.crc32c[row]),
-            int(table.generation[row]),
-            int(table.label_size[row]) if labels else NO_LABEL,
-            int(table.label_crc32c[row]),
-        )
-        for row in rows
-    ]
+    rows = list(rows)
+    columns = (getattr(table, name)[rows].tolist() for name in TileRequest._fields[1:])
+    requests = [TileRequest(*values) for values in zip(rows, *columns, strict=True)]
+    return requests if labels else [request._replace(label_size=NO_LABEL) for request in requests]
 
 
 class PendingBatch:

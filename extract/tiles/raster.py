@@ -8,10 +8,10 @@ to the process and thread that opened it.
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -94,7 +94,7 @@ def _place_windows(length: int, size: int, stride: int) -> Sequence[int]:
     return [*range(0, last, stride), last]
 
 
-class Raster:
+class Raster(AbstractContextManager["Raster"]):
     """One GeoTIFF, open for reading.
 
     Attributes:
@@ -130,12 +130,7 @@ class Raster:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

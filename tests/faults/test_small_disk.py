@@ -28,7 +28,7 @@ def test_a_full_then_a_read_only_disk(tmp_path: Path, python_env: dict[str, str]
     )
     assert result.returncode == 0, result.stdout + result.stderr
     full, read_only, equal = [line for line in result.stdout.splitlines() if line.startswith(("error: ", "equal"))]
-    goes_on = "or choose another CACHE; what is committed stays, and the same command goes on from there"
+    goes_on = "or choose another CACHE; what is committed stays, and the same command continues from there"
     assert full == f"error: {tmp_path}/disk/vectors: No space left on device: free space, {goes_on}"
     assert (
         read_only

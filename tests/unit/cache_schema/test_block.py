@@ -19,8 +19,8 @@ def test_digest_follows_the_written_format() -> None:
     stream = b"".join(VALUES.pooled[name].astype("<f2").tobytes() for name in ("cls", "patch_mean"))
     stream += VALUES.label_ids.astype("<u2").tobytes() + VALUES.status.tobytes()
 
-    assert VALUES.digest(LAYOUT.pooling) == hashlib.sha256(stream).digest()
-    assert VALUES.digest(("patch_mean", "cls")) != VALUES.digest(("cls", "patch_mean"))
+    assert VALUES.digest(LAYOUT) == hashlib.sha256(stream).digest()
+    assert VALUES.digest(replace(LAYOUT, pooling=("patch_mean", "cls"))) != VALUES.digest(LAYOUT)
 
 
 def test_digest_is_of_values_not_of_memory() -> None:
@@ -29,7 +29,7 @@ def test_digest_is_of_values_not_of_memory() -> None:
         np.asfortranarray(VALUES.label_ids.astype(">u2")),
         np.repeat(VALUES.status, 2)[::2],
     )
-    assert held.digest(LAYOUT.pooling) == VALUES.digest(LAYOUT.pooling)
+    assert held.digest(LAYOUT) == VALUES.digest(LAYOUT)
 
 
 @pytest.mark.parametrize("bit", [0, 7])
@@ -43,7 +43,7 @@ def test_digest_sees_every_bit(name: str, bit: int) -> None:
         {pooling: arrays[pooling] for pooling in LAYOUT.pooling}, arrays["label_ids"], arrays["status"]
     )
 
-    assert flipped.digest(LAYOUT.pooling) != VALUES.digest(LAYOUT.pooling)
+    assert flipped.digest(LAYOUT) != VALUES.digest(LAYOUT)
 
 
 def test_sound_values_are_storable() -> None:

@@ -486,6 +486,6 @@ def test_bytes_that_claim_to_be_committed_but_are_not_storable(cache_url: str) -
     values.pooled["cls"][3, 0] = np.inf
     for name, array in {**values.pooled, "label_ids": values.label_ids, "status": values.status}.items():
         version._array(name)[256:] = array
-    version._array("commit")[1] = np.frombuffer(values.digest(version.layout.pooling), np.uint8)
+    version._array("commit")[1] = np.frombuffer(values.digest(version.layout), np.uint8)
 
     assert "not finite" in str(version.check_block(1))

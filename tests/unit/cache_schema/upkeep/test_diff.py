@@ -1,6 +1,6 @@
 """Two caches side by side: what differs between them, and how far vectors moved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +166,9 @@ def test_every_block_is_read_once_and_none_whole(tmp_path: Path, monkeypatch: py
     asked: list[tuple[str, slice]] = []
     read_values = Version._read_values
 
-    def note(self: Version, rows: slice) -> BlockValues:
+    def note(self: Version, rows: slice, arrays: Mapping[str, Any]) -> BlockValues:
         asked.append((self.url, rows))
-        return read_values(self, rows)
+        return read_values(self, rows, arrays)
 
     monkeypatch.setattr(Version, "_read_values", note)
     compare_versions(a, b)

@@ -85,7 +85,7 @@ def test_a_live_process_of_this_machine_is_told_at_once(cache_url: str) -> None:
             pass
         assert str(refused.value) == (
             f"version {VERSION} is being written by process {process.pid} on {owner.host} since {owner.since[:-6]} UTC"
-            ": let it finish, or end it; then the same command goes on from there"
+            ": let it finish, or end it; then the same command continues from there"
         )
         assert said == []
         assert get_bytes(cache_url, VERSION + SUFFIX) == owner.to_bytes()

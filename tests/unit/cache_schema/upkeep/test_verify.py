@@ -112,7 +112,7 @@ def overwrite(version: Version, change: Callable[[Arrays], None], *, commit: boo
         version._array(name)[256:512] = array
     if commit:
         written = BlockValues({name: arrays[name] for name in values.pooled}, values.label_ids, values.status)
-        version._array("commit")[1] = np.frombuffer(written.digest(version.layout.pooling), np.uint8)
+        version._array("commit")[1] = np.frombuffer(written.digest(version.layout), np.uint8)
         version.seal()
 
 
@@ -282,9 +282,9 @@ def test_a_few_blocks_are_in_memory_at_a_time(cache_url: str, monkeypatch: pytes
     asked: list[slice] = []
     read_values = Version._read_values
 
-    def note(self: Version, rows: slice) -> BlockValues:
+    def note(self: Version, rows: slice, arrays: Mapping[str, Any]) -> BlockValues:
         asked.append(rows)
-        return read_values(self, rows)
+        return read_values(self, rows, arrays)
 
     monkeypatch.setattr(Version, "_read_values", note)
     assert verify_version(version).lines == ()
