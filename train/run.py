@@ -74,7 +74,7 @@ def _train(
     if start.resume is not None:
         trainer.restore(start.resume)
     trainer.fit(ranks.say)
-    folds = cross_validate(config, sets.whole, start.run, ranks, ranks.say) if sets.whole else None
+    folds = cross_validate(config, sets.whole, start.run, ranks) if sets.whole else None
     lines = folds.describe() if folds else ()
     return finish_run(config, start.run, sets, trainer.classifier, make_tiles, ranks, lines)
 

@@ -145,7 +145,7 @@ def test_a_failed_rung_is_named_and_the_table_shows_the_others(story: Story) -> 
     (error,) = story.failed_run.errors
     assert error.startswith("error: 1 of 3 rungs failed (UNFREEZE=1: ")
     assert reason in error
-    assert "go on with --resume" in error
+    assert "continue with --resume" in error
     assert "kept, since they are finished: nearest neighbours, MLP head" in story.failed_run.out
     assert [rung["state"] for rung in story.failed["rungs"]] == ["finished", "finished", "failed"]
     assert reason in story.failed["rungs"][-1]["error"]
@@ -257,7 +257,8 @@ def test_a_signal_reaches_the_rung_and_leaves_the_ladder_to_be_resumed(made: Pat
     result = run_train(tmp_path, "ladder", "--cache", made / "cache", "--device", "cpu", "--rungs", "neighbours")
     thread.join()
     assert result.status == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM: 0 of 1 rungs of runs/ladder-001 are finished; --resume goes on from there" in result.err
+    stopped = "stopped by SIGTERM: 0 of 1 rungs of runs/ladder-001 are finished; --resume continues from there"
+    assert stopped in result.err
     (rung,) = read(state)["rungs"]
     assert rung["state"] == "waiting"
     assert rung["legs"][0]["status"] in (-signal.SIGTERM, 128 + signal.SIGTERM)

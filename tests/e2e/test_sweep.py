@@ -71,6 +71,10 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def drop_split_file(command: str) -> str:
+    return re.sub(r" --split-file \S+", "", command)
+
+
 def run_command(work: Path, command: str, *more: object) -> Path:
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "train"]
@@ -163,11 +167,6 @@ def test_the_winner_is_a_run_and_its_command_reproduces_it(
 
 
 @pytest.mark.usefixtures("quick")
-def name_settings(entry: dict[str, Any]) -> str:
-    """Return the command of an entry without its split file, which is of one sweep alone."""
-    return re.sub(r" --split-file \S+", "", entry["command"])
-
-
 def test_heads_that_do_not_fit_together_take_turns_and_come_out_the_same(
     swept: tuple[Path, Finished, list[HeadResult]],
     cache: Path,
@@ -180,14 +179,16 @@ def test_heads_that_do_not_fit_together_take_turns_and_come_out_the_same(
     assert result.status == 0, result.err
     assert "12 heads, 1 passes" not in result.out
     first = {
-        name_settings(entry): entry["heads"][0] for entry in read(swept[0] / "runs" / "sweep" / "sweep.json")["ranking"]
+        drop_split_file(entry["command"]): entry["heads"][0]
+        for entry in read(swept[0] / "runs" / "sweep" / "sweep.json")["ranking"]
     }
+    assert len(first) == 12
     entries = read(tmp_path / "runs" / "sweep" / "sweep.json")["ranking"]
     assert len(entries) == 12
     for entry in entries:
         assert entry["f1_weighted_spread"] is None
         for key in KEY_FIGURES:
-            other = first[name_settings(entry)]
+            other = first[drop_split_file(entry["command"])]
             assert entry["heads"][0][key] == pytest.approx(other[key], abs=TOLERANCE)
 
 

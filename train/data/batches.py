@@ -1,6 +1,6 @@
 """Batches of labelled tiles for the training loop, and the order in which an epoch shows the rows.
 
-`Tiles` is what the loop sees. `StridedTiles` is the base of the implementations that share out a batch by row;
+`Tiles` is what the loop sees. `StridedTiles` is the base of the sets that share out a batch by row;
 `blocks.BlockTiles` shares out whole blocks instead. The order of an epoch depends on seed and epoch alone, so it is the
 same for any number of ranks and after a resume.
 """
@@ -8,7 +8,6 @@ same for any number of ranks and after a resume.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,38 +37,8 @@ class Batch:
     global_size: int
 
 
-class Tiles(Protocol):
-    """A set of labelled tiles to train or evaluate on.
-
-    Attributes:
-        rows: the tiles and their labels.
-        share: (m,) int64 rows that this rank evaluates; the shares of all ranks make up the set.
-    """
-
-    rows: LabelledRows
-
-    @property
-    def share(self) -> Tensor: ...
-
-    def __len__(self) -> int: ...
-
-    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Yield this rank's share of every global batch of an epoch, from `first_step` on."""
-
-    def iterate_share(self) -> Iterator[Tensor]:
-        """Yield the inputs of the rows in `share`, in order and unpadded.
-
-        Inputs of a backbone come in the same number of batches on every rank.
-        """
-
-
-class StridedTiles(ABC):
-    """Tiles of which each rank takes every world_size-th row, of a training batch and of the evaluated set.
-
-    Args:
-        rows: the n tiles and their labels.
-        ranks: share the rows.
-    """
+class Tiles(ABC):
+    """A set of labelled tiles, its `rows`, to train or evaluate on, shared between ranks."""
 
     def __init__(self, rows: LabelledRows, ranks: Ranks) -> None:
         self.rows = rows
@@ -80,8 +49,27 @@ class StridedTiles(ABC):
         return len(self.rows)
 
     @property
+    @abstractmethod
     def share(self) -> Tensor:
-        """(m,) int64 rows that this rank evaluates."""
+        """(m,) int64 rows that this rank evaluates; the shares of all ranks make up the set."""
+
+    @abstractmethod
+    def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield this rank's share of every global batch of an epoch, from `first_step` on."""
+
+    @abstractmethod
+    def iterate_share(self) -> Iterator[Tensor]:
+        """Yield the inputs of the rows in `share`, in order and unpadded.
+
+        Inputs of a backbone come in the same number of batches on every rank.
+        """
+
+
+class StridedTiles(Tiles):
+    """Tiles of which each rank takes every world_size-th row, of a training batch and of the evaluated set."""
+
+    @property
+    def share(self) -> Tensor:
         return take_share(torch.arange(len(self)), self._ranks)
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -96,10 +84,6 @@ class StridedTiles(ABC):
     @abstractmethod
     def _load_epoch(self, shares: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and labels, on the device, for each share of a training batch."""
-
-    @abstractmethod
-    def iterate_share(self) -> Iterator[Tensor]:
-        """Yield the inputs of the rows in `share`, see `Tiles`."""
 
 
 def take_share(rows: Tensor, ranks: Ranks) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from cache_schema.layout import Float16Array
 from extract.ranks.group import Ranks
 
-from .batches import Batch
+from .batches import Batch, Tiles
 from .labels import LabelledRows
 from .vectors import BlockVectors
 
@@ -73,13 +73,7 @@ def deal_blocks(counts: Counts, order: npt.NDArray[np.int64], world_size: int) -
 
 
 class ShuffleBuffer:
-    """A buffer of rows to draw from at random, without replacement.
-
-    Args:
-        capacity: rows it can hold.
-        width: length of a vector.
-        rng: decides what is drawn.
-    """
+    """A buffer of `capacity` rows with vectors of length `width`, to draw from at random without replacement."""
 
     def __init__(self, capacity: int, width: int, rng: np.random.Generator) -> None:
         # NumPy copies whole rows; PyTorch's index_copy_ goes by element, and took longer than a step of training.
@@ -112,27 +106,17 @@ class ShuffleBuffer:
         return torch.from_numpy(rows), torch.from_numpy(vectors)
 
 
-class BlockTiles:
-    """n labelled rows of a cache whose vectors are streamed.
-
-    Args:
-        rows: the rows, ascending, and their labels.
-        vectors: vectors of the rows' version.
-        ranks: share the blocks.
-    """
+class BlockTiles(Tiles):
+    """n labelled rows of a cache, ascending, whose vectors are streamed; ranks share its blocks."""
 
     def __init__(self, rows: LabelledRows, vectors: BlockVectors, ranks: Ranks) -> None:
-        self.rows = rows
+        super().__init__(rows, ranks)
         self._vectors = vectors
-        self._labels = torch.from_numpy(rows.labels).to(ranks.device)
-        self._ranks = ranks
+        self._labels = self._labels.to(ranks.device)
         layout = vectors.layout
         # Used rows of a block are consecutive: they run from the block's edge to the next one.
         self._edges = np.searchsorted(rows.index, np.arange(layout.blocks + 1) * layout.block_rows)
         self._counts = np.diff(self._edges)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def iterate_epoch(self, *, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield this rank's share of every global batch, see `plan_epoch`; read and drop those before `first_step`."""
@@ -155,7 +139,6 @@ class BlockTiles:
 
     @property
     def share(self) -> Tensor:
-        """(m,) int64 rows that this rank evaluates: those of its blocks."""
         return torch.cat([torch.arange(0), *(torch.from_numpy(self._find_rows(block)) for block in self._evaluated)])
 
     def iterate_share(self) -> Iterator[Tensor]:

@@ -42,5 +42,4 @@ class CachedTiles(StridedTiles):
             yield inputs, self._labels.index_select(0, mine)
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Yield the vectors of the rows in `share`, unpadded."""
         return (self._vectors.gather(rows) for rows in take_share(self._index, self._ranks).split(_EVAL_ROWS))

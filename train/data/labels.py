@@ -119,9 +119,6 @@ def read_labelled_cache(
 
     Args:
         version: the same on every rank.
-        config: classes and label rules.
-        residence: decides whether vectors are held in memory.
-        ranks: share the blocks.
         allow_unsealed: accept an unfinished version, without its missing rows.
         reading: how to read the raw label ids, if another cache has decided it.
 
@@ -145,7 +142,7 @@ def read_labelled_cache(
 def _scan(version: Version, vectors: Vectors, ranks: Ranks) -> tuple[RawLabels, UInt8Array]:
     """Read raw labels and status (N,) of all rows into memory, and the vectors into `vectors`.
 
-    Rows of a block that fails its check count as pending. Ranks exchange 17 bytes a row and 1 KiB a block, besides what
+    Rows of a block that fails its check count as pending. Ranks exchange 17 bytes a row and 1 KiB a block, and what
     `vectors` exchanges.
     """
     layout = version.layout
@@ -201,10 +198,8 @@ def label_rows(
     """Select the usable rows of N, and decode their labels.
 
     Args:
-        table: the tiles.
-        raw: contents of their label files.
+        raw: contents of the label files.
         status: (N,) uint8, see `Status`.
-        config: classes and label rules.
         reading: how to read the raw ids, if known; else as `config` says.
 
     Raises:
@@ -255,8 +250,7 @@ def read_vectors(cache: LabelledCache, chosen: Tensor) -> Tensor:
         chosen: (b,) int64 on the CPU, positions among the n.
     """
     assert isinstance(cache.vectors, HeldVectors)
-    index = torch.from_numpy(cache.rows.index[chosen.numpy()])
-    return cache.vectors.gather(index.to(cache.vectors.device)).float()
+    return cache.vectors.gather(torch.from_numpy(cache.rows.index[chosen.numpy()])).float()
 
 
 def can_look_up(*caches: LabelledCache) -> bool:

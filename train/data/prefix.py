@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -54,8 +53,6 @@ class PrefixCache:
 
     Args:
         scratch: parent folder of the caches of all versions and depths.
-        version: the version the rows belong to.
-        checkpoint: the version's backbone.
         unfreeze: number of trained layers, which take the tokens as input.
         views: 1, or 8 for the symmetries of a tile.
     """
@@ -76,7 +73,9 @@ class PrefixCache:
     def find_missing(self, slots: Index) -> Index:
         """Return the `slots` without tokens, ascending and unique."""
         wanted: Index = np.unique(slots)
-        missing: Index = wanted[self._read_done()[wanted] == 0]
+        if not self._is_whole():
+            return wanted
+        missing: Index = wanted[np.fromfile(self.folder / "done", np.uint8)[wanted] == 0]
         return missing
 
     def fill(
@@ -85,10 +84,8 @@ class PrefixCache:
         """Compute the missing tokens and write them; the ranks of a machine share the work.
 
         Args:
-            slots: the slots to fill.
             compute: maps batches of slots to their tokens (b, T, D), in order.
             batch: slots per batch.
-            ranks: all ranks of the job.
 
         Returns:
             the number of slots that this rank computed.
@@ -138,10 +135,6 @@ class PrefixCache:
     def _tokens(self) -> "np.memmap[Any, np.dtype[np.uint8]]":
         return np.memmap(self.folder / "tokens", np.uint8, "r", shape=(self._slots, self.slot_bytes))
 
-    def _read_done(self) -> npt.NDArray[np.uint8]:
-        """Read the marks (slots,): 1 where tokens are on the disk."""
-        return np.fromfile(self.folder / "done", np.uint8) if self._is_whole() else np.zeros(self._slots, np.uint8)
-
     def _is_whole(self) -> bool:
         """Return whether all files exist with the right size and provenance."""
         try:
@@ -169,9 +162,7 @@ class PrefixTiles(StridedTiles):
     """n labelled rows of a cache as tokens, the input of the trained layers.
 
     Args:
-        cache: the rows and their labels.
         prefix: holds the tokens of all rows, and all views of those to train on.
-        ranks: share the rows.
         eval_batch: tiles per forward pass in evaluation.
     """
 
@@ -181,17 +172,14 @@ class PrefixTiles(StridedTiles):
         self._eval_batch = eval_batch
 
     def _load_epoch(self, shares: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        tokens = self._read(shares, [self._draw(share, seed, epoch) for share in shares])
+        turned = self._prefix.views > 1
+        views = [draw_symmetries(share, seed, epoch) if turned else torch.zeros_like(share) for share in shares]
+        tokens = self._read(shares, views)
         return ((part, self._labels[share].to(self._ranks.device)) for share, part in zip(shares, tokens, strict=True))
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Yield tokens of the unturned tiles in `share`, unpadded, in the same number of batches on every rank."""
         parts = split_evenly(self.share, len(self), self._eval_batch, self._ranks)
         return self._read(parts, [torch.zeros_like(part) for part in parts])
-
-    def _draw(self, rows: Tensor, seed: int, epoch: int) -> Tensor:
-        """Draw the view, (n,) int64, in which the epoch shows each row."""
-        return draw_symmetries(rows, seed, epoch) if self._prefix.views > 1 else torch.zeros_like(rows)
 
     def _read(self, parts: Sequence[Tensor], symmetries: Sequence[Tensor]) -> Iterator[Tensor]:
         def read(number: int) -> Tensor:
@@ -260,7 +248,6 @@ def check_room(prefixes: Sequence[tuple[PrefixCache, Index]], *, agreed: bool) -
 
 @contextmanager
 def _name_errors(folder: Path) -> Iterator[None]:
-    """Turn an error of the disk into one line for the user."""
     try:
         yield
     except OSError as error:

@@ -57,7 +57,6 @@ def read_sets(config: TrainConfig, ranks: Ranks) -> Sets:
 
     Args:
         config: the same on every rank, with the memory budget agreed between them.
-        ranks: share the reading.
 
     Raises:
         TileprobeError: a cache, its labels or the split is unusable.
@@ -84,7 +83,6 @@ def _make_sets(
     val: LabelledCache | None,
     test: LabelledCache | None,
 ) -> Sets:
-    """Make the sets of a run from its caches."""
     notes = list(whole.rows.notes)
     if not len(whole.rows):
         raise TrainError(
@@ -190,21 +188,18 @@ def _open_caches(config: TrainConfig) -> list[Version]:
                 f"--features {config.features}: choose from {', '.join(pooling)}, or extract with another --pooling: "
                 f"{version.url} holds no {', '.join(lacking)}"
             )
-    for version in others:
-        _refuse_unlike_first(version, first)
+    for other in others:
+        if other.id == first.id:
+            raise TrainError(
+                f"{other.url} holds the same tiles as {first.url}: a validation or test set needs other tiles"
+            )
+        differences = other.provenance.differences(first.provenance)
+        if differences:
+            raise ProvenanceError(
+                f"{other.url} and {first.url} hold different embeddings ({'; '.join(differences)}): "
+                "extract both with the same BACKBONE, IMAGE_SIZE and --precision"
+            )
     return opened
-
-
-def _refuse_unlike_first(other: Version, first: Version) -> None:
-    """Refuse a validation or test set with the tiles of the training set, or with embeddings of another kind."""
-    if other.id == first.id:
-        raise TrainError(f"{other.url} holds the same tiles as {first.url}: a validation or test set needs other tiles")
-    differences = other.provenance.differences(first.provenance)
-    if differences:
-        raise ProvenanceError(
-            f"{other.url} and {first.url} hold different embeddings ({'; '.join(differences)}): "
-            "extract both with the same BACKBONE, IMAGE_SIZE and --precision"
-        )
 
 
 def _refuse_other_versions(opened: Sequence[Version], chosen: Sequence[str]) -> None:
@@ -213,5 +208,5 @@ def _refuse_other_versions(opened: Sequence[Version], chosen: Sequence[str]) -> 
         if version.id != version_id:
             raise TrainError(
                 f"{version.url} holds version {version_id} for rank 0 and {version.id} for another rank: give "
-                "every node the same cache; if it was just extracted anew, start again"
+                "every node the same cache; if it was just extracted again, start again"
             )

@@ -5,8 +5,7 @@ its share of the tiles and of every class.
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +24,8 @@ _ABSENT = 4.0
 cannot be learnt or measured there; learning counts for more."""
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """A split of n rows.
-
-    Attributes:
-        val: (n,) bool, rows that validate; the others train.
-        notes: lines for the user.
-    """
+class Split(NamedTuple):
+    """A split of n rows: those that validate, (n,) bool, while the others train, and lines for the user."""
 
     val: BoolArray
     notes: tuple[str, ...]

@@ -11,7 +11,7 @@ from cache_schema import NO_LABEL, Status, TileTable
 from extract.backbone.checkpoint import Checkpoint
 from extract.backbone.transform import TileTransform
 from extract.ranks.group import Ranks
-from extract.tiles.batch import TileBatch, TileRequest, make_requests
+from extract.tiles.batch import TileRequest, make_requests
 from extract.tiles.feed import TileFeed
 from extract.tiles.listing import list_tiles
 from extract.tiles.source import Source
@@ -30,8 +30,6 @@ class StreamedTiles(StridedTiles):
     Args:
         cache: the tiles and their labels; label files are not read again.
         feed: worker processes, shared by the sets of a run.
-        checkpoint: the backbone's; gives image size, mean and standard deviation.
-        ranks: share the rows.
         dtype: dtype of the pixel values.
         eval_batch: tiles per forward pass in evaluation, the batch size the cache was made with.
         augmentation: applied in training, not in evaluation.
@@ -64,7 +62,6 @@ class StreamedTiles(StridedTiles):
             yield pixels, self._labels[share].to(self._ranks.device)
 
     def iterate_share(self) -> Iterator[Tensor]:
-        """Yield pixel values of the rows in `share`, unpadded, in the same number of batches on every rank."""
         return self._read(split_evenly(self.share, len(self), self._eval_batch, self._ranks))
 
     def _read(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -75,23 +72,18 @@ class StreamedTiles(StridedTiles):
         return (next(pixels) if len(batch) else empty for batch in batches)
 
     def read_rows(self, batches: Sequence[Index]) -> Iterator[Tensor]:
-        """Yield pixel values (b, 3, S, S) for batches of table rows, in order."""
+        """Yield pixel values (b, 3, S, S) for batches of table rows, in order.
+
+        Raises:
+            TrainError: a tile cannot be read any more.
+        """
         requests = (make_requests(self._table, batch.tolist(), labels=False) for batch in batches)
         for batch in self._feed.read(requests):
-            refuse_changed(batch, self._table)
+            bad = np.flatnonzero(batch.status != Status.EMBEDDED)
+            if len(bad):  # it was embedded once; leaving it out would misplace the labels of the others
+                name, status = self._table.tile[batch.rows[bad[0]]], Status(batch.status[bad[0]])
+                raise TrainError(f"{name} {status.reason}, but the cache holds its embedding: run `make extract` again")
             yield self._transform(batch.images, device=self._ranks.device, dtype=self._dtype)
-
-
-def refuse_changed(batch: TileBatch, table: TileTable) -> None:
-    """Refuse a batch with an unreadable tile: each of them was embedded once, and a gap would misplace the labels.
-
-    Raises:
-        TrainError: names the tile and what happened to it.
-    """
-    bad = np.flatnonzero(batch.status != Status.EMBEDDED)
-    if len(bad):
-        name, status = table.tile[batch.rows[bad[0]]], Status(batch.status[bad[0]])
-        raise TrainError(f"{name} {status.reason}, but the cache holds its embedding: run `make extract` again")
 
 
 def check_tiles_unchanged(source: Source, caches: Sequence[LabelledCache]) -> None:

@@ -24,12 +24,9 @@ from .memory import StreamingMemory, choose_budget
 
 
 class HeldVectors:
-    """(N, F) float16 vectors on a device, shared by all sets of a run; rows of blocks not kept are undefined.
+    """(N, F) float16 vectors of a version on a device, shared by all sets of a run; `features` are joined in order.
 
-    Args:
-        version: the version the rows belong to.
-        features: pooled arrays, joined in this order.
-        device: device that holds the vectors.
+    Rows of blocks not kept are undefined.
     """
 
     def __init__(self, version: Version, features: tuple[str, ...], device: torch.device) -> None:
@@ -37,11 +34,6 @@ class HeldVectors:
         self._features = features
         width = version.layout.width * len(features)
         self._vectors = torch.empty(version.layout.rows, width, dtype=torch.float16, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        """The device that holds the vectors."""
-        return self._vectors.device
 
     def keep(self, block: int, values: BlockValues) -> None:
         """Copy a block's vectors to the device; thread-safe for different blocks."""
@@ -54,8 +46,8 @@ class HeldVectors:
         exchange(self._vectors, [self._layout.span(share) for share in shares], ranks)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Return (len(rows), F) float16 copies of table rows; `rows` is int64 on the same device."""
-        return self._vectors.index_select(0, rows)
+        """Return (len(rows), F) float16 copies of table rows (int64)."""
+        return self._vectors.index_select(0, rows.to(self._vectors.device))
 
 
 class BlockVectors:
@@ -65,7 +57,6 @@ class BlockVectors:
     commits, takes a digest of the vectors alone, and every later read is compared with that.
 
     Args:
-        version: the version the blocks belong to.
         features: pooled arrays, joined in this order.
         memory: number of blocks to read ahead and of rows to shuffle.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,17 +59,14 @@ class OutOfFold:
         temporary.rename(run.path / OUT_OF_FOLD)
 
 
-def predict_out_of_fold(
-    config: TrainConfig, cache: LabelledCache, ranks: Ranks, *, folds: int, say: Callable[[str], None]
-) -> OutOfFold | None:
+def predict_out_of_fold(config: TrainConfig, cache: LabelledCache, ranks: Ranks, *, folds: int) -> OutOfFold | None:
     """Train `folds` heads on cached vectors and predict every row by the head that has not seen its scene.
 
     Args:
         config: of each head: features, epochs, learning rate and so on; empty tiles train only if it keeps them.
         cache: n usable rows before any split, empty tiles included; the same on all ranks.
-        ranks: all call this together.
+        ranks: all call this together; a line for each fold is printed.
         folds: 2 or more.
-        say: called with one line for each fold.
 
     Returns:
         the predictions in the order of `cache.rows` on rank 0; None on other ranks.
@@ -83,7 +79,7 @@ def predict_out_of_fold(
     logits = np.full(cache.rows.labels.shape, np.nan, np.float32)
     for number in range(folds):
         sets = _take_fold(cache, fold == number, config, f"fold {number + 1} of {folds}")
-        say(sets.notes[0])
+        ranks.say(sets.notes[0])
         found = _train_fold(config, sets, ranks)
         if found is not None:
             logits[fold == number] = found
@@ -99,11 +95,9 @@ def _take_fold(cache: LabelledCache, held_out: BoolArray, config: TrainConfig, n
                              "choose fewer --folds")  # fmt: skip
     unlearnt = np.flatnonzero(val.rows.labels.any(axis=0) & ~train.rows.labels.any(axis=0))
     names = ", ".join(cache.rows.class_names[c] for c in unlearnt)
-    note = f"{name}: {len(train.rows):,} tiles train, {len(val.rows):,} are held out" + (
-        f"; warning: all tiles that show {names} are held out together: it cannot be learnt in this fold"
-        if names
-        else ""
-    )
+    note = f"{name}: {len(train.rows):,} tiles train, {len(val.rows):,} are held out"
+    if names:
+        note += f"; warning: all tiles that show {names} are held out together: it cannot be learnt in this fold"
     counted = mark_counted(val.rows, config.data.empty)
     return Sets(None, train, val, counted, None, (note,), {}, np.zeros(0, bool))
 
@@ -134,7 +128,6 @@ class CrossValidation:
 
     @classmethod
     def score(cls, found: OutOfFold, rows: LabelledRows, config: TrainConfig) -> CrossValidation:
-        """Score n rows."""
         logits, counted = torch.from_numpy(found.logits), mark_counted(rows, config.data.empty)
         per_fold = []
         for number in range(config.folds):
@@ -178,14 +171,14 @@ class CrossValidation:
 
 
 def cross_validate(
-    config: TrainConfig, cache: LabelledCache, run: RunDirectory, ranks: Ranks, say: Callable[[str], None]
+    config: TrainConfig, cache: LabelledCache, run: RunDirectory, ranks: Ranks
 ) -> CrossValidation | None:
     """Cross-validate as configured; rank 0 writes `folds.json` and `out_of_fold.safetensors` into the run.
 
     Returns:
         the figures on rank 0; None on other ranks.
     """
-    found = predict_out_of_fold(config, cache, ranks, folds=config.folds, say=say)
+    found = predict_out_of_fold(config, cache, ranks, folds=config.folds)
     if found is None:
         return None
     scores = CrossValidation.score(found, cache.rows, config)

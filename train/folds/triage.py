@@ -17,9 +17,7 @@ Doubt is no proof: a tile that is hard, or unlike all others, is doubted too.
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +46,7 @@ class Doubt:
     """One label of one tile that the out-of-fold model doubts.
 
     Attributes:
-        row: index into the judged rows.
-        column: of the class.
+        row, column: indices of the judged row and of the class.
         label: the given label: whether the tile shows the class.
         prob: out-of-fold probability that it does.
         doubt: 0 to 1, comparable between classes; not a probability.
@@ -62,7 +59,7 @@ class Doubt:
     doubt: float
 
     @property
-    def kind(self) -> Literal["likely wrong", "likely missing"]:
+    def kind(self) -> str:
         """Say whether the label is probably wrong, or one is probably missing."""
         return "likely wrong" if self.label else "likely missing"
 
@@ -88,11 +85,11 @@ def run_triage(config: TrainConfig, out: Path, *, top: int) -> None:
         residence = Residence.choose(config, [version], ranks.device)
         cache = read_labelled_cache(version, config.data, residence, ranks, allow_unsealed=allowed)
         for line in cache.rows.notes:
-            print(line, flush=True)
+            ranks.say(line)
         check_doubtable(cache.rows)
         # Options that favour rare classes raise their probability on tiles that do not show them.
         plain = replace(config, class_weights="none", repeat_factor=0.0, clip_norm=None)
-        found = predict_out_of_fold(plain, cache, ranks, folds=FOLDS, say=partial(print, flush=True))
+        found = predict_out_of_fold(plain, cache, ranks, folds=FOLDS)
         assert found is not None
         probs = torch.from_numpy(found.logits).sigmoid().numpy()
         doubts = find_doubts(probs, cache.rows.labels, top=top)
@@ -128,7 +125,6 @@ def find_doubts(probs: FloatArray, labels: BoolArray, *, top: int) -> list[Doubt
         probs: (n, C) in 0..1, each by a model that did not see the row's scene.
         labels: (n, C) bool, the given labels. A class that no row or every row shows is skipped: whether the model
             knows it cannot be measured.
-        top: most labels to return.
     """
     distrust = np.where(labels, 1 - probs, probs).astype(np.float64)
     skill = np.zeros(labels.shape[1])

@@ -39,7 +39,7 @@ def run_neighbours(config: TrainConfig) -> None:
             )
         run = open_run(config, None, sets).run
         for line in sets.notes:
-            print(line, flush=True)
+            ranks.say(line)
 
         def guess(cache: LabelledCache) -> FloatArray:
             """Return probabilities (n, C)."""

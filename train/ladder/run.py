@@ -44,8 +44,6 @@ class LadderConfig:
     """Settings of a ladder.
 
     Attributes:
-        cache: cache of the training tiles.
-        rungs: value of `--rungs`.
         shared: command-line options of every rung, with the cache.
         head: further options of rungs on cached vectors.
         finetune: further options of rungs that train layers.
@@ -53,15 +51,9 @@ class LadderConfig:
 
     cache: str
     rungs: str
-    shared: tuple[str, ...]
-    head: tuple[str, ...]
-    finetune: tuple[str, ...]
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(
-            value["cache"], value["rungs"], tuple(value["shared"]), tuple(value["head"]), tuple(value["finetune"])
-        )
+    shared: Sequence[str]
+    head: Sequence[str]
+    finetune: Sequence[str]
 
 
 def run_ladder(link: str, config: LadderConfig | None, nproc: int | None) -> None:
@@ -69,7 +61,7 @@ def run_ladder(link: str, config: LadderConfig | None, nproc: int | None) -> Non
 
     Args:
         link: link to the newest ladder, `runs/ladder` -> `runs/ladder-001`.
-        config: settings of a new ladder; None resumes the newest one.
+        config: None resumes the newest ladder.
         nproc: ranks per rung; None for one per GPU.
 
     Raises:
@@ -88,14 +80,7 @@ def run_ladder(link: str, config: LadderConfig | None, nproc: int | None) -> Non
 
 
 class Ladder:
-    """A ladder in its directory.
-
-    Args:
-        run: the directory.
-        config: settings of all rungs.
-        records: one per rung, cheapest first.
-        nproc: ranks per rung.
-    """
+    """A ladder in its directory, with a record of each rung, cheapest first, and `nproc` ranks for a rung."""
 
     def __init__(self, run: RunDirectory, config: LadderConfig, records: Sequence[Record], nproc: int) -> None:
         self._run, self._config, self._records, self._nproc = run, config, records, nproc
@@ -124,7 +109,7 @@ class Ladder:
         run = RunDirectory(Path(os.path.realpath(link)))
         try:
             stored = run.read_json(LADDER)
-            config = LadderConfig.from_json(stored["settings"])
+            config = LadderConfig(**{name: stored["settings"][name] for name in LadderConfig.__dataclass_fields__})
             records = [Record.from_json(line) for line in stored["rungs"]]
         except (KeyError, TypeError) as error:
             raise TrainError(f"{run}/{LADDER} was written by another release: {error}: start a new ladder") from error
@@ -163,14 +148,15 @@ class Ladder:
                 self._run_rung(record)
                 if self._signal is not None:
                     break
-                bar.write(self._describe(record), file=sys.stdout)
+                outcome = f" failed: {record.error}" if record.error else f": {record.wall_s:.0f} s"
+                bar.write(record.rung.title + outcome, file=sys.stdout)
                 bar.update()
         if self._signal is not None:
             finished = sum(record.state == "finished" for record in self._records)
             stop = Stopped(self._signal)
             print(
                 f"stopped by {stop}: {finished} of {len(self._records)} rungs of {self._run} are finished; "
-                "--resume goes on from there",
+                "--resume continues from there",
                 file=sys.stderr,
                 flush=True,
             )
@@ -188,14 +174,14 @@ class Ladder:
         finished = [record for record in self._records if record.state == "finished"]
         failed = [record for record in self._records if record.state == "failed"]
         if finished:
-            summary = summarise(self._run, finished)
-            self._write(summary.to_json())
-            print(f"\n{summary.text}\nladder: {self._run} ({LADDER}, ladder.png, a run and its log of every rung)")
+            results, text = summarise(self._run, finished)
+            self._write(results)
+            print(f"\n{text}\nladder: {self._run} ({LADDER}, ladder.png, a run and its log of every rung)")
         if failed:
             reasons = "; ".join(f"{record.rung.title}: {record.error}" for record in failed)
             raise TrainError(
                 f"{len(failed)} of {len(self._records)} rungs failed ({reasons}): see the logs in {self._run}, fix "
-                "the cause, and go on with --resume"
+                "the cause, and continue with --resume"
             )
 
     def _run_rung(self, record: Record) -> None:
@@ -260,12 +246,9 @@ class Ladder:
         # The search for neighbours takes seconds and cannot be resumed.
         if rung.name != NEIGHBOURS and (place / "config.json").is_file():
             command.append("--resume")
-        return [*self._make_launch(rung), "-m", "train", *command]
-
-    def _make_launch(self, rung: Rung) -> list[str]:
-        if self._nproc == 1 or rung.name == NEIGHBOURS:
-            return [sys.executable]
-        return [sys.executable, "-m", "extract.launch", f"--nproc-per-node={self._nproc}", "--standalone"]
+        launch = ["-m", "extract.launch", f"--nproc-per-node={self._nproc}", "--standalone"]
+        alone = self._nproc == 1 or rung.name == NEIGHBOURS
+        return [sys.executable, *([] if alone else launch), "-m", "train", *command]
 
     def _count_lost_legs(self) -> None:
         """Take the last change of the log as the end of each leg that outlived the ladder."""
@@ -274,11 +257,6 @@ class Ladder:
                 if leg.seconds is None:
                     log = self._run.path / f"{record.rung.name}.log"
                     leg.seconds = max(0.0, log.stat().st_mtime - leg.began) if log.exists() else 0.0
-
-    def _describe(self, record: Record) -> str:
-        if record.state == "finished":
-            return f"{record.rung.title}: {record.wall_s:.0f} s"
-        return f"{record.rung.title} failed: {record.error}"
 
     def _write(self, results: Mapping[str, Any] | None = None) -> None:
         settings = {**self._config.__dict__, "nproc": self._nproc}

@@ -34,7 +34,7 @@ def choose_rungs(asked: str, depth: int) -> tuple[tuple[Rung, ...], tuple[str, .
 
     Args:
         asked: `neighbours`, `linear`, `mlp`, numbers of layers and `all`, separated by commas.
-        depth: number of layers of the backbone.
+        depth: of the backbone, in layers.
 
     Raises:
         TrainError: a word is unknown, no rung is left, or the MLP that trained layers start from is missing.
@@ -74,7 +74,6 @@ class Leg:
     """A process that ran a rung, or a part of it.
 
     Attributes:
-        pid: process id.
         began: start time, seconds since 1970.
         seconds: duration, with start-up; None while it runs, or if the ladder itself died first.
         status: exit status; negative for a signal.
@@ -93,8 +92,6 @@ class Record:
     """The state of a rung.
 
     Attributes:
-        rung: the rung.
-        state: whether it waits, runs, finished or failed.
         error: why it failed, in one line.
         legs: processes that ran it; more than one if the ladder was resumed.
     """

@@ -43,7 +43,6 @@ class Result:
     """A finished rung.
 
     Attributes:
-        record: how it was run.
         metrics: its metrics.json.
         probs: (n, C) float32 of the n validation tiles of the main figures.
         training_s: seconds of its epochs, validation included; 0 for a rung without epochs.
@@ -66,37 +65,11 @@ class Result:
         return self.record.peak_bytes if self.device_bytes is None else self.device_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Summary:
-    """Results, cheapest first; `gains` of all other rungs over the reference; `text` for people."""
+def summarise(ladder: RunDirectory, records: Sequence[Record]) -> tuple[dict[str, Any], str]:
+    """Read the finished rungs' runs, cheapest first, compare them, and draw ladder.png.
 
-    results: tuple[Result, ...]
-    reference: Result
-    gains: dict[str, PairedDifference]
-    sentence: str
-    text: str
-
-    def to_json(self) -> dict[str, Any]:
-        keys = (*COMPARED, "intervals")
-        table = []
-        for result in self.results:
-            gain = self.gains.get(result.record.rung.name)
-            table.append(
-                {
-                    "name": result.record.rung.name,
-                    **{key: result.metrics[key] for key in keys},
-                    "wall_s": result.record.wall_s,
-                    "training_s": result.training_s,
-                    "host_peak_bytes": result.record.peak_bytes,
-                    "device_peak_bytes": result.device_bytes,
-                    "over_reference": _gain_to_json(gain) if gain else None,
-                }
-            )
-        return {"reference": self.reference.record.rung.name, "table": table, "sentence": self.sentence}
-
-
-def summarise(ladder: RunDirectory, records: Sequence[Record]) -> Summary:
-    """Read the finished rungs' runs, compare them, and draw ladder.png.
+    Returns:
+        the table for ladder.json, and the text for people.
 
     Raises:
         TrainError: they were not scored on the same tiles.
@@ -105,7 +78,7 @@ def summarise(ladder: RunDirectory, records: Sequence[Record]) -> Summary:
     runs = [RunDirectory.open(str(ladder.path / record.rung.name)) for record in records]
     config = runs[0].read_config()
     sets = read_sets(replace(config, test_cache=None, folds=0), Ranks.alone())
-    results = tuple(_read_result(run, record, sets) for run, record in zip(runs, records, strict=True))
+    results = [_read_result(run, record, sets) for run, record in zip(runs, records, strict=True)]
     rows = sets.val.rows.select(sets.counted)
     # Fine-tuning starts from the MLP head, so it has to beat it; without an MLP rung the cheapest is the reference.
     reference = next((result for result in results if result.record.rung.name == MLP), results[0])
@@ -132,7 +105,8 @@ def summarise(ladder: RunDirectory, records: Sequence[Record]) -> Summary:
         sentence,
     ]
     draw_ladder(ladder.path / "ladder.png", results)
-    return Summary(results, reference, gains, sentence, "\n".join(lines))
+    table = {"reference": reference.record.rung.name, "table": table_to_json(results, gains), "sentence": sentence}
+    return table, "\n".join(lines)
 
 
 def _read_result(run: RunDirectory, record: Record, sets: Sets) -> Result:
@@ -147,6 +121,25 @@ def _read_result(run: RunDirectory, record: Record, sets: Sets) -> Result:
     peaks = [line["device_peak_bytes"] for line in timings if "device_peak_bytes" in line]
     training_s = sum(line["train_s"] + line["val_s"] for line in timings if "train_s" in line)
     return Result(record, run.read_json("metrics.json"), probs, training_s, max(peaks, default=None))
+
+
+def table_to_json(results: Sequence[Result], gains: Mapping[str, PairedDifference]) -> list[dict[str, Any]]:
+    """Return the figures and cost of each rung as JSON values; `gains` holds those over the reference, by rung."""
+    lines = []
+    for result in results:
+        gain = gains.get(result.record.rung.name)
+        lines.append(
+            {
+                "name": result.record.rung.name,
+                **{key: result.metrics[key] for key in (*COMPARED, "intervals")},
+                "wall_s": result.record.wall_s,
+                "training_s": result.training_s,
+                "host_peak_bytes": result.record.peak_bytes,
+                "device_peak_bytes": result.device_bytes,
+                "over_reference": _gain_to_json(gain) if gain else None,
+            }
+        )
+    return lines
 
 
 def _gain_to_json(gain: PairedDifference) -> dict[str, Any]:

@@ -26,10 +26,8 @@ def run_evaluation(run: str, target: Target, *, tta: Views, device: str, workers
     """Print the metrics of a run on labelled tiles, with the same figures and per-class table as training.
 
     Args:
-        run: directory of the run, or a link to it.
         target: labelled tiles; the run's rules decide how labels are read.
         tta: `d4` averages each tile's logits over its eight symmetries.
-        device, workers: as in training.
 
     Returns:
         on the main rank the metrics, as in a run's metrics.json, and `run`, `tiles`, `notes`; None on other ranks.

@@ -47,12 +47,10 @@ _PIXELS = 3  # random tiles to compare logits on
 
 
 def run_export(run: str, out: str | None, *, onnx: bool) -> None:
-    """Write the best epoch of a run as a self-contained directory, and print how to use it.
+    """Write the best epoch of a run as a self-contained directory, with `onnx` also as ONNX; print how to use it.
 
     Args:
-        run: directory of the run, a link to it, or a `gs://` URL.
         out: directory to create; None for `export` in the run.
-        onnx: whether to write the classifier as ONNX too.
 
     Raises:
         TileprobeError: the run is missing or damaged, its backbone is gone or changed, `out` exists, or the export does

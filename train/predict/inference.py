@@ -35,9 +35,7 @@ from .target import Target
 from .trained_model import TrainedModel
 
 _STREAM_BATCH = 32
-
 _HEAD_ROWS = 8192
-
 _ROUND = 16
 """Batches per rank that rank 0 gathers and sorts at once: few enough to hold, enough that ranks rarely wait."""
 
@@ -49,13 +47,13 @@ class Task:
     """A model and the rows it runs on.
 
     Attributes:
-        model: the trained model.
-        inputs: the rows.
+        tta: `d4` averages each tile's logits over its eight symmetries.
         version: the version to read vectors from; None streams tiles.
     """
 
     model: TrainedModel
     inputs: Inputs
+    tta: Views = "one"
     version: Version | None = None
 
     @classmethod
@@ -69,28 +67,21 @@ class Task:
         """
         if target.names:
             names, window, stride = target.names, target.window, target.stride
-            return cls(model, ranks.run_on_main(lambda: find_inputs(names, window, stride)))
+            return cls(model, ranks.run_on_main(lambda: find_inputs(names, window, stride)), tta)
         if not target.cache:
             tiles = open_source(str(target.tiles)).url
             table = ranks.run_on_main(lambda: list_tiles(open_source(tiles), unlabelled=not labels).table)
-            return cls(model, Inputs((Listed(tiles, table, labels=labels),)))
+            return cls(model, Inputs((Listed(tiles, table, labels=labels),)), tta)
         version = ranks.run_everywhere(lambda: open_cache(str(target.cache)))
         inputs = Inputs((Listed(version.recorded.tiles, version.read_table(), labels=labels),))
         if model.meta.unfreeze:
-            return cls(model, inputs)
+            return cls(model, inputs, tta)
         if tta != "one":
             raise TrainError(
                 f"--tta {tta} needs tiles, but {model.place} reads cached vectors: use --tiles, or leave --tta out"
             )
         ranks.run_everywhere(lambda: _check_provenance(model, version))
-        return cls(model, inputs, version)
-
-    @property
-    def listed(self) -> Listed:
-        """The rows of a target that is a single listing."""
-        (part,) = self.inputs.parts
-        assert isinstance(part, Listed)
-        return part
+        return cls(model, inputs, tta, version)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,30 +108,29 @@ def infer(
 ) -> tuple[Listed, Scored] | None:
     """Return the tiles of the target and all their logits on rank 0, None on the others; raise as `Task.plan`."""
     task = Task.plan(model, target, ranks, labels=labels, tta=tta)
-    parts = [*score(task, ranks, Timing(), workers=workers, tta=tta)]
+    parts = [*score(task, ranks, Timing(), workers=workers)]
     if not ranks.is_main:
         return None
+    (listed,) = task.inputs.parts
+    assert isinstance(listed, Listed)
     logits, label_ids, status = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "label_ids", "status")
     )
-    return task.listed, Scored(0, logits, label_ids, status)
+    return listed, Scored(0, logits, label_ids, status)
 
 
-def score(task: Task, ranks: Ranks, timing: Timing, *, workers: int | None, tta: Views = "one") -> Iterator[Scored]:
+def score(task: Task, ranks: Ranks, timing: Timing, *, workers: int | None) -> Iterator[Scored]:
     """Yield the logits of every row in order on rank 0; the other ranks must iterate too, and get nothing.
 
     Args:
-        task: model and rows.
-        ranks: share the rows.
         timing: this rank's times are added to it.
         workers: feed processes per rank.
-        tta: `d4` averages each tile's logits over its eight symmetries.
     """
     if task.version:
         return _score_vectors(task.model, task.version, ranks, timing)
     size = max(1, min(_STREAM_BATCH, len(task.inputs)))
     batches = sum(math.ceil(rows / size) for _, rows, _ in task.inputs.group())
-    return _put_in_order(_score_share(task, ranks, timing, size, workers=workers, tta=tta), batches, ranks)
+    return _put_in_order(_score_share(task, ranks, timing, size, workers), batches, ranks)
 
 
 def _check_provenance(model: TrainedModel, version: Version) -> None:
@@ -179,9 +169,7 @@ def _read_block(version: Version, block: int) -> BlockValues:
         return BlockValues.make_blank(version.layout, rows.stop - rows.start)
 
 
-def _score_share(
-    task: Task, ranks: Ranks, timing: Timing, size: int, *, workers: int | None, tta: Views
-) -> Iterator[Scored]:
+def _score_share(task: Task, ranks: Ranks, timing: Timing, size: int, workers: int | None) -> Iterator[Scored]:
     """Stream this rank's batches through the model."""
     model, feeds = task.model, _open_feeds(task.inputs, ranks, workers)
     checkpoint = ranks.run_on_main(model.find_checkpoint)
@@ -201,7 +189,7 @@ def _score_share(
             got = time.perf_counter()
             with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=amp):
                 pixels = transform(batch.images, device=ranks.device, dtype=backbone.dtype)
-                logits = average_views(compute, pixels) if tta == "d4" else compute(pixels)
+                logits = average_views(compute, pixels) if task.tta == "d4" else compute(pixels)
             found = logits.float().cpu().numpy()
             found[batch.status != Status.EMBEDDED] = np.nan
             timing.note_batch(batch)

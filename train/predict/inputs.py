@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -69,8 +69,6 @@ class Listed:
     """Tiles of one listing.
 
     Attributes:
-        place: location of the tiles.
-        table: the tiles.
         prefix: put before tile names when they are shown.
         labels: whether to read label files too.
     """
@@ -97,12 +95,9 @@ class Listed:
 class Files:
     """Local image files in the order given, with their sizes in bytes."""
 
+    place: ClassVar[str] = _HERE
     paths: tuple[str, ...]
     sizes: tuple[int, ...]
-
-    @property
-    def place(self) -> str:
-        return _HERE
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -121,22 +116,18 @@ class Scene:
     """A raster that is cut into windows while it is read.
 
     Attributes:
-        path: the GeoTIFF.
         height, width: pixels of the raster.
         georeferenced: whether it has a coordinate reference system.
         size, stride: side and step of the windows, in pixels.
     """
 
+    place: ClassVar[str] = _HERE
     path: str
     height: int
     width: int
     georeferenced: bool
     size: int
     stride: int
-
-    @property
-    def place(self) -> str:
-        return _HERE
 
     def __len__(self) -> int:
         from extract.tiles.raster import count_windows
@@ -166,10 +157,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All inputs of a prediction.
+    """All inputs of a prediction; rows are numbered through all parts, in order.
 
     Attributes:
-        parts: rows are numbered through all parts, in order.
         notes: lines for the user on what each name stands for.
     """
 

@@ -56,7 +56,6 @@ def write_onnx(classifier: Classifier, path: Path, pixels: Tensor, *, inline_byt
 
     Args:
         classifier: has a float32 backbone, is in eval mode and on the CPU.
-        path: file to write.
         pixels: (2 or more, 3, S, S) float32 to trace with; S is fixed in the graph.
         inline_bytes: if the weights are larger, they go to a file next to it.
 
@@ -96,7 +95,6 @@ def check_onnx(path: Path, pixels: Tensor, expected: Tensor, *, batches: Sequenc
     """Run the file with onnxruntime in batches of several lengths and compare with torch.
 
     Args:
-        path: file written by `write_onnx`.
         pixels: (N, 3, S, S) float32.
         expected: (N, C) float32, torch's logits for them.
         batches: batch sizes to try, each on the first of the N tiles.

@@ -25,7 +25,7 @@ from train.model.augment import Views
 
 from .inference import Scored, Task, describe_views, score
 from .inputs import Inputs, Scene
-from .output import FORMATS, Table, make_record
+from .output import FORMATS
 from .target import DEFAULT_OUT, Target
 from .trained_model import TrainedModel, open_model
 
@@ -41,10 +41,8 @@ def run_prediction(
 
     Args:
         run: a run's directory, link or `gs://` URL, or an export's directory.
-        target: the tiles.
         out: a `.csv`, `.jsonl` or `.geojson` file.
         tta: `d4` averages each tile's logits over its eight symmetries.
-        device, workers: as in training.
 
     Returns:
         on the main rank the summary as JSON values; None on other ranks.
@@ -63,19 +61,19 @@ def run_prediction(
         for note in task.inputs.notes if ranks.is_main else ():
             print(note, flush=True)
         timing = Timing()
-        summary = _predict(task, path, ranks, timing, tta=tta, workers=workers)
+        summary = _predict(task, path, ranks, timing, workers)
         timings: list[Timing] = [timing] * ranks.world_size
         dist.all_gather_object(timings, timing)
         if summary is None:
             return None
         elapsed = time.perf_counter() - started
-        lines = summary.describe(model.meta.class_names)
+        lines = summary.describe()
         if task.version is None:
             on_cpu, count = ranks.device.type == "cpu", ranks.choose_workers(workers)
             lines.append(describe_speed(timings, elapsed))
             lines.append(advise(timings, count, ranks.cores, on_cpu=on_cpu, written="--out"))
         print("\n".join([*lines, *describe_views(tta)]))
-        return summary.collect(model.meta.class_names, timings, elapsed)
+        return summary.collect(timings, elapsed)
 
 
 @contextmanager
@@ -124,7 +122,6 @@ class Summary:
 
     Attributes:
         out, thresholds: the files.
-        tiles: number of rows.
         unreadable: number of rows without a prediction, by reason.
         positives: (C,) positive decisions per class.
         problems: the first few lines about unreadable tiles.
@@ -132,6 +129,7 @@ class Summary:
 
     out: Path
     thresholds: Path
+    names: tuple[str, ...]
     tiles: int = 0
     unreadable: Counter[str] = field(default_factory=Counter)
     positives: Any = 0
@@ -143,7 +141,7 @@ class Summary:
         self.positives = self.positives + preds.sum(axis=0)
         self.problems += part.problems[: _MAX_NAMED - len(self.problems)]
 
-    def describe(self, names: tuple[str, ...]) -> list[str]:
+    def describe(self) -> list[str]:
         """Return lines for the user."""
         skipped = self.unreadable.total()
         lines = [f"{self.tiles:,} tiles -> {self.out} (probabilities and decisions; thresholds in {self.thresholds})"]
@@ -152,11 +150,11 @@ class Summary:
             lines[0] += f"; {skipped:,} of them could not be read, see column status: {reasons}"
             lines += [f"  {show_name(problem)}" for problem in self.problems]
         order = np.argsort(-self.positives, kind="stable")
-        found = [f"{names[c]} {self.positives[c]:,}" for c in order.tolist() if self.positives[c]]
+        found = [f"{self.names[c]} {self.positives[c]:,}" for c in order.tolist() if self.positives[c]]
         lines.append(f"positive: {show_first(found, limit=_MAX_NAMED) or 'no class on any tile'}")
         return lines
 
-    def collect(self, names: tuple[str, ...], timings: list[Timing], elapsed: float) -> dict[str, Any]:
+    def collect(self, timings: list[Timing], elapsed: float) -> dict[str, Any]:
         """Return the summary as JSON values."""
         seconds = max(timing.wall_s for timing in timings)
         return {
@@ -167,50 +165,47 @@ class Summary:
             "seconds": round(elapsed, 3),
             "out": str(self.out),
             "thresholds": str(self.thresholds),
-            "positives": dict(zip(names, self.positives.tolist(), strict=True)),
+            "positives": dict(zip(self.names, self.positives.tolist(), strict=True)),
         }
 
 
-def _predict(task: Task, out: Path, ranks: Ranks, timing: Timing, *, tta: Views, workers: int | None) -> Summary | None:
+def _predict(task: Task, out: Path, ranks: Ranks, timing: Timing, workers: int | None) -> Summary | None:
     """Compute on all ranks, and write on rank 0."""
-    parts = score(task, ranks, timing, workers=workers, tta=tta)
+    parts = score(task, ranks, timing, workers=workers)
     if not ranks.is_main:
         for _ in parts:  # yields nothing: all parts go to rank 0
             pass
         return None
-    summary = Summary(out, out.with_name(f"{out.stem}-thresholds.csv"))
+    summary = Summary(out, out.with_name(f"{out.stem}-thresholds.csv"), task.model.meta.class_names)
     with _write_atomically(summary.thresholds) as limits, _write_atomically(out) as stream:
         _write_thresholds(limits, task.model)
-        _write_rows(stream, task, parts, summary, timing, tta)
+        _write_rows(stream, task, parts, summary, timing)
         if summary.tiles == summary.unreadable.total():
-            raise TrainError(_describe_nothing(summary))
+            ((reason, _),) = summary.unreadable.most_common(1)
+            first = show_name(summary.problems[0].replace(": quarantined: ", " ")) if summary.problems else reason
+            raise TrainError(
+                f"none of {summary.tiles:,} tiles could be read, so nothing is written ({first}): check the inputs"
+            )
     return summary
 
 
-def _write_rows(
-    stream: TextIO, task: Task, parts: Iterator[Scored], summary: Summary, timing: Timing, tta: Views
-) -> None:
-    decisions, names = task.model.decisions, task.model.meta.class_names
+def _write_rows(stream: TextIO, task: Task, parts: Iterator[Scored], summary: Summary, timing: Timing) -> None:
+    decisions = task.model.decisions
     windows = any(isinstance(part, Scene) for part in task.inputs.parts)
+    rows = FORMATS[summary.out.suffix](stream, summary.names, task.tta, windows)
     with _explain_errors(summary.out):
-        rows = FORMATS[summary.out.suffix](stream, Table(names, tta, windows))
+        rows.begin()
     described = task.inputs.describe(rings=rows.rings)
     for part in parts:
         begun = time.perf_counter()
         probs, preds = decisions.calibrate(part.logits), decisions.decide(part.logits)
         with _explain_errors(summary.out):
             for status, p, decided in zip(part.status.tolist(), probs, preds, strict=True):
-                rows.write(make_record(next(described), Status(status), p, decided, names))
+                rows.write(next(described), Status(status), p, decided)
         summary.add(part, preds)
         timing.write_s += time.perf_counter() - begun
     with _explain_errors(summary.out):
         rows.end()
-
-
-def _describe_nothing(summary: Summary) -> str:
-    ((reason, _),) = summary.unreadable.most_common(1)
-    first = show_name(summary.problems[0].replace(": quarantined: ", " ")) if summary.problems else reason
-    return f"none of {summary.tiles:,} tiles could be read, so nothing is written ({first}): check the inputs"
 
 
 @contextmanager

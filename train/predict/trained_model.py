@@ -24,12 +24,10 @@ from train.runs.directory import RunDirectory
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """The trained tensors of a model and their metadata; the backbone is loaded separately.
+    """The trained tensors of a model, by name, and their metadata; the backbone is loaded separately.
 
     Attributes:
         place: directory it was loaded from.
-        meta: what the tensors belong to.
-        tensors: trained tensors by name.
         amp: whether trained layers compute under autocast; None means wherever the device multiplies bf16.
     """
 

@@ -3,7 +3,7 @@
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -14,8 +14,8 @@ from extract.ranks.signals import Stopped, stop_on_signals
 from train.begin import open_run, write_settings
 from train.config import TrainConfig
 from train.data.cached import open_cached_tiles
+from train.data.labels import can_look_up
 from train.data.sets import Sets, read_sets
-from train.data.vectors import HeldVectors
 from train.errors import TrainError
 from train.loop.assemble import make_head, make_meta
 from train.loop.schedule import choose_batch_size
@@ -32,29 +32,11 @@ from .ranking import HeadResult, Ranked, cross_fit, format_ranking, rank_configu
 from .training import Folds, SweepPass, plan_passes
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """Results of training.
-
-    Attributes:
-        results: heads that can be ranked.
-        failed: configurations whose head diverged.
-        stop: the signal that ended training early, if any.
-        epochs: epochs that the heads were trained for.
-    """
-
-    results: list[HeadResult]
-    failed: list[TrainConfig]
-    stop: Stopped | None
-    epochs: int
-
-
 def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
     """Train every configuration with every seed, rank them, and make a run directory with the winner.
 
     Args:
         base: settings that all share; its seed is the first one, and decides the split.
-        grid: settings that differ.
         seeds: number of seeds, counted up from the first.
 
     Raises:
@@ -71,7 +53,7 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
         run = None
         try:
             sets = read_sets(base, ranks)
-            if not isinstance(sets.train.vectors, HeldVectors):
+            if not can_look_up(sets.train):
                 raise TrainError(
                     "a sweep needs the vectors in memory, and they do not fit: give a larger --memory-budget, or "
                     "fewer --features"
@@ -80,7 +62,7 @@ def run_sweep(base: TrainConfig, grid: Grid, seeds: int) -> None:
             start = open_run(base, None, sets)
             run = start.run
             for line in (*sets.notes, *start.notes):
-                print(line, flush=True)
+                ranks.say(line)
             if not base.val_cache:  # otherwise every seed would make its own split
                 base = replace(base, data=replace(base.data, split_file=run.split_file))
             Sweep(grid.expand(base), numbers, sets, tuple(used), run, ranks).run()
@@ -110,6 +92,10 @@ class Sweep:
     ) -> None:
         self._configs, self._seeds, self._sets, self._run, self._ranks = configs, seeds, sets, run, ranks
         self._joined = features
+        self._results: list[HeadResult] = []
+        self._failed: list[TrainConfig] = []  # configurations whose head diverged
+        self._stop: Stopped | None = None
+        self._epochs = configs[0].epochs
         self._amp = use_amp(configs[0].amp, ranks.device)
         self._val = ValidationSet(open_cached_tiles(sets.val, ranks), sets.val.rows, sets.counted)
         self._folds = Folds.make(self._val, seeds[0], ranks.device)
@@ -118,35 +104,34 @@ class Sweep:
 
     def run(self) -> None:
         """Train and rank the heads, and write the ranking and the winner's run."""
-        outcome = self._train()
-        ranked = rank_configurations(outcome.results, outcome.failed)
-        if not ranked and outcome.stop is not None:
-            raise outcome.stop
+        self._train()
+        ranked = rank_configurations(self._results, self._failed)
+        if not ranked and self._stop is not None:
+            raise self._stop
         if not ranked:
             raise TrainError(
                 "a head of every configuration diverged: lower --lrs, or see on which tiles with `python -m train head`"
             )
         honest = cross_fit(ranked, self._folds.support)
-        self._write(ranked, honest, outcome)
+        self._write(ranked, honest)
         print(f"\n{format_ranking(ranked)}", flush=True)
         self._finish(ranked[0])
-        print("\n".join(self._describe(ranked, honest, outcome)), flush=True)
-        if outcome.stop is not None:
-            raise outcome.stop
+        print("\n".join(self._describe(ranked, honest)), flush=True)
+        if self._stop is not None:
+            raise self._stop
 
     def _make_head(self, config: TrainConfig) -> Head:
         return make_head(make_meta(config, self._sets.train), self._sets.train.version.layout.width, config.seed)
 
-    def _train(self) -> Outcome:
+    def _train(self) -> None:
+        """Train pass after pass; if a signal comes, keep the heads of complete passes, or else of complete epochs."""
         train = open_cached_tiles(self._sets.train, self._ranks)
         passes = plan_passes(self._configs, self._seeds, self._make_head, self._ranks.device)
-        heads, epochs = len(self._configs) * len(self._seeds), self._configs[0].epochs
+        heads = len(self._configs) * len(self._seeds)
         print(f"{len(self._configs)} configurations x {len(self._seeds)} seeds: {heads} heads, {len(passes)} passes")
-        results: list[HeadResult] = []
-        failed: list[TrainConfig] = []
         current = None
         with tqdm(
-            total=heads * epochs * len(train),
+            total=heads * self._epochs * len(train),
             unit="tile x head",
             unit_scale=True,
             desc="sweep",
@@ -158,28 +143,27 @@ class Sweep:
                         stacks, train, self._val, self._folds, self._joined, self._make_head, amp=self._amp
                     )
                     current.train(bar)
-                    self._collect(current, results, failed)
+                    self._collect(current)
             except Stopped as stop:
-                if not results and current is not None and current.epochs:
-                    self._collect(current, results, failed)
-                    epochs = current.epochs
-                return Outcome(results, failed, stop, epochs)
-        return Outcome(results, failed, None, epochs)
+                self._stop = stop
+                if not self._results and current is not None and current.epochs:
+                    self._collect(current)
+                    self._epochs = current.epochs
 
-    def _collect(self, finished: SweepPass, results: list[HeadResult], failed: list[TrainConfig]) -> None:
+    def _collect(self, finished: SweepPass) -> None:
         """Collect a pass's results, with tensors of the first seed only, since the winner's run uses that seed."""
         found, lost = finished.collect(keep=finished.seed == self._seeds[0])
-        results += found
-        failed += lost
+        self._results += found
+        self._failed += lost
 
-    def _write(self, ranked: Sequence[Ranked], honest: dict[str, float] | None, outcome: Outcome) -> None:
+    def _write(self, ranked: Sequence[Ranked], honest: dict[str, float] | None) -> None:
         lines = [entry.to_json(i) for i, entry in enumerate(ranked, start=1)]
         whole: dict[str, Any] = {
             "configurations": len(self._configs),
             "seeds": list(self._seeds),
-            "epochs": outcome.epochs,
-            "complete": outcome.stop is None,
-            "diverged": [describe_command(config) for config in outcome.failed],
+            "epochs": self._epochs,
+            "complete": self._stop is None,
+            "diverged": [describe_command(config) for config in self._failed],
             "cross_fitted": honest,
             "ranking": [
                 {**line, "heads": [head.to_json() for head in entry.heads]}
@@ -205,18 +189,18 @@ class Sweep:
         own = read_sets(config, self._ranks)  # with the winner's features only
         finish_run(config, self._run, own, classifier, lambda cache: open_cached_tiles(cache, self._ranks), self._ranks)
 
-    def _describe(self, ranked: Sequence[Ranked], honest: dict[str, float] | None, outcome: Outcome) -> list[str]:
+    def _describe(self, ranked: Sequence[Ranked], honest: dict[str, float] | None) -> list[str]:
         """Return lines on how good the winner is, and the command that trains it alone."""
         lines = []
-        if outcome.failed:
+        if self._failed:
             lines.append(
-                f"warning: {len(outcome.failed)} heads diverged, so {len(self._configs) - len(ranked)} configurations "
+                f"warning: {len(self._failed)} heads diverged, so {len(self._configs) - len(ranked)} configurations "
                 "are not ranked: lower --lrs; sweep.json names them"
             )
-        if outcome.stop is not None:
+        if self._stop is not None:
             lines.append(
-                f"stopped by {outcome.stop}: {len(outcome.results)} of {len(self._configs) * len(self._seeds)} heads "
-                f"are ranked, after {outcome.epochs} of {self._configs[0].epochs} epochs"
+                f"stopped by {self._stop}: {len(self._results)} of {len(self._configs) * len(self._seeds)} heads "
+                f"are ranked, after {self._epochs} of {self._configs[0].epochs} epochs"
             )
         tried = f"the best of {len(ranked)} was chosen partly by luck, so its figures above are too high"
         if honest is None:

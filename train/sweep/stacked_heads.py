@@ -54,14 +54,12 @@ class Stack:
     """M configurations of one shape and seed with their optimiser; they differ in loss, rate and decay only.
 
     Attributes:
-        configs: the members.
         features, hidden: shared by all members; `hidden` is 0 for linear heads.
         heads: the current parameters.
 
     Args:
         configs: the members, grouped by loss.
         head: initial parameters of every member.
-        device: where to train.
         amp: autocast to bf16 in training.
     """
 

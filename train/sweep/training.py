@@ -49,7 +49,6 @@ def plan_passes(
         configs: configurations with the first seed.
         seeds: seeds to train each configuration with.
         make_head: makes an initial head; called once per shape, on the meta device.
-        device: where they will train.
     """
     passes: list[list[Members]] = [[]]
     room = STATE_BYTES
@@ -157,9 +156,7 @@ class SweepPass:
 
     Args:
         stacks: the members of each stack.
-        train: training rows with all `joined` features.
-        val: validation rows with the same features.
-        folds: folds of the validation rows.
+        train, val: rows with all `joined` features.
         joined: names of the pooled arrays, in the order of the inputs' columns.
         make_head: makes the initial head of a shape and seed.
         amp: autocast to bf16 in training.

@@ -72,7 +72,7 @@ def test_too_few_scenes_are_refused() -> None:
 def test_one_tile_a_scene_is_worth_a_warning() -> None:
     tiles, scenes = name_tiles([1] * 10)
     notes = split_by_size(tiles, scenes, DataConfig(), 0).notes
-    assert any(note.startswith("warning: every tile is a scene") for note in notes)
+    assert any(note.startswith("warning: every tile is its own scene") for note in notes)
     tiles, scenes = name_tiles([1] * 9 + [2])
     assert not any("warning" in note for note in split_by_size(tiles, scenes, DataConfig(), 0).notes)
 

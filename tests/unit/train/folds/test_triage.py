@@ -66,7 +66,7 @@ def test_no_tile_is_judged_by_a_head_that_saw_its_scene(tmp_path: Path) -> None:
     residence = Residence.choose(config, [version], torch.device("cpu"))
     with join_ranks("cpu") as ranks:
         cache = read_labelled_cache(version, config.data, residence, ranks)
-        found = predict_out_of_fold(config, cache, ranks, folds=5, say=print)
+        found = predict_out_of_fold(config, cache, ranks, folds=5)
     assert found is not None
     shown = cache.rows.labels.any(axis=0)
     assert roc_auc_score(cache.rows.labels[:, shown], found.logits[:, shown], average="macro") < 0.6

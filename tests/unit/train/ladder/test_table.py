@@ -8,7 +8,7 @@ import pytest
 from tests.planted import fresh_seed
 from train.data.labels import LabelledRows
 from train.ladder.rungs import Leg, Record, choose_rungs
-from train.ladder.table import COMPARED, Result, Summary, conclude, tabulate
+from train.ladder.table import COMPARED, Result, conclude, table_to_json, tabulate
 from train.metrics.scores import compute_metrics
 from train.metrics.side_by_side import PairedDifference
 
@@ -84,7 +84,7 @@ def test_a_single_scene_gives_a_difference_without_an_interval() -> None:
     assert "UNFREEZE=1: +0.167 mAP over the MLP head for 1.0x the time, without an interval" in conclude(
         results, results[0], gains
     )
-    written = Summary(tuple(results), results[0], gains, "", "").to_json()["table"][1]["over_reference"]
+    written = table_to_json(results, gains)[1]["over_reference"]
     assert written["intervals"] == {"f1_weighted": None, "map_macro": None}
     assert "+0.167 [n/a]" in tabulate(results, results[0], gains)[2]
 
