@@ -35,7 +35,7 @@ ORIGINAL_IMAGE_SIZE = 224
 
 _RATES = Range(above=0, at_most=1e30)
 _DECAYS = Range(at_least=0, at_most=1e6)
-"""Beyond these, AdamW's own factors overflow float32, and torch fails with an error of its own."""
+"""Beyond these, AdamW's own factors overflow float32, and torch raises an error that names no option."""
 _COUNT = Range(at_least=1)
 _NOT_NEGATIVE = Range(at_least=0)
 
@@ -168,7 +168,7 @@ class TrainConfig:
     views: Views = option(
         Augmentation.views,
         "Training",
-        "Show each training tile as it is, or in one of its eight flips and rotations, drawn anew each epoch.",
+        "Show each training tile as it is, or in one of its eight flips and rotations, drawn again each epoch.",
     )
     jitter: float = option(
         Augmentation.jitter,

@@ -76,7 +76,7 @@ class Trainer:
         self._step = TrainStep(classifier, config, weights, ranks)
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
-        """Go on after the epoch, or the step within it, at which a checkpoint was saved.
+        """Continue after the epoch, or the step within it, at which a checkpoint was saved.
 
         Rank 0 has the whole checkpoint, the other ranks its outline.
 

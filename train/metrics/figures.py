@@ -3,8 +3,6 @@
 Whatever prints or plots a figure takes its title from here, so that a figure has one name everywhere.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

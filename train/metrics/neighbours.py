@@ -1,7 +1,5 @@
 """Find the rows of one set nearest to each row of another, by cosine, block by block."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -212,7 +212,7 @@ def _hash_rows(rows: Tensor, seed: int, epoch: int, draws: range) -> UInt64Array
     """Return 64 random bits for each (seed, epoch, row, draw), all at least 0: (n, len(draws)).
 
     SplitMix64 of Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, split in the order
-    seed, epoch, row. The draws of a row are outputs of its own generator, by their number.
+    seed, epoch, row. Each row has a separate generator; draw number i is its output number i.
     """
     state = np.zeros(1, np.uint64)
     for part in (np.array([seed]), np.array([epoch]), rows.numpy()):

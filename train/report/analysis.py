@@ -1,7 +1,5 @@
 """Analyse probabilities and labels: curves, errors by co-occurrence, best and worst tiles."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Write model_card.md in the format of the Hugging Face hub (https://huggingface.co/docs/hub/model-cards)."""
 
-from __future__ import annotations
-
 import re
 
 import jinja2

@@ -1,7 +1,5 @@
 """Make the sections on each class: its curve, its errors, its best and worst tiles, and its points in the map."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

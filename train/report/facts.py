@@ -1,11 +1,9 @@
 """Read the files of a run directory for the report and the model card."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +75,7 @@ class Facts:
     lacking: str
 
     @classmethod
-    def read(cls, run: RunDirectory) -> Facts:
+    def read(cls, run: RunDirectory) -> Self:
         """Read a run.
 
         Raises:

@@ -1,7 +1,5 @@
 """Write report.html: one file that opens offline, loads nothing from the network and runs only its own script."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence

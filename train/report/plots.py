@@ -3,8 +3,6 @@
 To a screen reader every plot is one image with a text; a table next to it holds the numbers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

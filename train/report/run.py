@@ -1,7 +1,5 @@
 """Run `python -m train report`: write the report of a finished run again, with the parts that need cache and tiles."""
 
-from __future__ import annotations
-
 import csv
 from itertools import islice
 

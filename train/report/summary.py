@@ -1,7 +1,5 @@
 """Make the sections on the run as a whole: its figures, calibration and training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

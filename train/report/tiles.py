@@ -1,7 +1,5 @@
 """Make thumbnails of tiles as data URIs, read from the cache's tile source by the code that embeds them."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterator, Sequence

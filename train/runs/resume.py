@@ -56,7 +56,7 @@ def load_last(run: Path) -> tuple[LoadedCheckpoint, tuple[str, ...]]:
         checkpoint = load_checkpoint(previous)
     except CheckpointError as error:
         raise CheckpointError(f"cannot resume {run}: {reason}; {error}: {_START_OVER}") from error
-    return checkpoint, (f"{reason}; going on from {previous}, of epoch {checkpoint.meta.epoch}",)
+    return checkpoint, (f"{reason}; continuing from {previous}, of epoch {checkpoint.meta.epoch}",)
 
 
 def _repair_best(run: RunDirectory, checkpoint: LoadedCheckpoint) -> tuple[str, ...]:
