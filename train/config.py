@@ -17,21 +17,16 @@ from train.model.loss import LossConfig, LossName
 from .errors import TrainError
 
 ClassWeights = Literal["none", "balanced", "effective"]
-
 EmptyTiles = Literal["drop", "val", "keep"]
-
 HeadName = Literal["mlp", "linear"]
-
 HEADS: tuple[HeadName, ...] = get_args(HeadName)
 
 ORIGINAL_EXCLUDED = (5, 48)
 """Class ids the original script left out: Small Car and Building, which are in nearly every tile."""
 
-SCRATCH = "cache/prefix"
-
 ORIGINAL_SEED = 42
-
 ORIGINAL_IMAGE_SIZE = 224
+SCRATCH = "cache/prefix"
 
 _RATES = Range(above=0, at_most=1e30)
 _DECAYS = Range(at_least=0, at_most=1e6)

@@ -29,13 +29,7 @@ _LEFT_OUT = "baselines and leak audit: skipped, because there are too many vecto
 
 
 class Baselines:
-    """All baselines of one training set.
-
-    Args:
-        train: n rows to learn from.
-        device: to compute on.
-        seed: of the sample if there are too many rows, and of folds.
-    """
+    """All baselines of one training set; `seed` draws the sample if there are too many rows, and the folds."""
 
     def __init__(self, train: LabelledCache, device: torch.device, seed: int) -> None:
         self._train, self._device, self._seed = train, device, seed

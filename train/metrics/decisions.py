@@ -75,14 +75,12 @@ def cross_fitted_preds(
     """Decide on every row by thresholds tuned on the rows of other scenes only.
 
     Thresholds tuned and scored on the same rows flatter the model; cross-fitting scores the tuning itself. Scenes stay
-    whole, since neighbouring tiles of a scene overlap. Which scenes share a fold depends on their names and `seed`.
+    whole, since neighbouring tiles of a scene overlap.
 
     Args:
         probs: (N, C) floating in 0..1; compared as float32.
         labels: (N, C) bool.
-        scenes: (N,) str or int, the scene of each row.
-        folds: at least 2; with fewer scenes, each scene is a fold.
-        seed: of the assignment of scenes to folds.
+        scenes, folds, seed: see `split_scenes`.
 
     Returns:
         (N, C) bool. A single scene leaves no other rows to tune on: the decision is `probs >= 0.5`.
@@ -236,8 +234,7 @@ def cross_fit(
     Args:
         logits: (N, C) float32, finite.
         labels: (N, C) bool.
-        scenes: (N,) str or int.
-        folds, seed: see `split_scenes`.
+        scenes, folds, seed: see `split_scenes`.
 
     Returns:
         (N, C) float32 and (N, C) bool. A single scene leaves no other rows to fit on: temperature 1, thresholds 0.5.

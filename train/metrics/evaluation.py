@@ -105,7 +105,6 @@ def evaluate_rows(
         logits: (n, C) float32.
         rows: their labels and scenes.
         counted: (n,) bool, the rows of the main figures; the others are empty tiles.
-        loss: the loss to average.
         decisions: fitted on other rows, as for a test set; None fits them here, cross-fitted by scene for
             `f1_weighted_tuned` and `ece_after`.
         rarest: columns of the classes rarest in training, for a separate variant.

@@ -59,11 +59,11 @@ class Augmentation:
             (B, 3, S, S) of the same dtype; without augmentation `pixels` itself.
         """
         if self.jitter:
-            draws = _to_device(draw_uniform(rows, seed, epoch, _JITTER_DRAWS), pixels)
+            draws = draw_uniform(rows, seed, epoch, _JITTER_DRAWS).float().to(pixels.device, non_blocking=True)
             gains, contrast = self._scale_colours(draws)
             pixels = jitter_colours(pixels, gains, contrast, mean, std)
         if self.crop_scale < 1:
-            draws = _to_device(draw_uniform(rows, seed, epoch, _CROP_DRAWS), pixels)
+            draws = draw_uniform(rows, seed, epoch, _CROP_DRAWS).float().to(pixels.device, non_blocking=True)
             pixels = crop_squares(pixels, self._place_crops(draws))
         if self.views == "d4":
             pixels = apply_symmetry(pixels, draw_symmetries(rows, seed, epoch))
@@ -202,10 +202,6 @@ def draw_symmetries(rows: Tensor, seed: int, epoch: int) -> Tensor:
 def draw_uniform(rows: Tensor, seed: int, epoch: int, draws: range) -> Tensor:
     """Return draws number `draws` of each of `rows` (n,) int64 in an epoch: (n, len(draws)) float64 in [0, 1)."""
     return torch.from_numpy((_hash_rows(rows, seed, epoch, draws) >> np.uint64(11)) * 2.0**-53)
-
-
-def _to_device(draws: Tensor, pixels: Tensor) -> Tensor:
-    return draws.float().to(pixels.device, non_blocking=True)
 
 
 def _hash_rows(rows: Tensor, seed: int, epoch: int, draws: range) -> UInt64Array:

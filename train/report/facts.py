@@ -1,6 +1,6 @@
 """Read the files of a run directory for the report and the model card."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -154,6 +154,6 @@ def _read_evidence(run: RunDirectory, config: TrainConfig, metrics: Json) -> Evi
     )
 
 
-def format_json(value: Any) -> str:
-    """Format a value as indented JSON for people."""
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def join_names(names: Sequence[str], chosen: BoolArray) -> str:
+    """Join the names of the classes where `chosen` (C,) is true."""
+    return ", ".join(names[c] for c in np.flatnonzero(chosen).tolist()) or "nothing"
