@@ -221,4 +221,4 @@ def test_like_original(made: Path, tmp_path: Path, size: int) -> None:
     shown = labels.any(axis=1)
     logits = compute_logits(Path(cache), run, [n for n, keep in zip(split["val"], shown, strict=True) if keep])
     assert_figures(metrics, logits, labels[shown])
-    assert "neighbours leak" in result.out
+    assert "neighbouring tiles leak" in result.out
