@@ -27,7 +27,7 @@ from .errors import TrainError
 
 @click.group("train", cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
-    """Cached embeddings, or streamed tiles, to a multi-label classifier."""
+    """Train, apply and judge multi-label classifiers on cached embeddings or streamed tiles."""
 
 
 @main.command(

@@ -139,7 +139,6 @@ def write_settings(run: RunDirectory, config: TrainConfig, version: Version) -> 
 
 
 def _refuse_other_tiles(run: RunDirectory, cache: str, sets: Sets) -> None:
-    """Refuse to resume a run on other rows than those it began with."""
     began, now = run.read_version(), sets.train.version.id
     if began != now:
         raise TrainError(

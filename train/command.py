@@ -45,10 +45,7 @@ def make_training_options(command: str) -> list[click.Parameter]:
 def spell_command(config: TrainConfig, *, always: Collection[str] = (), never: Collection[str] = ()) -> str:
     """Return the shell command that trains with this config, without options that have their defaults.
 
-    Args:
-        config: of a head if it unfreezes no layers, else of a fine-tuning.
-        always: fields to spell out even where they are the default.
-        never: fields to leave out.
+    Fields in `always` are spelled out even where they are the default, and those in `never` are left out.
     """
     name = "finetune" if config.unfreeze else "head"
     values = asdict(config)

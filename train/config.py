@@ -17,25 +17,20 @@ from train.model.loss import LossConfig, LossName
 from .errors import TrainError
 
 ClassWeights = Literal["none", "balanced", "effective"]
-
 EmptyTiles = Literal["drop", "val", "keep"]
-
 HeadName = Literal["mlp", "linear"]
-
 HEADS: tuple[HeadName, ...] = get_args(HeadName)
 
 ORIGINAL_EXCLUDED = (5, 48)
 """Class ids the original script left out: Small Car and Building, which are in nearly every tile."""
 
-SCRATCH = "cache/prefix"
-
 ORIGINAL_SEED = 42
-
 ORIGINAL_IMAGE_SIZE = 224
+SCRATCH = "cache/prefix"
 
 _RATES = Range(above=0, at_most=1e30)
 _DECAYS = Range(at_least=0, at_most=1e6)
-"""Beyond these, AdamW's own factors overflow float32, and torch fails with an error of its own."""
+"""Beyond these, AdamW's own factors overflow float32, and torch raises an error that names no option."""
 _COUNT = Range(at_least=1)
 _NOT_NEGATIVE = Range(at_least=0)
 
@@ -168,7 +163,7 @@ class TrainConfig:
     views: Views = option(
         Augmentation.views,
         "Training",
-        "Show each training tile as it is, or in one of its eight flips and rotations, drawn anew each epoch.",
+        "Show each training tile as it is, or in one of its eight flips and rotations, drawn again each epoch.",
     )
     jitter: float = option(
         Augmentation.jitter,

@@ -74,11 +74,7 @@ class Row:
 
 
 def run_demo(tiles: str, *, finetune_options: tuple[str, ...]) -> None:
-    """Run every step on the bucket at `tiles` and print the comparison.
-
-    Args:
-        tiles: address of the demo bucket, ending in a slash.
-        finetune_options: further options of `train finetune`.
+    """Run every step on the bucket at `tiles`, which ends in a slash, and print the comparison.
 
     Raises:
         TrainError: a step failed; its own message says why.

@@ -18,10 +18,10 @@ from extract.ranks.same_job import Asked
 from train.data.batches import count_epoch
 from train.data.memory import choose_budget
 from train.data.sets import Sets, read_sets
+from train.loop.assemble import make_head, make_meta
 from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
 from train.loop.step_zero import choose_block
-from train.model.classifier import Head
 from train.model.shards import describe_shards
 
 from .begin import check_run, resolve_config
@@ -106,15 +106,12 @@ def _describe_model(config: TrainConfig, sets: Sets, ranks: Ranks) -> dict[str, 
     checkpoint = find_cached_checkpoint(version)
     backbone = Backbone.outline(checkpoint)
     names = backbone.unfreeze_last(config.unfreeze)
-    head = Head(
-        version.layout.width * len(config.features.split("+")),
-        len(sets.train.rows.class_ids),
-        hidden=config.hidden_width,
-        dropout=config.dropout,
-    )
+    head = make_head(make_meta(config, sets.train), version.layout.width, config.seed)
     in_head = sum(parameter.numel() for parameter in head.parameters())
     in_layers = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in backbone.parameters()) - in_layers
+    block = choose_block(version)
+    can_compare = version.committed()[block] and (version.read_block(block).status == Status.EMBEDDED).any()
     return {
         "training": {
             "layers": config.unfreeze,
@@ -124,7 +121,7 @@ def _describe_model(config: TrainConfig, sets: Sets, ranks: Ranks) -> dict[str, 
             "head_parameters": in_head,
         },
         "memory": _estimate_memory(config, version, checkpoint, ranks, frozen, in_layers, in_head),
-        "step_zero": _can_compare(version),
+        "step_zero": bool(can_compare),
     }
 
 
@@ -137,12 +134,7 @@ def _estimate_memory(
     in_layers: int,
     in_head: int,
 ) -> dict[str, int]:
-    """Estimate the bytes of one rank, without those of its libraries.
-
-    Args:
-        config, version, checkpoint, ranks: of the run.
-        frozen, in_layers, in_head: numbers of parameters; the latter two are trained.
-    """
+    """Estimate the bytes of one rank, without those of its libraries, from numbers of parameters."""
     precision: Any = version.provenance.precision
     amp = use_amp(config.amp, ranks.device)
     tiles = math.ceil(math.ceil(config.batch_size / ranks.world_size) / config.accumulate)
@@ -163,9 +155,3 @@ def _estimate_memory(
         "activations": kept,
     }
     return {**memory, "total": sum(memory.values()), "tiles_at_once": tiles}
-
-
-def _can_compare(version: Version) -> bool:
-    """Return whether the block that step 0 embeds again holds a vector."""
-    block = choose_block(version)
-    return bool(version.committed()[block]) and bool((version.read_block(block).status == Status.EMBEDDED).any())

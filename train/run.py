@@ -6,7 +6,7 @@ classifier holds a backbone. Split, loop, metrics, checkpoints and report are th
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from extract.ranks.group import Ranks, join_ranks
@@ -21,7 +21,7 @@ from train.loop.determinism import deterministic_algorithms
 from train.loop.schedule import choose_batch_size
 from train.loop.step import use_amp
 from train.loop.validation import predict_logits
-from train.metrics.baselines import compare
+from train.metrics.baselines import Comparison, compare
 from train.metrics.evaluation import describe_evaluation, evaluate_rows
 from train.metrics.plain_run import compare_with_plain
 from train.model.classifier import Classifier
@@ -44,7 +44,7 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
 
     Raises:
         TileprobeError: an error that the user can fix; no earlier run is touched.
-        Stopped: SIGTERM or SIGINT came; one line says from where a resumed run goes on.
+        Stopped: SIGTERM or SIGINT came; one line says from where a resumed run continues.
     """
     command = "train finetune" if config.unfreeze else "train head"
     with stop_on_signals(), join_ranks(config.device, Asked.of(command, config)) as ranks:
@@ -69,7 +69,6 @@ def run_training(config: TrainConfig) -> dict[str, Any] | None:
 def _train(
     config: TrainConfig, start: Start, head: LoadedCheckpoint | None, sets: Sets, ranks: Ranks
 ) -> dict[str, Any] | None:
-    """Train from the chosen state on, and finish the run."""
     trainer, make_tiles = prepare_training(config, start.run, sets, ranks, head=None if start.resume else head)
     if start.resume is not None:
         trainer.restore(start.resume)
@@ -102,7 +101,7 @@ def finish_run(
         test_logits = predict_logits(classifier, make_tiles(sets.test), ranks, amp=amp)
     if val_logits is None:
         return None
-    beside = None if config.unfreeze else compare(sets, ranks.device, config.seed)
+    others = Comparison() if config.unfreeze else compare(sets, ranks.device, config.seed)
     rarest = tuple(find_rarest(sets.train.rows.labels, sets.val.rows.labels[sets.counted]).tolist())
     loss = config.make_loss()
     val = evaluate_rows(val_logits, sets.val.rows, sets.counted, loss=loss, rarest=rarest, seed=config.seed)
@@ -110,16 +109,15 @@ def finish_run(
     meta = replace(best.meta, thresholds=tuple(map(float, fitted.thresholds)), temperature=fitted.temperature)
     save_checkpoint(run.best, best.tensors, meta)
     save_val_logits(run, sets.val.rows, val_logits)
-    results = {f"validation, best epoch {best.meta.epoch}": val.beside(beside.val if beside else {})}
+    results = {f"validation, best epoch {best.meta.epoch}": replace(val, baselines=others.val)}
     if sets.test is not None and test_logits is not None:
         test = evaluate_rows(test_logits, sets.test.rows, sets.counted_test, loss=loss, decisions=fitted, rarest=rarest)
-        results["test, scored once"] = test.beside(beside.test if beside else {})
+        results["test, scored once"] = replace(test, baselines=others.test)
     written = dict(zip(("metrics", "test_metrics"), (each.to_json() for each in results.values()), strict=False))
     for name, metrics in written.items():
         run.write_json(f"{name}.json", metrics)
-    if beside and beside.audit:
-        run.write_json("audit.json", beside.audit.to_json())
-    notes = beside.notes if beside else ()
+    if others.audit:
+        run.write_json("audit.json", asdict(others.audit))
     from .report import write_events, write_report  # importing them takes a second, which only rank 0 needs to spend
 
     write_events(run)
@@ -127,7 +125,7 @@ def finish_run(
     run.finish()
     for title, evaluation in results.items():
         print(f"\n{title}\n{describe_evaluation(evaluation)}")
-    for line in (*folds, *notes, *compare_with_plain(run, config, sets, val_logits)):
+    for line in (*folds, *others.notes, *compare_with_plain(run, config, sets, val_logits)):
         print(line)
     print(f"\nrun: {run} (best/, metrics.json, report.html, model_card.md)", flush=True)
     return {"run": str(run), "best_epoch": best.meta.epoch, **written}
@@ -142,4 +140,6 @@ def _describe_stop(stop: Stopped, start: Start | None, epochs: int) -> str:
     except CheckpointError:
         saved = begun = 0
     steps = f" and {begun:,} steps of the next" if begun else ""
-    return f"stopped by {stop}: {saved} of {epochs} epochs{steps} of {start.run} are saved; --resume goes on from there"
+    return (
+        f"stopped by {stop}: {saved} of {epochs} epochs{steps} of {start.run} are saved; --resume continues from there"
+    )

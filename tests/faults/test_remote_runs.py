@@ -176,7 +176,7 @@ def test_an_outage_is_one_line_and_resumable(
     assert 503 in proxy.met
     assert len(result.errors) == 1
     assert "kept failing (RetryError)" in result.errors[0]
-    assert "ARGS=--resume goes on from there" in result.errors[0]
+    assert "ARGS=--resume continues from there" in result.errors[0]
     assert "Traceback" not in result.err
     proxy.choose_fault = lambda path: None
     monkeypatch.setattr(remote, "open_objects", open_objects)

@@ -54,7 +54,7 @@ def test_a_stop_says_what_is_saved(cache: Path, tmp_path: Path) -> None:
     leg = run_leg(tmp_path, head_arguments(cache, 9), kill)
     assert leg.status == 128 + signal.SIGTERM
     (line,) = [line for line in leg.err.splitlines() if "stopped" in line]
-    assert line.endswith("stopped by SIGTERM: 3 of 9 epochs of runs/head-001 are saved; --resume goes on from there")
+    assert line.endswith("stopped by SIGTERM: 3 of 9 epochs of runs/head-001 are saved; --resume continues from there")
     result = run_train(tmp_path, *RESUME)
     assert result.status == 0, result.err
     assert "resuming runs/head-001 after epoch 3 of 9" in result.out
@@ -70,7 +70,7 @@ def test_damage_then_a_kill_before_the_next_save_is_over_does_not_lose_the_run(c
     assert leg.status == -signal.SIGKILL, leg.err
     lines = [line for line in leg.out.splitlines() if "is damaged" in line]
     assert len(lines) == 1
-    assert re.search(r"does not match its sha256: it is damaged; going on from .*/previous, of epoch 2$", lines[0])
+    assert re.search(r"does not match its sha256: it is damaged; continuing from .*/previous, of epoch 2$", lines[0])
     assert load_last(run.resolve())[0].meta.epoch == 2
     assert (run / "last.damaged" / "model.safetensors").is_file()
 

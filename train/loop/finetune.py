@@ -25,11 +25,7 @@ from .step_zero import StepZero
 
 
 def check_finetuning(caches: Sequence[LabelledCache], unfreeze: int) -> None:
-    """Check, before anything is written, that the layers can be trained on these tiles.
-
-    Args:
-        caches: the sets of the run, the training rows first.
-        unfreeze: layers to train.
+    """Check, before anything is written, that the last `unfreeze` layers can be trained on these sets, training first.
 
     Raises:
         TrainError: there are fewer layers, or the tiles are not those of the cache.

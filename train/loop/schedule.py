@@ -1,11 +1,7 @@
-"""How many tiles and steps the epochs of a training have."""
+"""Count the tiles and steps of a training's epochs."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
-from typing import Self
 
 from train.data.batches import count_epoch
 from train.data.labels import LabelledRows
@@ -21,31 +17,19 @@ def choose_batch_size(rows: int, asked: int) -> int:
     return size
 
 
-@dataclass(frozen=True)
 class Schedule:
     """Tiles and steps of every epoch. Repeated tiles make epochs longer, and not all by as much.
 
     Attributes:
         tiles: of each epoch.
-        batch_size: global.
+        steps: of all epochs together.
     """
 
-    tiles: Sequence[int]
-    batch_size: int
-
-    @classmethod
-    def plan(cls, rows: LabelledRows, *, seed: int, epochs: int, batch_size: int) -> Self:
-        """Plan the epochs over these rows."""
-        return cls([count_epoch(rows, seed, epoch) for epoch in range(epochs)], batch_size)
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate((math.ceil(tiles / self.batch_size) for tiles in self.tiles), initial=0))
-
-    @property
-    def steps(self) -> int:
-        """Steps of all epochs."""
-        return self._ends[-1]
+    def __init__(self, rows: LabelledRows, *, seed: int, epochs: int, batch_size: int) -> None:
+        self.tiles = [count_epoch(rows, seed, epoch) for epoch in range(epochs)]
+        self._batch_size = batch_size
+        self._ends = list(accumulate((math.ceil(tiles / batch_size) for tiles in self.tiles), initial=0))
+        self.steps = self._ends[-1]
 
     def number_steps(self, epoch: int) -> range:
         """Return the numbers of an epoch's steps, counted from 0 over all epochs."""
@@ -53,4 +37,4 @@ class Schedule:
 
     def count_tiles(self, epochs: int, steps: int) -> int:
         """Return how many tiles have been trained after so many epochs, and steps of the next."""
-        return sum(self.tiles[:epochs]) + steps * self.batch_size
+        return sum(self.tiles[:epochs]) + steps * self._batch_size

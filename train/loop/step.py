@@ -13,9 +13,8 @@ from extract.ranks.group import Ranks
 from train.config import TrainConfig
 from train.data.batches import Batch, split_evenly
 from train.data.rare import weigh_positives
-from train.errors import TrainError
+from train.errors import TrainError, first_line
 from train.model.classifier import Classifier, TrainedPart
-from train.model.loss import LossConfig
 from train.model.optimizer import make_optimizer
 from train.model.shards import is_sharded, shard_trained
 
@@ -52,7 +51,7 @@ class TrainStep:
         self._class_weights = class_weights
         self._ranks = ranks
         self._amp = use_amp(config.amp, ranks.device)
-        self._loss: LossConfig = config.make_loss()
+        self._loss = config.make_loss()
         self._part: nn.Module = classifier
         if config.shard and ranks.world_size > 1:
             shard_trained(classifier, ranks)
@@ -76,11 +75,7 @@ class TrainStep:
         self._part = nn.Identity()
 
     def run(self, batch: Batch, scale: float) -> StepResult:
-        """Train on this rank's share of a global batch.
-
-        Args:
-            batch: the share.
-            scale: factor on the peak learning rate of every group.
+        """Train on this rank's share of a global batch, with `scale` times the peak learning rate of every group.
 
         Raises:
             TrainError: the share does not fit in memory; the message names the largest that does.
@@ -98,7 +93,7 @@ class TrainStep:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    reason = (str(error).splitlines() or ["MemoryError"])[0]
+                    reason = first_line(error)
                 # Only after the exception is gone: it keeps all that the failed attempt had computed.
                 if reason is not None:
                     raise self._find_what_fits(part, reason)

@@ -36,7 +36,8 @@ class StepZero:
         self._feed = feed
         self._checkpoint = checkpoint
         batch = version.recorded.batch_size
-        block = version.layout.block_slice(choose_block(version))
+        self._block = choose_block(version)
+        block = version.layout.block_slice(self._block)
         self._rows = range(block.start, min(block.start + max(batch, _ROWS // batch * batch), block.stop))
 
     def check_reproduction(self, backbone: Backbone) -> str:
@@ -96,16 +97,16 @@ class StepZero:
         embedder = TileEmbedder.for_version(version, backbone, self._checkpoint)
         streamed = []
         keep: list[bool] = []
-        values = version.read_block(self._rows.start // version.layout.block_rows)
-        first = version.layout.block_slice(self._rows.start // version.layout.block_rows).start
+        values, first = version.read_block(self._block), self._rows.start
         for tiles in self._feed.read(request_batches(table, self._rows, batch)):
             # Skip tiles that have changed: this run does not use them, as those it uses were checked before.
             embedded = (values.status[tiles.rows - first] == Status.EMBEDDED) & (tiles.status == Status.EMBEDDED)
             vectors = {name: pooled.cpu().numpy() for name, pooled in embedder.embed(tiles).items()}
             streamed.append(_join(vectors, version.layout.pooling))
             keep += embedded.tolist()
-        rows = np.arange(self._rows.start, self._rows.stop) - first
-        stored = _join({name: array[rows] for name, array in values.pooled.items()}, version.layout.pooling)
+        stored = _join(
+            {name: array[: len(self._rows)] for name, array in values.pooled.items()}, version.layout.pooling
+        )
         if not any(keep):
             raise StepZeroError(
                 f"none of {len(keep):,} tiles to compare with the cache can be read as it was: run `make extract` again"

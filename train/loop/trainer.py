@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from .finite import FiniteLosses
 from .schedule import Schedule
 from .step import TrainStep, use_amp
 from .validation import ValidationSet, predict_logits
+
+_Tensors = dict[str, torch.Tensor]
+_Optimizer = dict[str, Any] | None
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Trainer:
         self._begun = Begun()
         self._best: float | None = None
         self._best_epoch: int | None = None
-        self._schedule = Schedule.plan(train.rows, seed=config.seed, epochs=config.epochs, batch_size=config.batch_size)
+        self._schedule = Schedule(train.rows, seed=config.seed, epochs=config.epochs, batch_size=config.batch_size)
         self._rarest = find_rarest(train.rows.labels, val.rows.labels[val.counted])
         weights = None
         if config.class_weights != "none":
@@ -76,7 +79,7 @@ class Trainer:
         self._step = TrainStep(classifier, config, weights, ranks)
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
-        """Go on after the epoch, or the step within it, at which a checkpoint was saved.
+        """Continue after the epoch, or the step within it, at which a checkpoint was saved.
 
         Rank 0 has the whole checkpoint, the other ranks its outline.
 
@@ -120,8 +123,8 @@ class Trainer:
                 # An error on rank 0 ends every rank.
                 closed = self._ranks.run_on_main(partial(self._close_epoch, logits, trained, timing, started))
                 if closed.best or closed.due:
-                    state = self._gather(optimizer=closed.due)
-                    self._ranks.run_on_main(partial(self._save_epoch, closed, state))
+                    tensors, optimizer = self._gather(optimizer=closed.due)
+                    self._ranks.run_on_main(partial(self._save_epoch, closed, tensors, optimizer))
                 self._tell(closed, trained["train_loss"], timing, bar, note)
                 over = closed.over
         if self._epoch < self.config.epochs:
@@ -180,15 +183,15 @@ class Trainer:
         everywhere = total.clone()
         dist.all_reduce(everywhere)
         self._begun = Begun(steps, float(everywhere), int(clipped))
-        state = self._gather(optimizer=True)
+        tensors, optimizer = self._gather(optimizer=True)
 
         def save() -> None:
-            if not all(tensor.isfinite().all() for tensor in state.tensors.values()):
+            if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise TrainError(
                     f"the weights are no longer finite in epoch {self._epoch + 1}, after step {steps:,}: lower --lr, "
                     "or train without --amp; the checkpoints are as they were"
                 )
-            self._save(self._run.last, state)
+            self._save(self._run.last, tensors, optimizer)
             self._run.upload()
 
         self._ranks.run_on_main(save)
@@ -231,13 +234,13 @@ class Trainer:
         over = self._is_over()
         return _ClosedEpoch(metrics, best, over or self._epoch % self.config.save_every == 0, over)
 
-    def _save_epoch(self, closed: "_ClosedEpoch", state: "_State") -> None:
+    def _save_epoch(self, closed: "_ClosedEpoch", tensors: _Tensors, optimizer: _Optimizer) -> None:
         """On rank 0, write the checkpoints that are due."""
         if closed.best:
-            self._save(self._run.best, replace(state, optimizer=None))
+            self._save(self._run.best, tensors, None)
         if closed.due:
             sync(self._run.history)  # without its history line a checkpoint cannot be resumed
-            self._save(self._run.last, state)
+            self._save(self._run.last, tensors, optimizer)
             self._run.upload()
 
     def _tell(
@@ -256,27 +259,19 @@ class Trainer:
             "waiting for tiles"
         )
 
-    def _gather(self, *, optimizer: bool) -> "_State":
+    def _gather(self, *, optimizer: bool) -> tuple[_Tensors, _Optimizer]:
         """Gather what rank 0 saves; every rank must call this."""
         tensors = gather_tensors(self.classifier.trained_tensors(), self._ranks)
-        return _State(tensors, gather_state(self._step.optimizer, self._ranks) if optimizer else None)
+        return tensors, gather_state(self._step.optimizer, self._ranks) if optimizer else None
 
-    def _save(self, directory: Path, state: "_State") -> None:
+    def _save(self, directory: Path, tensors: _Tensors, optimizer: _Optimizer) -> None:
         meta = self._meta.at_epoch(self._epoch, self._best, self._best_epoch, self._begun)
-        save_checkpoint(directory, state.tensors, meta, state.optimizer)
+        save_checkpoint(directory, tensors, meta, optimizer)
 
 
 def seed_dropout(seed: int, epoch: int, rank: int, steps: int = 0) -> None:
     """Seed dropout from these four numbers alone, so that a resumed run repeats its draws."""
     torch.manual_seed(((seed * 1_000_003 + epoch) * 8_191 + rank) ^ (steps << 40))
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """Content of a checkpoint: tensors by name, and the optimiser's state if it is saved too."""
-
-    tensors: dict[str, torch.Tensor]
-    optimizer: dict[str, Any] | None
 
 
 @dataclass(frozen=True, eq=False)

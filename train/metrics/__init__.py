@@ -1,1 +1,1 @@
-"""What is said of a model: figures, decisions, intervals and baselines."""
+"""Score a model: figures, decisions, intervals and baselines."""

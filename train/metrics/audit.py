@@ -1,8 +1,6 @@
 """Audit a split for leaks: validation tiles that nearly equal a training tile."""
 
-from __future__ import annotations
-
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,9 +34,6 @@ class LeakAudit:
     val_tiles: int
     pairs: int
     closest: tuple[dict[str, Any], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def describe(self) -> str:
         """Describe the audit on one line for the summary."""

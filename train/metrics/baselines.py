@@ -1,9 +1,7 @@
 """Score the baselines that a head has to beat: label frequency, nearest neighbours and a linear probe, on its split."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from train.data.sets import Sets
 from .audit import NEAR_DUPLICATE, LeakAudit, audit_split
 from .decisions import FloatArray, cross_fitted_preds, tune_thresholds
 from .evaluation import Baseline
-from .logistic import LinearProbe, fit_logistic
+from .logistic import fit_logistic
 from .neighbours import Neighbours, draw_rows, find_neighbours
 from .scores import compute_metrics
 
@@ -31,13 +29,7 @@ _LEFT_OUT = "baselines and leak audit: skipped, because there are too many vecto
 
 
 class Baselines:
-    """All baselines of one training set.
-
-    Args:
-        train: n rows to learn from.
-        device: to compute on.
-        seed: of the sample if there are too many rows, and of folds.
-    """
+    """All baselines of one training set; `seed` draws the sample if there are too many rows, and the folds."""
 
     def __init__(self, train: LabelledCache, device: torch.device, seed: int) -> None:
         self._train, self._device, self._seed = train, device, seed
@@ -46,12 +38,7 @@ class Baselines:
     def find_neighbours(self, cache: LabelledCache) -> Neighbours:
         """Find the training rows nearest to each row of a set."""
         return find_neighbours(
-            cache,
-            self._train,
-            k=NEAREST,
-            threshold=NEAR_DUPLICATE,
-            device=self._device,
-            seed=self._seed,
+            cache, self._train, k=NEAREST, threshold=NEAR_DUPLICATE, device=self._device, seed=self._seed
         )
 
     def score(
@@ -63,20 +50,15 @@ class Baselines:
     ) -> dict[str, Baseline]:
         """Score each baseline, by name, on the rows of a set where `counted` (n,) is true.
 
-        Args:
-            cache: the set.
-            counted: the rows to score.
-            neighbours: of all its rows.
-            tuned: the baselines on another set, whose thresholds to use; None tunes them here, cross-fitted by scene.
+        `neighbours` are those of all its rows; `tuned` are the baselines on another set, whose thresholds to use. None
+        tunes them here, cross-fitted by scene.
         """
         rows, labels = cache.rows.select(counted), self._train.rows.labels
+        votes = neighbours.vote(labels)[counted]
         frequency = labels.mean(axis=0, dtype=np.float32)
         guesses = {
             "label frequency": (_count(len(labels), len(labels)), np.broadcast_to(frequency, rows.labels.shape)),
-            f"{NEAREST} nearest neighbours": (
-                _count(neighbours.searched, len(labels)),
-                neighbours.vote(labels)[counted],
-            ),
+            f"{NEAREST} nearest neighbours": (_count(neighbours.searched, len(labels)), votes),
             "linear probe": (self._probe.basis, self._probe.predict(cache.select(counted))),
         }
         scored = {}
@@ -109,19 +91,17 @@ class _StandardProbe:
         self._fitted = (self._frequency > 0) & (self._frequency < 1)
         self._mean, deviation = inputs.mean(dim=0), inputs.std(dim=0, correction=0)
         self._deviation = torch.where(deviation > 0, deviation, 1.0)
-        self._model: LinearProbe = fit_logistic(self._standardise(inputs), seen[:, self._fitted])
-        self.basis = _count(len(chosen), len(labels)) + (
-            "" if self._model.converged else ", stopped before its optimum"
-        )
+        self._model = fit_logistic(self._standardise(inputs), seen[:, self._fitted])
+        self.basis = _count(len(chosen), len(labels))
+        if not self._model.converged:
+            self.basis += ", stopped before its optimum"
 
     def predict(self, cache: LabelledCache) -> FloatArray:
         """Return (n, C) probabilities."""
         probs = self._frequency.repeat(len(cache.rows), 1)
         for part in torch.arange(len(cache.rows)).split(_ROWS):
-            inputs = read_vectors(cache, part).to(self._device)
-            probs[part.to(self._device)[:, None], self._fitted.nonzero().T] = self._model(
-                self._standardise(inputs)
-            ).sigmoid()
+            logits = self._model(self._standardise(read_vectors(cache, part).to(self._device)))
+            probs[part.to(self._device)[:, None], self._fitted.nonzero().T] = logits.sigmoid()
         return probs.cpu().numpy()
 
     def _standardise(self, inputs: Tensor) -> Tensor:
@@ -142,17 +122,17 @@ class Comparison:
         notes: lines for the summary.
     """
 
-    val: Mapping[str, Baseline]
-    test: Mapping[str, Baseline]
-    audit: LeakAudit | None
-    notes: tuple[str, ...]
+    val: Mapping[str, Baseline] = field(default_factory=dict)
+    test: Mapping[str, Baseline] = field(default_factory=dict)
+    audit: LeakAudit | None = None
+    notes: tuple[str, ...] = ()
 
 
 def compare(sets: Sets, device: torch.device, seed: int) -> Comparison:
     """Compute the baselines and the leak audit of a run's sets; only a note if there are too many vectors to reread."""
     caches = [cache for cache in (sets.train, sets.val, sets.test) if cache is not None]
     if not can_look_up(*caches):
-        return Comparison({}, {}, None, (_LEFT_OUT,))
+        return Comparison(notes=(_LEFT_OUT,))
     baselines = Baselines(sets.train, device, seed)
     neighbours = baselines.find_neighbours(sets.val)
     audit = audit_split(sets.train.rows, sets.val.rows, neighbours)

@@ -4,8 +4,6 @@ Thresholds apply to calibrated probabilities, here and in every file that holds 
 rows would flatter a model, so `cross_fit` scores each scene by a temperature and thresholds fitted on the others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,7 +17,7 @@ from sklearn.model_selection import GroupKFold
 from cache_schema.layout import BoolArray
 
 from .figures import DECISION_THRESHOLD
-from .scores import compute_f1
+from .scores import check_flags, compute_f1
 
 FloatArray = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.floating[Any]]
@@ -77,14 +75,12 @@ def cross_fitted_preds(
     """Decide on every row by thresholds tuned on the rows of other scenes only.
 
     Thresholds tuned and scored on the same rows flatter the model; cross-fitting scores the tuning itself. Scenes stay
-    whole, since neighbouring tiles of a scene overlap. Which scenes share a fold depends on their names and `seed`.
+    whole, since neighbouring tiles of a scene overlap.
 
     Args:
         probs: (N, C) floating in 0..1; compared as float32.
         labels: (N, C) bool.
-        scenes: (N,) str or int, the scene of each row.
-        folds: at least 2; with fewer scenes, each scene is a fold.
-        seed: of the assignment of scenes to folds.
+        scenes, folds, seed: see `split_scenes`.
 
     Returns:
         (N, C) bool. A single scene leaves no other rows to tune on: the decision is `probs >= 0.5`.
@@ -124,8 +120,7 @@ def split_scenes(
 
 def _check(probs: Floats, labels: BoolArray) -> npt.NDArray[np.float32]:
     """Check both arrays and return the probabilities as float32."""
-    if probs.ndim != 2 or labels.shape != probs.shape or labels.dtype != np.bool_:
-        raise ValueError(f"labels must be bool {probs.shape}, as (N, C) probs: got {labels.dtype} {labels.shape}")
+    check_flags(probs.shape, labels=labels)
     # NaN fails both comparisons, so this refuses it too.
     if not bool(((probs >= 0) & (probs <= 1)).all()):
         raise ValueError("probabilities must lie in 0..1: found NaN or a value outside")
@@ -148,8 +143,7 @@ def fit_temperature(logits: Floats, labels: BoolArray) -> float:
     Raises:
         ValueError: the shapes differ, or a logit is not finite.
     """
-    if logits.shape != labels.shape or labels.dtype != np.bool_:
-        raise ValueError(f"labels must be bool {logits.shape}, as the logits: got {labels.dtype} {labels.shape}")
+    check_flags(logits.shape, labels=labels)
     if not np.isfinite(logits).all():
         raise ValueError("logits must be finite: leave rows without an embedding out")
     if not logits.size:
@@ -164,19 +158,6 @@ def fit_temperature(logits: Floats, labels: BoolArray) -> float:
     if slope(1 / COLDEST) <= 0:
         return COLDEST
     return float(1 / brentq(slope, 1 / HOTTEST, 1 / COLDEST, xtol=1e-12, rtol=1e-10))
-
-
-def expected_calibration_error(probs: Floats, labels: BoolArray, bins: int = BINS) -> float | None:
-    """Compute the mean distance of probability and frequency, over all N x C decisions in `bins` equal parts of 0..1.
-
-    Equation 3 of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, with the probability that the class
-    is present as the confidence: each bin's distance between its mean probability and its share of positives, weighted
-    by the number of its decisions.
-
-    Returns:
-        0 to 1; None without rows.
-    """
-    return measure_distance(bin_decisions(probs, labels, bins))
 
 
 def bin_decisions(probs: Floats, labels: BoolArray, bins: int = BINS) -> list[Bin]:
@@ -196,7 +177,12 @@ def bin_decisions(probs: Floats, labels: BoolArray, bins: int = BINS) -> list[Bi
 
 
 def measure_distance(bins: Sequence[Bin]) -> float | None:
-    """Compute the expected calibration error of binned decisions; None without decisions."""
+    """Compute the expected calibration error of binned decisions, 0 to 1; None without decisions.
+
+    Equation 3 of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, with the probability that the class
+    is present as the confidence: each bin's distance between its mean probability and its share of positives, weighted
+    by the number of its decisions.
+    """
     total = sum(part["count"] for part in bins)
     far = sum(part["count"] * abs(part["prob"] - part["positive"]) for part in bins if part["count"])
     return far / total if total else None
@@ -248,8 +234,7 @@ def cross_fit(
     Args:
         logits: (N, C) float32, finite.
         labels: (N, C) bool.
-        scenes: (N,) str or int.
-        folds, seed: see `split_scenes`.
+        scenes, folds, seed: see `split_scenes`.
 
     Returns:
         (N, C) float32 and (N, C) bool. A single scene leaves no other rows to fit on: temperature 1, thresholds 0.5.

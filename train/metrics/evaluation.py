@@ -1,10 +1,8 @@
 """Evaluate the logits of a set of tiles: metrics, thresholds, calibration and intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +21,21 @@ from .side_by_side import format_interval, format_per_class, format_summary, for
 
 DOMINANT_CLASSES = ("Building", "Small Car")
 """Present in nearly every xView tile, so they outweigh the rest in a weighted mean."""
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """A baseline on one set of rows.
+
+    Attributes:
+        basis: the rows it was made from, in words.
+        metrics: the averages of `compute_metrics`.
+        thresholds: (C,) float32, tuned on these rows or given.
+    """
+
+    basis: str
+    metrics: Metrics
+    thresholds: FloatArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +62,6 @@ class Evaluation:
     reliability: dict[str, list[Bin]]
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
 
-    def beside(self, baselines: Mapping[str, Baseline]) -> Self:
-        """Return the same evaluation with baselines."""
-        return replace(self, baselines=baselines)
-
     def to_json(self) -> dict[str, Any]:
         return {
             **self.metrics,
@@ -60,7 +69,7 @@ class Evaluation:
             "variants": self.variants,
             "calibration": self.calibration,
             "reliability": self.reliability,
-            "baselines": {name: baseline.to_json() for name, baseline in self.baselines.items()},
+            "baselines": {name: {"basis": b.basis, **b.metrics} for name, b in self.baselines.items()},
         }
 
 
@@ -96,7 +105,6 @@ def evaluate_rows(
         logits: (n, C) float32.
         rows: their labels and scenes.
         counted: (n,) bool, the rows of the main figures; the others are empty tiles.
-        loss: the loss to average.
         decisions: fitted on other rows, as for a test set; None fits them here, cross-fitted by scene for
             `f1_weighted_tuned` and `ece_after`.
         rarest: columns of the classes rarest in training, for a separate variant.
@@ -154,18 +162,13 @@ def describe_evaluation(evaluation: Evaluation, *, per_class: bool = False) -> s
     text = format_summary(evaluation.metrics, evaluation.variants)
     text += f"\n95 % intervals over scenes: {intervals}\n{describe_calibration(evaluation.calibration)}"
     if evaluation.baselines:
-        text += "\n\n" + "\n".join(_compare_with_baselines(evaluation))
+        rows = [["baselines", *(FIGURES[key].title for key in COMPARED), ""]]
+        models = [("this model", evaluation.metrics, "")]
+        models += [(name, baseline.metrics, baseline.basis) for name, baseline in evaluation.baselines.items()]
+        for name, metrics, basis in models:
+            rows.append([name, *(FIGURES[key].format(metrics[key]) for key in COMPARED), basis])
+        text += "\n\n" + "\n".join(format_table(rows, "<" + ">" * len(COMPARED) + "<"))
     return f"{text}\n\n{format_per_class(evaluation.metrics)}" if per_class else text
-
-
-def _compare_with_baselines(evaluation: Evaluation) -> list[str]:
-    """Format the model and its baselines, a line each."""
-    rows = [["baselines", *(FIGURES[key].title for key in COMPARED), ""]]
-    models = [("this model", evaluation.metrics, "")]
-    models += [(name, baseline.metrics, baseline.basis) for name, baseline in evaluation.baselines.items()]
-    for name, metrics, basis in models:
-        rows.append([name, *(FIGURES[key].format(metrics[key]) for key in COMPARED), basis])
-    return format_table(rows, "<" + ">" * len(COMPARED) + "<")
 
 
 def describe_calibration(calibration: Mapping[str, float | None]) -> str:
@@ -173,21 +176,3 @@ def describe_calibration(calibration: Mapping[str, float | None]) -> str:
     ece, temperature = FIGURES["ece"], FIGURES["temperature"].describe(calibration["temperature"])
     before, after = (ece.format(calibration[key]) for key in ("ece_before", "ece_after"))
     return f"{temperature}: {ece.title} {before} before, {after} after"
-
-
-@dataclass(frozen=True, eq=False)
-class Baseline:
-    """A baseline on one set of rows.
-
-    Attributes:
-        basis: the rows it was made from, in words.
-        metrics: the averages of `compute_metrics`.
-        thresholds: (C,) float32, tuned on these rows or given.
-    """
-
-    basis: str
-    metrics: Metrics
-    thresholds: FloatArray
-
-    def to_json(self) -> Metrics:
-        return {"basis": self.basis, **self.metrics}

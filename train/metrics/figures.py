@@ -3,8 +3,6 @@
 Whatever prints or plots a figure takes its title from here, so that a figure has one name everywhere.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -33,13 +31,7 @@ OF_A_CLASS = ("f1", "ap", "precision", "recall", "support", "threshold")
 
 
 def format_value(value: float | None, digits: int = 3, *, sign: str = "") -> str:
-    """Format a number; "n/a" for None and NaN.
-
-    Args:
-        value: the number.
-        digits: decimals.
-        sign: "+" shows the sign of positive numbers too.
-    """
+    """Format a number with `digits` decimals, "n/a" for None and NaN; `sign` "+" signs positive numbers too."""
     return "n/a" if value is None or math.isnan(value) else f"{value:{sign}.{digits}f}"
 
 

@@ -9,8 +9,6 @@ No rows are copied. A resample is a weight per scene: F1 follows from the weight
 average precision from its cumulative counts at the thresholds where recall rises.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +19,7 @@ import numpy.typing as npt
 from cache_schema.layout import BoolArray
 
 from .figures import DECISION_THRESHOLD, KEY_FIGURES
-from .scores import Float64Array, FloatArray, average_classes, compute_f1, divide
+from .scores import Float64Array, FloatArray, average_classes, check_flags, compute_f1, divide
 
 Interval = tuple[float, float]
 
@@ -34,7 +32,6 @@ def bootstrap_intervals(
     labels: BoolArray,
     scenes: npt.NDArray[Any],
     *,
-    preds: BoolArray | None = None,
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
@@ -45,7 +42,6 @@ def bootstrap_intervals(
         probs: (N, C) floating, after the sigmoid.
         labels: (N, C) bool.
         scenes: (N,) str or int, the scene of each row.
-        preds: (N, C) bool decisions; by default `probs >= 0.5`.
         resamples: how often to draw as many scenes as there are, with replacement.
         seed: of the draws; the same scenes and seed give the same draws.
         level: coverage, between 0 and 1.
@@ -59,7 +55,7 @@ def bootstrap_intervals(
         ValueError: shapes differ, a probability is NaN, or `resamples` or `level` is out of range.
     """
     scene_of, weights = _draw(probs, labels, scenes, resamples, seed, level)
-    return _percentiles(score_resamples(probs, labels, scene_of, weights, preds=preds), weights, level)
+    return _percentiles(score_resamples(probs, labels, scene_of, weights), weights, level)
 
 
 def bootstrap_difference(
@@ -68,8 +64,6 @@ def bootstrap_difference(
     labels: BoolArray,
     scenes: npt.NDArray[Any],
     *,
-    preds: BoolArray | None = None,
-    baseline_preds: BoolArray | None = None,
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
@@ -82,8 +76,7 @@ def bootstrap_difference(
     scene_of, weights = _draw(probs, labels, scenes, resamples, seed, level)
     if baseline_probs.shape != probs.shape:
         raise ValueError(f"baseline_probs {baseline_probs.shape} and probs {probs.shape} must be of the same rows")
-    own = score_resamples(probs, labels, scene_of, weights, preds=preds)
-    baseline = score_resamples(baseline_probs, labels, scene_of, weights, preds=baseline_preds)
+    own, baseline = (score_resamples(each, labels, scene_of, weights) for each in (probs, baseline_probs))
     return _percentiles({key: own[key] - baseline[key] for key in KEY_FIGURES}, weights, level)
 
 
@@ -113,15 +106,13 @@ def score_resamples(
         For each key (R,) float64; NaN where a resample has no positive of any class.
     """
     preds = probs >= DECISION_THRESHOLD if preds is None else preds
-    for name, array in (("labels", labels), ("preds", preds)):
-        if array.shape != probs.shape or array.dtype != np.bool_:
-            raise ValueError(f"{name} must be bool {probs.shape}, as (N, C) probs: got {array.dtype} {array.shape}")
+    check_flags(probs.shape, labels=labels, preds=preds)
     if np.isnan(probs).any():
         raise ValueError("probabilities hold NaN: leave rows without an embedding out")
     weights = weights.astype(np.float64)
-    support = weights @ _sum_by_scene(labels, scene_of, weights.shape[1])
-    predicted = weights @ _sum_by_scene(preds, scene_of, weights.shape[1])
-    hits = weights @ _sum_by_scene(preds & labels, scene_of, weights.shape[1])
+    support, predicted, hits = (
+        weights @ _sum_by_scene(flags, scene_of, weights.shape[1]) for flags in (labels, preds, preds & labels)
+    )
     f1 = compute_f1(hits, predicted, support)
     ap = np.stack([_average_precision(p, y, scene_of, weights) for p, y in zip(probs.T, labels.T, strict=True)], axis=1)
     present = support > 0

@@ -2,11 +2,10 @@
 
 Every class is a separate convex problem. L-BFGS (Nocedal & Wright, "Numerical Optimization", 2006, algorithm 7.4) takes
 a step in all of them together, so a step costs two matrix products whatever the number of classes; each class has its
-own history, step length and end of the search. SciPy's L-BFGS-B took 4 times as long one class at a time and 10
-times as long over all classes at once (1,400 rows, 256 features, 60 classes, 2 cores).
+own history, step length and end of the search. On 1,400 rows and 2 cores, SciPy's L-BFGS over all classes at once took
+7.7 s against 4.1 s here (128 features, 12 classes) and 29 s against 2.7 s (256 features, 60 classes). With 1,024
+features and 60 classes it took 26 s against 38 s, and neither converged. Its probabilities differ by up to 0.087.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -50,10 +49,9 @@ def fit_logistic(
         tolerance: a class has converged when no entry of its gradient is larger, as in scikit-learn.
         steps: most steps; the search then ends wherever it is.
     """
-    problem = _Problem(inputs, labels.double(), 1 / (strength * len(inputs)))
     found = torch.zeros(inputs.shape[1] + 1, labels.shape[1], device=inputs.device)
     where = torch.arange(labels.shape[1], device=inputs.device)
-    search = _Search(problem)
+    search = _Search(inputs, labels.double(), 1 / (strength * len(inputs)))
     for _ in range(steps):
         arrived = search.gradient.abs().amax(dim=0) <= tolerance
         if arrived.any():
@@ -67,58 +65,53 @@ def fit_logistic(
     return LinearProbe(found[:-1], found[-1], not len(where))
 
 
-@dataclass(eq=False)
-class _Problem:
-    """The objective of c classes: (n, F) inputs, (n, c) labels, and the weight `l2` of |w|^2 / 2."""
-
-    inputs: Tensor
-    labels: Tensor
-    l2: float
-
-    def project(self, params: Tensor) -> Tensor:
-        """Compute the (n, c) float64 logits of (F + 1, c) parameters, the bias last."""
-        return (self.inputs @ params[:-1] + params[-1]).double()
-
-    def value(self, logits: Tensor, params: Tensor) -> Tensor:
-        """Compute the (c,) float64 objective."""
-        entropy = functional.binary_cross_entropy_with_logits(logits, self.labels, reduction="none").mean(dim=0)
-        return entropy + self.l2 / 2 * params[:-1].double().square().sum(dim=0)
-
-    def slope(self, logits: Tensor, params: Tensor) -> Tensor:
-        """Compute the (F + 1, c) gradient."""
-        error = ((logits.sigmoid() - self.labels) / len(logits)).float()
-        return torch.cat([self.inputs.T @ error + self.l2 * params[:-1], error.sum(dim=0, keepdim=True)])
-
-
 class _Search:
-    """The parameters of each class, and the last steps and gradient changes, which determine its next direction."""
+    """The search in c classes: (F + 1, c) parameters, the bias last, and the steps that determine the next direction.
 
-    def __init__(self, problem: _Problem) -> None:
-        self._problem = problem
-        frequency = problem.labels.mean(dim=0)
-        self.params = torch.zeros(problem.inputs.shape[1] + 1, len(frequency), device=problem.inputs.device)
+    Args:
+        inputs: (n, F) float32.
+        labels: (n, c) float64.
+        l2: weight of |w|^2 / 2 in the objective.
+    """
+
+    def __init__(self, inputs: Tensor, labels: Tensor, l2: float) -> None:
+        self._inputs, self._labels, self._l2 = inputs, labels, l2
+        frequency = labels.mean(dim=0)
+        self.params = torch.zeros(inputs.shape[1] + 1, len(frequency), device=inputs.device)
         self.params[-1] = torch.logit(frequency).float()
-        self._logits = problem.project(self.params)
-        self.gradient = problem.slope(self._logits, self.params)
+        self._logits = self._project(self.params)
+        self.gradient = self._compute_gradient()
         self._history: list[tuple[Tensor, Tensor]] = []
+
+    def _project(self, params: Tensor) -> Tensor:
+        """Compute (n, c) float64 logits."""
+        return (self._inputs @ params[:-1] + params[-1]).double()
+
+    def _compute_objective(self, logits: Tensor, params: Tensor) -> Tensor:
+        """Compute (c,) float64 values."""
+        entropy = functional.binary_cross_entropy_with_logits(logits, self._labels, reduction="none").mean(dim=0)
+        return entropy + self._l2 / 2 * params[:-1].double().square().sum(dim=0)
+
+    def _compute_gradient(self) -> Tensor:
+        error = ((self._logits.sigmoid() - self._labels) / len(self._logits)).float()
+        return torch.cat([self._inputs.T @ error + self._l2 * self.params[:-1], error.sum(dim=0, keepdim=True)])
 
     def keep(self, chosen: Tensor) -> None:
         """Continue with the classes where `chosen` (c,) is true only."""
-        self._problem.labels = self._problem.labels[:, chosen]
-        self.params, self.gradient, self._logits = (
-            tensor[:, chosen] for tensor in (self.params, self.gradient, self._logits)
+        self._labels, self.params, self.gradient, self._logits = (
+            tensor[:, chosen] for tensor in (self._labels, self.params, self.gradient, self._logits)
         )
         self._history = [(step[:, chosen], change[:, chosen]) for step, change in self._history]
 
     def step(self) -> None:
         """Move every class along its direction, halving a step until it lowers the objective enough."""
-        problem, direction = self._problem, self._choose_direction()
-        moved = problem.project(direction)  # logits are linear: step lengths cost no further product
+        direction = self._choose_direction()
+        moved = self._project(direction)  # logits are linear: step lengths cost no further product
         descent = (direction * self.gradient).sum(dim=0).double()
-        before = problem.value(self._logits, self.params)
+        before = self._compute_objective(self._logits, self.params)
         length = torch.ones_like(descent)
         for _ in range(_HALVINGS):
-            reached = problem.value(self._logits + length * moved, self.params + length.float() * direction)
+            reached = self._compute_objective(self._logits + length * moved, self.params + length.float() * direction)
             short = reached > before + _ARMIJO * length * descent
             if not short.any():
                 break
@@ -126,9 +119,8 @@ class _Search:
         step = length.float() * direction
         self.params = self.params + step
         self._logits = self._logits + length * moved
-        gradient = problem.slope(self._logits, self.params)
-        self._history = [*self._history[1 - _HISTORY :], (step, gradient - self.gradient)]
-        self.gradient = gradient
+        before, self.gradient = self.gradient, self._compute_gradient()
+        self._history = [*self._history[1 - _HISTORY :], (step, self.gradient - before)]
 
     def _choose_direction(self) -> Tensor:
         """Compute the (F + 1, c) directions: the two loops of L-BFGS, for all classes at once."""

@@ -1,7 +1,5 @@
 """Find the rows of one set nearest to each row of another, by cosine, block by block."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,9 +52,7 @@ def find_neighbours(
 
     Args:
         queries, among: q and n rows of vectors from the same backbone.
-        k: rows to find for each query.
         threshold: cosine from which a pair counts as near.
-        device: to compute on.
         seed: of the sample if n is too large.
     """
     width = read_vectors(among, torch.arange(1)).shape[1]

@@ -5,7 +5,6 @@ has neither. Paired differences separate two runs far better than their own inte
 """
 
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from .scores import compute_metrics
 from .side_by_side import PairedDifference, format_table
 
 _NO_MATTER = {
-    *("run", "resume", "device", "workers", "memory_budget", "folds", "save_every", "deterministic"),
+    *("data", "run", "resume", "device", "workers", "memory_budget", "folds", "save_every", "deterministic"),
     *("class_weights", "repeat_factor"),
 }
 
@@ -33,10 +32,7 @@ _NO_MATTER = {
 def compare_with_plain(run: RunDirectory, config: TrainConfig, sets: Sets, logits: Tensor) -> tuple[str, ...]:
     """Describe what class weights and repeats changed, against the newest earlier run without them.
 
-    Args:
-        run: its earlier runs are searched in the same directory, on this machine.
-        config, sets: of the run.
-        logits: (n, C) of all its validation rows.
+    Earlier runs are searched in the directory of `run`, on this machine; `logits` are (n, C), of all validation rows.
 
     Returns:
         lines for the summary; none for a run without weights and repeats.
@@ -72,7 +68,6 @@ def is_plain(config: TrainConfig) -> bool:
 def _find_plain(
     run: RunDirectory, config: TrainConfig, sets: Sets
 ) -> tuple[RunDirectory, Tensor, tuple[str, ...]] | None:
-    """Find the newest comparable run, its logits, and the settings in which it differs."""
     for sibling in run.find_siblings():
         try:
             stored = sibling.read_config()
@@ -87,16 +82,10 @@ def _find_plain(
             continue
         logits = load_val_logits(sibling, sets.val.rows) if comparable else None
         if logits is not None:
-            return sibling, logits, _list_differing(asdict(stored), asdict(config))
+            theirs, own = asdict(stored), asdict(config)
+            differing = [key for key in own if key not in _NO_MATTER and theirs[key] != own[key]]
+            return sibling, logits, tuple(f"{key} {theirs[key]} -> {own[key]}" for key in differing)
     return None
-
-
-def _list_differing(theirs: dict[str, Any], own: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(
-        f"{key} {theirs[key]} -> {own[key]}"
-        for key in own
-        if key not in {*_NO_MATTER, "data"} and theirs[key] != own[key]
-    )
 
 
 def _tabulate_rarest(

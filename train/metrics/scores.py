@@ -5,8 +5,6 @@ averages and mAP leave it out. False alarms on such a class still count in micro
 accuracy, which take in every class.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -84,7 +82,14 @@ def compute_metrics(
         ValueError: shapes disagree, there is no class, or a probability is NaN.
     """
     preds = probs >= DECISION_THRESHOLD if preds is None else preds
-    _check(probs, labels, class_names, preds, preds_tuned, thresholds)
+    shape = probs.shape
+    if len(shape) != 2 or shape[1] == 0 or shape[1] != len(class_names):
+        raise ValueError(f"probs {shape} must be (N, C) with one column for each of {len(class_names)} classes")
+    check_flags(shape, labels=labels, preds=preds, preds_tuned=preds_tuned)
+    if thresholds is not None and thresholds.shape != (shape[1],):
+        raise ValueError(f"thresholds {thresholds.shape} must be ({shape[1]},)")
+    if np.isnan(probs).any():
+        raise ValueError("probabilities hold NaN: training diverged, or rows without an embedding were not left out")
     support = labels.sum(axis=0)
     hits, predicted = (labels & preds).sum(axis=0), preds.sum(axis=0)
     of_class = {
@@ -122,25 +127,14 @@ def compute_metrics(
     }
 
 
-def _check(
-    probs: FloatArray,
-    labels: BoolArray,
-    class_names: Sequence[str],
-    preds: BoolArray,
-    preds_tuned: BoolArray | None,
-    thresholds: FloatArray | None,
-) -> None:
-    shape = probs.shape
-    if len(shape) != 2 or shape[1] == 0 or shape[1] != len(class_names):
-        raise ValueError(f"probs {shape} must be (N, C) with one column for each of {len(class_names)} classes")
-    for name, array in (("labels", labels), ("preds", preds), ("preds_tuned", preds_tuned)):
-        # Integers would be summed by value, and scikit-learn would read them as multi-class.
+def check_flags(shape: tuple[int, ...], **arrays: Array | None) -> None:
+    """Raise ValueError, with the name of the array, unless each array is bool and of this shape.
+
+    Integers would be summed by value, and scikit-learn would read them as multi-class.
+    """
+    for name, array in arrays.items():
         if array is not None and (array.shape != shape or array.dtype != np.bool_):
             raise ValueError(f"{name} must be bool {shape}: got {array.dtype} {array.shape}")
-    if thresholds is not None and thresholds.shape != (shape[1],):
-        raise ValueError(f"thresholds {thresholds.shape} must be ({shape[1]},)")
-    if np.isnan(probs).any():
-        raise ValueError("probabilities hold NaN: training diverged, or rows without an embedding were not left out")
 
 
 def _average_precisions(probs: FloatArray, labels: BoolArray) -> Float64Array:
@@ -148,7 +142,7 @@ def _average_precisions(probs: FloatArray, labels: BoolArray) -> Float64Array:
     ap = np.zeros(labels.shape[1])
     if (present := labels.any(axis=0)).any():
         # In float64, because scikit-learn counts in the dtype of the scores. All classes at once, and without the
-        # checks that `_check` has already made: they would take half of an epoch's time.
+        # checks that `compute_metrics` has already made: they would take half of an epoch's time.
         with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
             ap[present] = average_precision_score(
                 labels[:, present], probs[:, present].astype(np.float64), average=None

@@ -1,11 +1,9 @@
 """Print figures side by side: tables, intervals, and the paired difference of two models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy.typing as npt
 
@@ -66,7 +64,7 @@ class PairedDifference:
         scenes: npt.NDArray[Any],
         *,
         seed: int = 0,
-    ) -> PairedDifference:
+    ) -> Self:
         """Compare two models on the same rows.
 
         Args:

@@ -59,11 +59,11 @@ class Augmentation:
             (B, 3, S, S) of the same dtype; without augmentation `pixels` itself.
         """
         if self.jitter:
-            draws = _to_device(draw_uniform(rows, seed, epoch, _JITTER_DRAWS), pixels)
+            draws = draw_uniform(rows, seed, epoch, _JITTER_DRAWS).float().to(pixels.device, non_blocking=True)
             gains, contrast = self._scale_colours(draws)
             pixels = jitter_colours(pixels, gains, contrast, mean, std)
         if self.crop_scale < 1:
-            draws = _to_device(draw_uniform(rows, seed, epoch, _CROP_DRAWS), pixels)
+            draws = draw_uniform(rows, seed, epoch, _CROP_DRAWS).float().to(pixels.device, non_blocking=True)
             pixels = crop_squares(pixels, self._place_crops(draws))
         if self.views == "d4":
             pixels = apply_symmetry(pixels, draw_symmetries(rows, seed, epoch))
@@ -204,15 +204,11 @@ def draw_uniform(rows: Tensor, seed: int, epoch: int, draws: range) -> Tensor:
     return torch.from_numpy((_hash_rows(rows, seed, epoch, draws) >> np.uint64(11)) * 2.0**-53)
 
 
-def _to_device(draws: Tensor, pixels: Tensor) -> Tensor:
-    return draws.float().to(pixels.device, non_blocking=True)
-
-
 def _hash_rows(rows: Tensor, seed: int, epoch: int, draws: range) -> UInt64Array:
     """Return 64 random bits for each (seed, epoch, row, draw), all at least 0: (n, len(draws)).
 
     SplitMix64 of Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, split in the order
-    seed, epoch, row. The draws of a row are outputs of its own generator, by their number.
+    seed, epoch, row. Each row has a separate generator; draw number i is its output number i.
     """
     state = np.zeros(1, np.uint64)
     for part in (np.array([seed]), np.array([epoch]), rows.numpy()):

@@ -94,10 +94,6 @@ class Classifier(nn.Module):
             logits: Tensor = self.head(encoded.float())
         return logits
 
-    def list_trained(self) -> list[nn.Module]:
-        """Return the modules that training changes."""
-        return [self.head, *(self.backbone.list_trained() if self.backbone else ())]
-
     def trained_tensors(self) -> dict[str, Tensor]:
         """Return the tensors that training changes, those of head and unfrozen layers, by their name in this module."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -112,7 +108,8 @@ class TrainedPart(nn.Module):
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.modules_trained = nn.ModuleList(classifier.list_trained())
+        backbone = classifier.backbone
+        self.modules_trained = nn.ModuleList([classifier.head, *(backbone.list_trained() if backbone else ())])
         self._classify = classifier.classify  # a bound method: the frozen layers are not part of this module
 
     def forward(self, encoded: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Losses for training a head: pure functions of logits and labels, one value per tile and class."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -74,10 +74,7 @@ def gather_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, An
 def send(tensor: Tensor, like: Tensor, ranks: Ranks) -> Tensor:
     """Send a tensor from rank 0; return this rank's shard if `like` is sharded, else a copy on the device of `like`.
 
-    Args:
-        tensor: on the other ranks only its shape and dtype matter.
-        like: gives device and sharding.
-        ranks: all must call this.
+    All ranks must call this; on the others only shape and dtype of `tensor` matter.
     """
     held = tensor.to(like.device) if ranks.is_main else torch.empty_like(tensor, device=like.device)
     if isinstance(like, DTensor):
@@ -101,12 +98,9 @@ def send_state(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, ranks
 
 
 def load_tensors(classifier: Classifier, tensors: Mapping[str, torch.Tensor], ranks: Ranks | None = None) -> None:
-    """Copy the tensors of a checkpoint into the classifier.
+    """Copy the tensors of a checkpoint into a classifier, whole or sharded.
 
-    Args:
-        classifier: whole or sharded.
-        tensors: by name.
-        ranks: given if only rank 0 has the tensors, and the others their outlines.
+    `ranks` are given if only rank 0 has the tensors, and the others their outlines.
 
     Raises:
         CheckpointError: the classifier has no tensor of such a name and shape.

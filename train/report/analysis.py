@@ -1,7 +1,5 @@
 """Analyse probabilities and labels: curves, errors by co-occurrence, best and worst tiles."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -62,7 +60,7 @@ def draw_curve(probs: FloatArray, labels: BoolArray, preds: BoolArray) -> Curve 
 
 
 @dataclass(frozen=True)
-class Neighbour:
+class Companion:
     """Another class on the tiles with one kind of error.
 
     Attributes:
@@ -80,21 +78,16 @@ class Neighbour:
     shown_base: float
     predicted_base: float
 
-    @property
-    def excess(self) -> float:
-        """Return how much more common it is there than on all tiles, as truth or as prediction."""
-        return max(self.shown_share - self.shown_base, self.predicted_share - self.predicted_base)
-
 
 @dataclass(frozen=True)
-class Beside:
+class Companions:
     """One kind of error of one class: the number of tiles, and the classes more common there than elsewhere."""
 
     tiles: int
-    neighbours: tuple[Neighbour, ...]
+    classes: tuple[Companion, ...]
 
 
-def list_beside(errors: BoolArray, labels: BoolArray, preds: BoolArray) -> list[Beside]:
+def list_companions(errors: BoolArray, labels: BoolArray, preds: BoolArray) -> list[Companions]:
     """List, for each class, the other classes on the tiles where it is wrong.
 
     Args:
@@ -102,7 +95,8 @@ def list_beside(errors: BoolArray, labels: BoolArray, preds: BoolArray) -> list[
         labels, preds: (n, C) bool, truth and decisions.
 
     Returns:
-        C entries, each with at most five classes: those with the largest excess above 0, ties in column order.
+        C entries, each with at most five classes: those whose share exceeds that of all tiles the most, as truth or as
+        prediction; ties in column order.
     """
     # Counts of tiles are whole numbers far below 2^24, so a product in float32 is exact.
     wrong = errors.T.astype(np.float32)
@@ -112,25 +106,14 @@ def list_beside(errors: BoolArray, labels: BoolArray, preds: BoolArray) -> list[
     found = []
     for c, count in enumerate(tiles.tolist()):
         if not count:
-            found.append(Beside(0, ()))
+            found.append(Companions(0, ()))
             continue
         shares = shown[c] / count, predicted[c] / count
         excess = np.maximum(shares[0] - shown_base, shares[1] - predicted_base)
         excess[c] = 0
         order = [d for d in np.argsort(-excess, kind="stable")[:_LISTED].tolist() if excess[d] > 0]
-        neighbours = tuple(
-            Neighbour(
-                d,
-                int(shown[c, d]),
-                int(predicted[c, d]),
-                float(shares[0][d]),
-                float(shares[1][d]),
-                float(shown_base[d]),
-                float(predicted_base[d]),
-            )
-            for d in order
-        )
-        found.append(Beside(count, neighbours))
+        columns = (shown[c], predicted[c], *shares, shown_base, predicted_base)
+        found.append(Companions(count, tuple(Companion(d, *(column[d].item() for column in columns)) for d in order)))
     return found
 
 

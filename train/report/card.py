@@ -1,7 +1,5 @@
 """Write model_card.md in the format of the Hugging Face hub (https://huggingface.co/docs/hub/model-cards)."""
 
-from __future__ import annotations
-
 import re
 
 import jinja2
@@ -24,11 +22,7 @@ def write_card(facts: Facts) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "md": escape_markdown,
-        "note": _link_notes,
-        "figure": format_value,
-    }
+    environment.filters |= {"md": escape_markdown, "note": _link_notes, "figure": format_value}
     licences = find_licences(facts)
     text = environment.get_template("model_card.md.jinja").render(
         facts=facts,
@@ -72,7 +66,7 @@ def _make_front(facts: Facts, licences: Licences) -> str:
         for key in KEY_FIGURES
         if metrics[key] is not None
     ]
-    data = ModelCardData(
+    return ModelCardData(
         base_model=licences.base_model,
         license="other" if licences.name else None,
         license_name=licences.name,
@@ -82,5 +76,4 @@ def _make_front(facts: Facts, licences: Licences) -> str:
         tags=["remote-sensing", "multi-label", "tileprobe"],
         model_name=facts.run.path.name,
         eval_results=results,
-    )
-    return data.to_yaml()
+    ).to_yaml()

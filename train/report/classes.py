@@ -1,19 +1,16 @@
 """Make the sections on each class: its curve, its errors, its best and worst tiles, and its points in the map."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cache_schema.layout import BoolArray
 from train.metrics.figures import FIGURES
 
 from . import plots
-from .analysis import RECALLS, choose_extremes, draw_curve, list_beside, list_swaps
+from .analysis import RECALLS, choose_extremes, draw_curve, list_companions, list_swaps
 from .embeddings import EmbeddingMap
-from .facts import Evidence, Facts
+from .facts import Evidence, Facts, join_names
 from .summary import rank_classes
 from .tiles import MOST_IMAGES, Thumbnail
 
@@ -31,7 +28,7 @@ def make_classes(facts: Facts, pictures: Mapping[str, Thumbnail]) -> list[dict[s
     evidence = facts.evidence
     assert evidence is not None
     labels, preds, names = evidence.labels, evidence.preds, facts.class_names
-    missed, false = list_beside(labels & ~preds, labels, preds), list_beside(~labels & preds, labels, preds)
+    missed, false = (list_companions(errors, labels, preds) for errors in (labels & ~preds, ~labels & preds))
     most = count_of_a_kind(len(names))
     made = []
     for row in rank_classes(facts.metrics["per_class"]):
@@ -55,7 +52,7 @@ def make_classes(facts: Facts, pictures: Mapping[str, Thumbnail]) -> list[dict[s
                 **row,
                 "plot": drawn,
                 "at": [] if curve is None else [curve.read_at(recall) for recall in RECALLS],
-                "beside": [("missed", missed[c]), ("falsely predicted", false[c])],
+                "errors": [("missed", missed[c]), ("falsely predicted", false[c])],
                 "tiles": [
                     (kind, style, [_make_tile(evidence, names, i, c, pictures) for i in chosen])
                     for kind, style, chosen in kinds
@@ -70,7 +67,7 @@ def _make_tile(
     evidence: Evidence, names: Sequence[str], i: int, c: int, pictures: Mapping[str, Thumbnail]
 ) -> dict[str, Any]:
     tile = str(evidence.tiles[i])
-    truth, said = (_join_names(names, side[i]) for side in (evidence.labels, evidence.preds))
+    truth, said = (join_names(names, side[i]) for side in (evidence.labels, evidence.preds))
     return {
         "name": tile,
         "picture": pictures.get(tile),
@@ -78,10 +75,6 @@ def _make_tile(
         "truth": truth,
         "said": said,
     }
-
-
-def _join_names(names: Sequence[str], chosen: BoolArray) -> str:
-    return ", ".join(names[d] for d in np.flatnonzero(chosen).tolist()) or "nothing"
 
 
 def name_swaps(facts: Facts) -> list[tuple[str, str, int]]:
@@ -103,7 +96,7 @@ def make_map_section(facts: Facts, drawn: EmbeddingMap) -> dict[str, Any]:
     coloured = [c for c in np.argsort(-counts, kind="stable")[:_MAP_COLOURS].tolist() if counts[c]]
     kind = {c: f"k{i}" for i, c in enumerate(coloured)}
     titles = [
-        f"{evidence.tiles[i]}: {_join_names(names, row)}" for i, row in zip(drawn.chosen.tolist(), labels, strict=True)
+        f"{evidence.tiles[i]}: {join_names(names, row)}" for i, row in zip(drawn.chosen.tolist(), labels, strict=True)
     ]
     text = (
         f"Map of {len(titles):,} validation tiles: near points have similar vectors. The choice above sets the colours."

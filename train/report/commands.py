@@ -1,7 +1,5 @@
 """Reconstruct the commands that made a run, from the settings it kept."""
 
-from __future__ import annotations
-
 import shlex
 
 from cache_schema.cli.options import make_options, spell_out

@@ -1,7 +1,5 @@
 """Map a sample of validation tiles to two dimensions by their cached vectors."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,11 +1,9 @@
 """Read the files of a run directory for the report and the model card."""
 
-from __future__ import annotations
-
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +75,7 @@ class Facts:
     lacking: str
 
     @classmethod
-    def read(cls, run: RunDirectory) -> Facts:
+    def read(cls, run: RunDirectory) -> Self:
         """Read a run.
 
         Raises:
@@ -156,6 +154,6 @@ def _read_evidence(run: RunDirectory, config: TrainConfig, metrics: Json) -> Evi
     )
 
 
-def format_json(value: Any) -> str:
-    """Format a value as indented JSON for people."""
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def join_names(names: Sequence[str], chosen: BoolArray) -> str:
+    """Join the names of the classes where `chosen` (C,) is true."""
+    return ", ".join(names[c] for c in np.flatnonzero(chosen).tolist()) or "nothing"

@@ -5,8 +5,6 @@ https://huggingface.co/facebook/dinov3-vitl16-pretrain-lvd1689m/blob/main/LICENS
 https://huggingface.co/datasets/CDAO/xview-subset-classification.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .facts import Facts

@@ -1,16 +1,17 @@
 """Write report.html: one file that opens offline, loads nothing from the network and runs only its own script."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
 
+from train.metrics.audit import LeakAudit
 from train.metrics.figures import COMPARED, FIGURES, KEY_FIGURES, format_value
 from train.runs.directory import RunDirectory
 
@@ -20,16 +21,15 @@ from .card import write_card
 from .classes import make_classes, make_map_section, name_swaps
 from .commands import list_commands
 from .embeddings import EmbeddingMap
-from .facts import Facts, format_json
+from .facts import Facts
 from .licences import find_licences
-from .summary import CARDS, HISTORY, SHOWN, describe_audit, describe_verdict, draw_history, make_result, name_in_history
+from .summary import CARDS, HISTORY, SHOWN, describe_verdict, draw_history, make_result, name_in_history
 from .tiles import Thumbnail
 
 MOST_DOUBTS = 200
 
 
-@dataclass(frozen=True)
-class LeftOut:
+class LeftOut(NamedTuple):
     """A part that is not in the report, and why."""
 
     part: str
@@ -58,12 +58,7 @@ NO_EXTRAS = Extras(left_out=(LeftOut("thumbnails", _AT_THE_END), LeftOut("map of
 
 
 def write_report(run: RunDirectory, facts: Facts | None = None, extras: Extras = NO_EXTRAS) -> None:
-    """Write report.html and model_card.md from the files of the run directory.
-
-    Args:
-        run: a finished run.
-        facts: its files, if they were read already.
-        extras: further parts.
+    """Write report.html and model_card.md of a finished run, from `facts` if its files were read already.
 
     Raises:
         TrainError: the run is not finished, or one of its files cannot be read.
@@ -110,7 +105,7 @@ def render_page(facts: Facts, extras: Extras) -> str:
         results=results,
         left_out=left_out,
         verdict=describe_verdict(facts),
-        audit=describe_audit(facts.audit),
+        audit=LeakAudit(**facts.audit).describe() if facts.audit else "",
         history=draw_history(facts),
         classes=make_classes(facts, extras.pictures) if evidence is not None else [],
         swaps=name_swaps(facts) if evidence is not None else [],
@@ -120,6 +115,6 @@ def render_page(facts: Facts, extras: Extras) -> str:
         pictures=extras.pictures,
         commands=list_commands(facts),
         licences=find_licences(facts),
-        settings=format_json(facts.settings["config"]),
+        settings=json.dumps(facts.settings["config"], indent=2, ensure_ascii=False),
         marker=plots.draw_marker,
     )

@@ -14,6 +14,8 @@ from matplotlib import pyplot as plt
 from cache_schema.layout import BoolArray
 from train.data.labels import LabelledRows
 
+from .facts import join_names
+
 
 def draw_tiles(path: Path, images: Sequence[npt.NDArray[np.uint8]], rows: LabelledRows, preds: BoolArray) -> None:
     """Draw n tiles, each with its classes and the model's decisions, and save the picture.
@@ -34,12 +36,9 @@ def draw_tiles(path: Path, images: Sequence[npt.NDArray[np.uint8]], rows: Labell
     for axis, image, tile, labels, decided in zip(axes.flat, images, rows.tiles, rows.labels, preds, strict=False):
         axis.imshow(image)
         right = bool((labels == decided).all())
-        lines = [str(tile), f"truth: {_name(rows, labels)}", f"says: {_name(rows, decided)}"]
+        truth, said = (join_names(rows.class_names, side) for side in (labels, decided))
+        lines = [str(tile), f"truth: {truth}", f"says: {said}"]
         text = "\n".join(textwrap.fill(line, 44) for line in lines)
         axis.set_title(text, fontsize=9, loc="left", color="#14532d" if right else "#7f1d1d", parse_math=False)
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def _name(rows: LabelledRows, chosen: BoolArray) -> str:
-    return ", ".join(rows.class_names[c] for c in np.flatnonzero(chosen)) or "nothing"

@@ -1,9 +1,7 @@
 """Draw plots as inline SVG, coloured by the page's style sheet, so they follow its dark mode and print well.
 
-To a screen reader every plot is one image with a text; a table next to it holds the numbers.
+To a screen reader every plot is one image, described by its `text`; a table next to it holds the numbers.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -45,11 +43,11 @@ class Axes:
         for tick in y_ticks:
             y = self.y(tick)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="end" x="{self.left - 6}" y="{y + 4:.1f}">{format_tick(tick)}</text>')
+            parts.append(f'<text class="end" x="{self.left - 6}" y="{y + 4:.1f}">{tick:g}</text>')
         for tick in x_ticks:
             x = self.x(tick)
             parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
-            parts.append(f'<text class="mid" x="{x:.1f}" y="{floor + 16}">{format_tick(tick)}</text>')
+            parts.append(f'<text class="mid" x="{x:.1f}" y="{floor + 16}">{tick:g}</text>')
         parts.append(f'<line class="axis" x1="{self.left}" x2="{right}" y1="{floor}" y2="{floor}"/>')
         parts.append(
             f'<text class="mid" x="{(self.left + right) / 2:.1f}" y="{self.height - 4}">{escape(x_label)}</text>'
@@ -77,10 +75,6 @@ def make_svg(axes: Axes, text: str, *parts: Markup) -> Markup:
     )
 
 
-def format_tick(value: float) -> str:
-    return f"{value:g}"
-
-
 def choose_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Choose round numbers within a range: multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / wanted
@@ -103,8 +97,6 @@ def draw_history(
         history: a dictionary for each epoch.
         series: a name and a class of the style sheet for each key of the history.
         best: the epoch to mark.
-        y_label: of the vertical axis.
-        text: description of the plot.
 
     Returns:
         None if there is nothing to draw.
@@ -134,7 +126,6 @@ def draw_intervals(rows: Sequence[Mapping[str, Any]], text: str) -> Markup:
     Args:
         rows: `name`, `value`, `interval` (None if unknown) and `baselines`, pairs of a class of the style sheet and a
             value.
-        text: description of the plot.
     """
     known = [
         value for row in rows for value in (row["value"], *(row["interval"] or ()), *(v for _, v in row["baselines"]))
@@ -193,13 +184,7 @@ def draw_reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], text: str)
 
 
 def draw_map(points: npt.NDArray[np.float64], kinds: Sequence[str], titles: Sequence[str], text: str) -> Markup:
-    """Draw points of a plane as dots, each with a class of the style sheet and a title shown on hover.
-
-    Args:
-        points: (n, 2); scaled to fill the drawing.
-        kinds, titles: n each.
-        text: description of the plot.
-    """
+    """Draw (n, 2) points as n dots, each with a class of the style sheet and a title shown on hover."""
     axes = Axes((0, 1), (0, 1), width=640, height=460, left=8, right=8, top=8, bottom=8)
     low, high = points.min(axis=0), points.max(axis=0)
     unit = (points - low) / np.where(high > low, high - low, 1)

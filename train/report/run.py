@@ -1,7 +1,5 @@
 """Run `python -m train report`: write the report of a finished run again, with the parts that need cache and tiles."""
 
-from __future__ import annotations
-
 import csv
 from itertools import islice
 
@@ -17,10 +15,10 @@ from train.runs.directory import RunDirectory
 
 from .analysis import choose_extremes
 from .classes import count_of_a_kind
-from .embeddings import LEAST_POINTS, EmbeddingMap, make_map
+from .embeddings import LEAST_POINTS, make_map
 from .facts import Evidence, Facts
 from .page import MOST_DOUBTS, Extras, LeftOut, write_report
-from .tiles import MOST_IMAGES, Thumbnail, Thumbnails, read_thumbnails
+from .tiles import MOST_IMAGES, Thumbnail, read_thumbnails
 
 DOUBTS = "doubts.csv"
 _SHOWN_DOUBTS = 24
@@ -28,10 +26,6 @@ _SHOWN_DOUBTS = 24
 
 def run_report(run: str, *, images: bool) -> None:
     """Write report.html and model_card.md of a run, and print which parts are missing and why.
-
-    Args:
-        run: its directory or link.
-        images: whether to include pictures of tiles.
 
     Raises:
         TrainError: there is no run, it is in a bucket or unfinished, or a file cannot be read or written.
@@ -70,14 +64,16 @@ def gather_extras(facts: Facts, *, images: bool) -> Extras:
     except TileprobeError as error:
         return Extras(doubts=doubts, left_out=[*left_out, LeftOut("thumbnails and map", str(error))])
     try:
-        drawn = _draw_map(facts, evidence, version)
+        if len(evidence) < LEAST_POINTS:
+            raise TrainError(f"{len(evidence)} validation tiles are too few for a map")
+        drawn = make_map(version, evidence.rows, facts.config.features, facts.config.seed)
     except TileprobeError as error:
         left_out.append(LeftOut("map of the embeddings", str(error)))
     if images:
         try:
-            found = _read_tiles(facts, evidence, version, [line["tile"] for line in doubts[:_SHOWN_DOUBTS]])
-            pictures = found.pictures
-            left_out += [LeftOut("some thumbnails", reason) for reason in found.lacking]
+            doubted = [line["tile"] for line in doubts[:_SHOWN_DOUBTS]]
+            pictures, lacking = _read_tiles(facts, evidence, version, doubted)
+            left_out += [LeftOut("some thumbnails", reason) for reason in lacking]
         except TileprobeError as error:
             left_out.append(LeftOut("thumbnails", str(error)))
     else:
@@ -100,13 +96,9 @@ def _open_version(facts: Facts, evidence: Evidence) -> Version:
     return version
 
 
-def _draw_map(facts: Facts, evidence: Evidence, version: Version) -> EmbeddingMap:
-    if len(evidence) < LEAST_POINTS:
-        raise TrainError(f"{len(evidence)} validation tiles are too few for a map")
-    return make_map(version, evidence.rows, facts.config.features, facts.config.seed)
-
-
-def _read_tiles(facts: Facts, evidence: Evidence, version: Version, doubted: list[str]) -> Thumbnails:
+def _read_tiles(
+    facts: Facts, evidence: Evidence, version: Version, doubted: list[str]
+) -> tuple[dict[str, Thumbnail], list[str]]:
     """Read thumbnails of the best and worst tiles of every class, and of the tiles with doubted labels."""
     classes = facts.class_names
     most = count_of_a_kind(len(classes))

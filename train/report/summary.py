@@ -1,13 +1,10 @@
 """Make the sections on the run as a whole: its figures, calibration and training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from train.metrics.audit import LeakAudit
 from train.metrics.figures import FIGURES, KEY_FIGURES, Figure, format_value
 
 from . import plots
@@ -100,10 +97,6 @@ def describe_verdict(facts: Facts) -> str:
     where = "below" if baselines[name] < low else "above" if baselines[name] > high else "within"
     advice = ": on these tiles the two cannot be told apart by it" if where == "within" else ""
     return f"{text}, {where} the model's interval{advice}."
-
-
-def describe_audit(audit: Json | None) -> str:
-    return LeakAudit(**audit).describe() if audit else ""
 
 
 def draw_history(facts: Facts) -> list[dict[str, Any]]:

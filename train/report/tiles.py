@@ -1,7 +1,5 @@
 """Make thumbnails of tiles as data URIs, read from the cache's tile source by the code that embeds them."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Iterator, Sequence
@@ -39,21 +37,15 @@ class Thumbnail:
     height: int
 
 
-@dataclass(frozen=True, eq=False)
-class Thumbnails:
-    """Pictures by tile name, and a line for each reason why others are missing."""
-
-    pictures: dict[str, Thumbnail]
-    lacking: tuple[str, ...]
-
-
-def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Thumbnails:
+def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> tuple[dict[str, Thumbnail], list[str]]:
     """Read tiles and turn each into a small WebP.
 
     Args:
-        source: of the tiles.
-        table: of the cache.
+        source, table: of the cache.
         rows: of the table, at most 600; duplicates are read once.
+
+    Returns:
+        pictures by tile name, and a line for each reason why others are missing.
 
     Raises:
         TileprobeError: the first tile cannot be reached; the others are then not tried.
@@ -98,7 +90,7 @@ def read_thumbnails(source: Source, table: TileTable, rows: Sequence[int]) -> Th
     lacking = [
         f"{len(names):,} of {len(wanted):,} tiles {problem}, such as {names[0]}" for problem, names in problems.items()
     ]
-    return Thumbnails(pictures, tuple(lacking))
+    return pictures, lacking
 
 
 def encode_thumbnail(image: npt.NDArray[np.uint8], limit: int) -> Thumbnail:

@@ -39,7 +39,7 @@ WORK = Path("runs", "gs")
 """Local working folders of runs in buckets."""
 
 PAUSE_S = 2.0
-_PURPOSE = Purpose("RUN", again="what is in the bucket stays, and ARGS=--resume goes on from there")
+_PURPOSE = Purpose("RUN", again="what is in the bucket stays, and ARGS=--resume continues from there")
 _KEPT = 2
 
 # The files of a run. Nothing else is sent to a bucket, and no other name from a bucket becomes a path.
@@ -165,9 +165,7 @@ class BucketRun:
         number = max(self._lists, default=0) + 1
         value = json.dumps({"writer": self._writer, "files": digests}, indent=1).encode()
         if not self._objects.create(_list_name(number), value):
-            raise TrainError(
-                f"another process goes on with {self.url}: wait for it, or start a new run without --resume"
-            )
+            raise TrainError(f"another process continues {self.url}: wait for it, or start a new run without --resume")
         self._lists[number] = set(digests.values())
         self._newest = [*self._newest, number][-_KEPT:]
         for name, data in copies.items():

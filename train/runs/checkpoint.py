@@ -148,16 +148,11 @@ def seal_directory(directory: Path) -> None:
 
 
 def check_digests(directory: Path, names: Iterable[str], *, ignore: str = "") -> None:
-    """Compare every file of a sealed directory with its digest.
-
-    Args:
-        directory: sealed by `seal_directory`.
-        names: files that must exist.
-        ignore: pattern of names that are not checked.
+    """Compare every file of a directory sealed by `seal_directory` with its digest; `ignore` is a pattern of names.
 
     Raises:
         CheckpointError: a file was changed, or has no digest.
-        OSError: one is missing.
+        OSError: a file is missing, of the list or of `names`.
     """
     lines = (directory / _DIGESTS).read_text().splitlines()
     digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}

@@ -44,7 +44,13 @@ class RunDirectory:
             StorageError: the bucket cannot be written.
         """
         if is_bucket(link):
-            return cls._create_working_copy(claim_run(link))
+            remote = claim_run(link)
+            path = work_folder(remote.url)
+            try:
+                path.mkdir(parents=True)
+            except OSError as error:
+                raise TrainError(f"cannot make the working folder {path}: {error.strerror}") from error
+            return cls(path, remote)
         base = Path(link)
         if base.exists() and not base.is_symlink():
             raise TrainError(f"{link} is a directory, not a link to the newest run: choose another RUN")
@@ -60,15 +66,6 @@ class RunDirectory:
         except OSError as error:
             raise TrainError(f"cannot make a run directory for {link}: {error.strerror}: choose another RUN") from error
         return cls(path)
-
-    @classmethod
-    def _create_working_copy(cls, remote: BucketRun) -> "RunDirectory":
-        path = work_folder(remote.url)
-        try:
-            path.mkdir(parents=True)
-        except OSError as error:
-            raise TrainError(f"cannot make the working folder {path}: {error.strerror}") from error
-        return cls(path, remote)
 
     @classmethod
     def find(cls, run: str) -> "RunDirectory | None":
@@ -139,8 +136,11 @@ class RunDirectory:
             self._remote.finish(self.path)
 
     def write_json(self, name: str, value: Any) -> None:
+        self._replace(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f"{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(text)
         temporary.rename(self.path / name)
 
     def read_json(self, name: str) -> Any:
@@ -150,27 +150,15 @@ class RunDirectory:
             raise TrainError(f"{self.path / name} cannot be read: {error}") from error
 
     def read_config(self) -> TrainConfig:
-        """Read the settings that the run was started with.
-
-        Raises:
-            TrainError: they cannot be read, or another release wrote them.
-        """
+        """Read the settings that the run was started with; TrainError if another release wrote them."""
         return self._read_setting("config", TrainConfig.from_json)
 
     def read_version(self) -> str:
-        """Read the id of the cache version that it was trained on.
-
-        Raises:
-            TrainError: it cannot be read, or another release wrote it.
-        """
+        """Read the id of the cache version that it was trained on; TrainError if another release wrote it."""
         return self._read_setting("version", str)
 
     def read_provenance(self) -> Provenance:
-        """Read the provenance of the embeddings that it was trained on.
-
-        Raises:
-            TrainError: it cannot be read, or another release wrote it.
-        """
+        """Read the provenance of the embeddings that it was trained on; TrainError if another release wrote it."""
         return self._read_setting("provenance", Provenance.from_json)
 
     def _read_setting(self, name: str, parse: Callable[[Any], T]) -> T:
@@ -196,9 +184,7 @@ class RunDirectory:
         """Keep the first `epochs` lines: a resumed run writes the others again."""
         # The unfinished line of a stopped run is not JSON; it comes after the first `epochs` lines.
         kept = self.history.read_text().splitlines(keepends=True)[:epochs] if self.history.exists() else []
-        temporary = self.history.with_name("history.jsonl.tmp")
-        temporary.write_text("".join(kept))
-        temporary.rename(self.history)
+        self._replace(self.history.name, "".join(kept))
 
 
 def _append_line(path: Path, line: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def load_last(run: Path) -> tuple[LoadedCheckpoint, tuple[str, ...]]:
         checkpoint = load_checkpoint(previous)
     except CheckpointError as error:
         raise CheckpointError(f"cannot resume {run}: {reason}; {error}: {_START_OVER}") from error
-    return checkpoint, (f"{reason}; going on from {previous}, of epoch {checkpoint.meta.epoch}",)
+    return checkpoint, (f"{reason}; continuing from {previous}, of epoch {checkpoint.meta.epoch}",)
 
 
 def _repair_best(run: RunDirectory, checkpoint: LoadedCheckpoint) -> tuple[str, ...]:
@@ -85,13 +85,11 @@ def _repair_best(run: RunDirectory, checkpoint: LoadedCheckpoint) -> tuple[str, 
 
 def _read_epochs(run: RunDirectory) -> list[int | None]:
     """Read the epoch of each line of the history; None for a line that is damaged."""
-    lines = run.history.read_bytes().splitlines() if run.history.exists() else []
-    return [_read_epoch(line) for line in lines]
-
-
-def _read_epoch(line: bytes) -> int | None:
-    try:
-        epoch = json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return epoch if isinstance(epoch, int) else None
+    epochs: list[int | None] = []
+    for line in run.history.read_bytes().splitlines() if run.history.exists() else ():
+        try:
+            epoch = json.loads(line)["epoch"]
+        except (ValueError, KeyError, TypeError):
+            epoch = None
+        epochs.append(epoch if isinstance(epoch, int) else None)
+    return epochs

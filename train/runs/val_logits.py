@@ -1,4 +1,4 @@
-"""The validation logits of a run's best epoch."""
+"""Save and load the validation logits of a run's best epoch."""
 
 import numpy as np
 import torch
@@ -15,12 +15,7 @@ VAL_LOGITS = "val_logits.safetensors"
 
 
 def save_val_logits(run: RunDirectory, rows: LabelledRows, logits: Tensor) -> None:
-    """Write the logits of the best epoch.
-
-    Args:
-        run: where to.
-        rows: n validation rows; their table rows (n,) int64 and labels (n, C) bool are written too.
-        logits: (n, C) float32.
+    """Write the (n, C) float32 logits of the best epoch, with the n table rows (int64) and (n, C) labels (bool).
 
     Raises:
         CheckpointError: the file cannot be written.

@@ -102,12 +102,12 @@ def test_ctrl_c_is_one_line_and_status_130_and_leaves_nobody(
         "head": (
             ("train", "head", "--cache", cache, *many),
             lambda place: (place / "runs/head/last").exists(),
-            r"stopped by SIGINT: \d+ of 5000 epochs of runs/head-001 are saved; --resume goes on from there",
+            r"stopped by SIGINT: \d+ of 5000 epochs of runs/head-001 are saved; --resume continues from there",
         ),
         "finetune": (
             ("train", "finetune", "--cache", cache, *many, "--workers", 1),
             lambda place: (place / "runs/finetune/last").exists(),
-            r"stopped by SIGINT: \d+ of 5000 epochs.* of runs/finetune-001 are saved; --resume goes on from there",
+            r"stopped by SIGINT: \d+ of 5000 epochs.* of runs/finetune-001 are saved; --resume continues from there",
         ),
     }
     proxy.asked.clear()

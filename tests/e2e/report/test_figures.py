@@ -85,11 +85,11 @@ def test_errors_by_co_occurrence_are_counted_one_by_one(made: Made, open_page: O
     seen = 0
     for c in np.flatnonzero(labels.any(axis=0) | preds.any(axis=0)).tolist():
         for number, wrong in enumerate((labels[:, c] & ~preds[:, c], ~labels[:, c] & preds[:, c])):
-            beside = page.locator(f"#class-{c} .beside").nth(number)
-            tiles = re.search(r"on ([\d,]+) tile|Never", beside.text_content() or "")
+            companions = page.locator(f"#class-{c} .companions").nth(number)
+            tiles = re.search(r"on ([\d,]+) tile|Never", companions.text_content() or "")
             assert tiles is not None
             assert int((tiles[1] or "0").replace(",", "")) == wrong.sum()
-            for row in beside.locator("tbody tr").all():
+            for row in companions.locator("tbody tr").all():
                 name, *cells = row.locator("th, td").all_text_contents()
                 d = names.index(name)
                 assert d != c

@@ -164,8 +164,9 @@ def test_difference_is_model_minus_baseline(rng: np.random.Generator) -> None:
 
 
 def test_difference_uses_each_model_s_own_decisions(rng: np.random.Generator) -> None:
-    probs, labels, scenes = draw(rng)
-    difference = bootstrap_difference(probs, probs, labels, scenes, preds=labels, baseline_preds=np.zeros_like(labels))
+    _, labels, scenes = draw(rng)
+    found, missed = np.where(labels, 0.9, 0.1), np.where(labels, 0.4, 0.1)
+    difference = bootstrap_difference(found, missed, labels, scenes)
     assert difference["f1_macro"] == difference["f1_weighted"] == (1.0, 1.0)
     assert difference["map_macro"] == (0.0, 0.0)
 
@@ -211,7 +212,7 @@ def test_unsound_input_is_refused(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="labels must be bool"):
         bootstrap_intervals(probs, labels.astype(np.int64), scenes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preds must be bool"):
-        bootstrap_intervals(probs, labels, scenes, preds=labels[:-1])
+        score_resamples(probs, labels, scenes, np.ones((1, 40)), preds=labels[:-1])
     with pytest.raises(ValueError, match="same rows"):
         bootstrap_difference(probs, probs[:-1], labels, scenes)
     with pytest.raises(ValueError, match="level within"):

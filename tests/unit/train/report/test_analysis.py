@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from tests.unit.train.report.made_up import draw_decisions
-from train.report.analysis import choose_extremes, draw_curve, list_beside, list_swaps
+from train.report.analysis import choose_extremes, draw_curve, list_companions, list_swaps
 
 
 def test_curves_and_their_area_are_scikit_learns(rng: np.random.Generator) -> None:
@@ -30,25 +30,28 @@ def test_curves_and_their_area_are_scikit_learns(rng: np.random.Generator) -> No
     assert draw_curve(probs[:, 0], np.zeros(len(probs), bool), preds[:, 0]) is None
 
 
-def test_errors_beside_other_classes_are_counted_by_hand(rng: np.random.Generator) -> None:
+def test_classes_on_tiles_with_errors_are_counted_by_hand(rng: np.random.Generator) -> None:
     _, labels, preds = draw_decisions(rng, 90, 7)
     for errors in (labels & ~preds, ~labels & preds):
-        found = list_beside(errors, labels, preds)
+        found = list_companions(errors, labels, preds)
         assert len(found) == 7
-        for c, beside in enumerate(found):
+        for c, companions in enumerate(found):
             tiles = [t for t in range(90) if errors[t, c]]
-            assert beside.tiles == len(tiles)
+            assert companions.tiles == len(tiles)
             excess = {}
             for d in set(range(7)) - {c} if tiles else ():
                 shares = [sum(side[t, d] for t in tiles) / len(tiles) for side in (labels, preds)]
                 excess[d] = max(shares[0] - labels[:, d].mean(), shares[1] - preds[:, d].mean())
             wanted = sorted((d for d in excess if excess[d] > 1e-12), key=lambda d: -excess[d])[:5]
-            assert sorted(n.column for n in beside.neighbours) == sorted(wanted)
-            for n in beside.neighbours:
+            assert sorted(n.column for n in companions.classes) == sorted(wanted)
+            excesses = [
+                max(n.shown_share - n.shown_base, n.predicted_share - n.predicted_base) for n in companions.classes
+            ]
+            for n, found_excess in zip(companions.classes, excesses, strict=True):
                 assert n.shown == sum(labels[t, n.column] for t in tiles)
                 assert n.predicted == sum(preds[t, n.column] for t in tiles)
-                assert n.excess == pytest.approx(excess[n.column])
-            assert [n.excess for n in beside.neighbours] == sorted((n.excess for n in beside.neighbours), reverse=True)
+                assert found_excess == pytest.approx(excess[n.column])
+            assert excesses == sorted(excesses, reverse=True)
 
 
 def test_swaps_are_counted_by_hand(rng: np.random.Generator) -> None:

@@ -62,7 +62,7 @@ def test_of_two_that_go_on_with_a_run_the_second_is_told(url: str) -> None:
     run.finish()
     first, second = RunDirectory.resume(url), RunDirectory.resume(url)
     second.finish()
-    with pytest.raises(TrainError, match="another process goes on with"):
+    with pytest.raises(TrainError, match="another process continues"):
         first.finish()
 
 

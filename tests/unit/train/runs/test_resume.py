@@ -71,7 +71,7 @@ def test_a_damaged_last_falls_back_and_says_so(tmp_path: Path, damage: Callable[
     assert checkpoint is not None
     assert checkpoint.meta.epoch == 2
     assert len(notes) == 1
-    assert re.search(r"(damaged|missing|cannot be read.*); going on from .*previous, of epoch 2$", notes[0])
+    assert re.search(r"(damaged|missing|cannot be read.*); continuing from .*previous, of epoch 2$", notes[0])
     assert not run.last.exists()
     assert (run.path / "last.damaged").exists() == (damage is not remove)
     assert recover_run(run, 1)[0] is not None  # and again, had the run been killed right then
