@@ -105,6 +105,7 @@ def _embed(plan: Plan, ranks: Ranks, tiles: str, workers: int | None, profile: s
             writer.add(batch, embedder.embed(batch))
             note_step()
             progress.show(batch, timing)
+    feed.close()
     return timing
 
 

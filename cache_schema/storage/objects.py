@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
-from .place import CACHE, Purpose, Stored, check_url, is_bucket
+from .place import CACHE, Purpose, Stored, check_url, find_bucket_class, is_bucket
 from .store import storage_errors
 
 
@@ -84,9 +84,9 @@ def open_objects(
     """
     check_url(url, purpose.setting)
     if is_bucket(url):
-        from .gcs import GcsObjects
-
-        return GcsObjects(url, purpose, deadline_s=deadline_s, first_delay_s=first_delay_s)
+        kind = find_bucket_class(url, "objects")
+        opened: Objects = kind(url, purpose, deadline_s=deadline_s, first_delay_s=first_delay_s)
+        return opened
     return DirectoryObjects(url, purpose, unfinished=unfinished)
 
 

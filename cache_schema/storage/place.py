@@ -1,13 +1,35 @@
-"""What a URL names, how error messages speak of it, and the state of an object that was read there."""
+"""What a URL names, how error messages speak of it, and the state of an object that was read there.
+
+To add a kind of bucket, add a row to `_BUCKETS`.
+"""
 
 from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
 
 from cache_schema.errors import StorageError
 
 VIEWER, USER = "Storage Object Viewer", "Storage Object User"
 """Roles on a bucket that allow reading, and reading and writing."""
 
-_SCHEME = "gs://"
+
+@dataclass(frozen=True)
+class _Bucket:
+    """A kind of bucket: where the classes for it are, imported on first use, since they import a client library.
+
+    Attributes:
+        objects: implements `Objects`.
+        store: a Zarr store.
+    """
+
+    objects: str
+    store: str
+
+
+_BUCKETS = {
+    "gs://": _Bucket("cache_schema.storage.gcs:GcsObjects", "cache_schema.storage.gcs_store:GcsStore"),
+}
+"""By the scheme of their URLs."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +66,19 @@ class Stored:
 
 def is_bucket(url: str) -> bool:
     """Return whether a URL names a bucket or something in it; anything else is a path."""
-    return url.startswith(_SCHEME)
+    return url.startswith(tuple(_BUCKETS))
+
+
+def find_bucket_class(url: str, what: str) -> Any:
+    """Return the class for the `objects` or the Zarr `store` of the kind of bucket at this URL."""
+    return next(resolve_name(getattr(kind, what)) for scheme, kind in _BUCKETS.items() if url.startswith(scheme))
 
 
 def split_url(url: str) -> list[str]:
     """Split `gs://bucket/a/b` into bucket and folders, or a path into its folders."""
-    return url.removeprefix(_SCHEME).rstrip("/").split("/")
+    for scheme in _BUCKETS:
+        url = url.removeprefix(scheme)
+    return url.rstrip("/").split("/")
 
 
 def carries_credentials(url: str) -> bool:
@@ -67,4 +96,5 @@ def check_url(url: str, setting: str) -> None:
     if carries_credentials(url):
         raise StorageError(f"{setting} is a URL with a user or password in it: leave them out")
     if "://" in url and not is_bucket(url):
-        raise StorageError(f"cannot open {url}: {setting} is gs://bucket/prefix or a local directory")
+        kinds = ", ".join(f"{scheme}bucket/prefix" for scheme in _BUCKETS)
+        raise StorageError(f"cannot open {url}: {setting} is {kinds} or a local directory")

@@ -10,7 +10,7 @@ from zarr.storage import LocalStore
 
 from cache_schema.errors import StorageError
 
-from .place import CACHE, Purpose, check_url, is_bucket
+from .place import CACHE, Purpose, check_url, find_bucket_class, is_bucket
 
 
 def open_store(url: str, *, read_only: bool) -> Store:
@@ -21,9 +21,8 @@ def open_store(url: str, *, read_only: bool) -> Store:
     """
     check_url(url, "CACHE")
     if is_bucket(url):
-        from .gcs_store import GcsStore
-
-        return GcsStore(url, read_only=read_only)
+        store: Store = find_bucket_class(url, "store")(url, read_only=read_only)
+        return store
     return LocalStore(url, read_only=read_only)
 
 

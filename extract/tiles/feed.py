@@ -54,6 +54,14 @@ class TileFeed:
             multiprocessing_context=make_forkserver() if workers else None,
         )
 
+    def close(self) -> None:
+        """End the workers; the feed cannot be read again.
+
+        A signal has to wait: one that arrived while the loader cleans up would print a traceback.
+        """
+        with put_off_signals():
+            del self._loader
+
     def start(self) -> None:
         """Start the workers before the first pass, without waiting for them."""
         for _ in self.read([]):

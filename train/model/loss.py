@@ -40,7 +40,9 @@ class LossConfig:
         return _FUNCTIONS[self.name](logits, labels, **values)
 
 
-def focal_loss(logits: Tensor, labels: Tensor, *, alpha: float = 0.65, gamma: float = 2.0) -> Tensor:
+def focal_loss(
+    logits: Tensor, labels: Tensor, *, alpha: float = LossConfig.alpha, gamma: float = LossConfig.gamma
+) -> Tensor:
     """Compute the focal loss of every logit, unreduced: `-alpha_t (1 - p_t)**gamma log(p_t)`.
 
     Lin, Goyal, Girshick, He, Dollár: "Focal Loss for Dense Object Detection", ICCV 2017, equation 5, with the
@@ -86,7 +88,12 @@ def bce_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def asymmetric_loss(
-    logits: Tensor, labels: Tensor, *, gamma_pos: float = 0.0, gamma_neg: float = 4.0, margin: float = 0.05
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    gamma_pos: float = LossConfig.gamma_pos,
+    gamma_neg: float = LossConfig.gamma_neg,
+    margin: float = LossConfig.margin,
 ) -> Tensor:
     """Compute the asymmetric loss of every logit, unreduced; easy negatives count less than easy positives, or nothing.
 
