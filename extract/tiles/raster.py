@@ -64,7 +64,7 @@ def windows(height: int, width: int, size: int, stride: int) -> Iterator[Window]
 
     They are `size` pixels a side and `stride` apart. The last row and column are moved inward to the edge, so that
     every pixel is covered by a full window; they overlap their neighbours more than the others do. A raster smaller
-    than a window gets windows of its own size: nothing is padded.
+    than a window gets windows of the size of the raster: nothing is padded.
 
     Raises:
         ConfigError: a size or stride below 1, a stride that would leave gaps, or windows over `MAX_PIXELS`.
