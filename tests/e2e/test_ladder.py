@@ -1,4 +1,4 @@
-"""A ladder as its user climbs it: rungs in processes of their own, killed, refused, mended and resumed."""
+"""A ladder as its user climbs it: rungs in separate processes, killed, refused, repaired and resumed."""
 
 from __future__ import annotations
 

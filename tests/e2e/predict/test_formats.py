@@ -31,7 +31,7 @@ from train.predict.inputs import find_inputs
 
 
 def read_geojson(path: Path) -> list[dict[str, Any]]:
-    """The features, after what RFC 7946 says of them has been checked."""
+    """The features, after a check of what RFC 7946 requires."""
     collection = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert set(collection) == {"type", "features"}
     assert collection["type"] == "FeatureCollection"

@@ -197,7 +197,7 @@ with join_ranks("cpu") as ranks:
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, version: Any, checkpoint: Checkpoint) -> None:
-    """A limit on file size, which a write fails on as on a full disk; in a process of its own, since it is for good."""
+    """A limit on file size, which a write fails on as on a full disk; in a separate process, since it is for good."""
     command = [sys.executable, "-c", FULL, str(tmp_path), version.url, str(checkpoint.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[4])
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tensor]:
-    """A file whose weights lie beside it, as the 7B's do; pixel values, and torch's logits of them."""
+    """A file whose weights lie next to it, as the 7B's do; pixel values, and torch's logits of them."""
     root, seed = tmp_path_factory.mktemp("onnx"), fresh_seed()
     checkpoint = find_checkpoint(str(make_checkpoint(root / "checkpoint", seed=seed, use_gated_mlp=True)), SIZE)
     backbone = Backbone.load(checkpoint, precision="float32", device=torch.device("cpu"))
@@ -39,7 +39,7 @@ def test_large_weights_lie_beside_the_graph(written: tuple[Path, Tensor, Tensor]
     weights = path.with_name("classifier.onnx.data")
     assert path.stat().st_size < 100_000 < weights.stat().st_size
     assert check_onnx(path, pixels, logits, batches=(4, 1, 3)) <= MAX_DIFFERENCE
-    # Found beside the graph wherever both are: an export is renamed when it is whole.
+    # Found next to the graph wherever both are: an export is renamed when it is whole.
     for file in (path, weights):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights.rename(weights.with_suffix(".away"))

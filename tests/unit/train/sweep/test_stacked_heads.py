@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def make_members(head: str, **options: Any) -> list[TrainConfig]:
-    """Rates, decays and losses of all kinds; those of one loss beside each other."""
+    """Rates, decays and losses of all kinds; those of one loss next to each other."""
     base = TrainConfig(**{"cache": "c", "run": "r", "head": head, "hidden": 16, "dropout": 0.3, **options})
     return [
         replace(base, lr=lr, weight_decay=decay, **loss)
