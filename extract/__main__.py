@@ -1,6 +1,7 @@
 """python -m extract run|tile|doctor|verify-sample|demo"""
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -81,7 +82,7 @@ def doctor_command(**options: Any) -> Outcome:
 
     findings = run_doctor(make_config(DoctorConfig, options))
     failed = any(finding.status == "fail" for finding in findings)
-    return Outcome({"checks": [finding.to_json() for finding in findings]}, status=FOUND if failed else DONE)
+    return Outcome({"checks": [asdict(finding) for finding in findings]}, status=FOUND if failed else DONE)
 
 
 @main.command(

@@ -3,17 +3,18 @@
 The weight files are read, since their sha256 is part of the version's id.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from cache_schema import CacheNotFoundError, CacheRoot, Layout, Status, Version
+from cache_schema import CacheNotFoundError, CacheRoot, Layout, Status
 from cache_schema.layout import choose_block_rows, count_blocks
 from extract.ranks.group import join_ranks
 from extract.ranks.same_job import Asked
 
 from .config import ExtractConfig
-from .plan import Survey, count_rows, make_survey
+from .plan import Survey, make_survey
 from .timing import estimate_cache_bytes
 
 _MIB = 2**20
@@ -39,17 +40,19 @@ def describe_extraction(config: ExtractConfig) -> dict[str, Any] | None:
 
 def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[str, Any]]:
     table, provenance, changes = survey.table, survey.provenance, survey.changes
-    version = _find_version(survey)
+    version = None
+    with suppress(CacheNotFoundError):
+        version = CacheRoot(survey.cache, read_only=True).open_version(survey.version_id)
     if survey.earlier and version and version.recorded.batch_size != survey.earlier.recorded.batch_size:
         changes = None  # as in `make_plan`: a version may not mix batch sizes
     rows = len(table)
     layout = version.layout if version else Layout(rows, provenance.width, provenance.pooling, choose_block_rows(rows))
-    pending = _find_pending(version, layout, retry=config.retry_quarantined)
+    pending = ~version.committed() if version else np.ones(layout.blocks, bool)
+    if version and config.retry_quarantined:
+        pending[np.flatnonzero(version.read_status() > Status.EMBEDDED) // layout.block_rows] = True
     unknown = ~changes.same_tile if changes else np.ones(rows, bool)
-    to_do = count_rows(layout, pending, unknown)
-    waiting = np.zeros(rows, bool)
-    for block in pending:
-        waiting[layout.block_slice(block)] = True
+    unknown &= np.repeat(pending, layout.block_rows)[:rows]
+    to_do = int(unknown.sum())
     values: dict[str, Any] = {
         "dry_run": True,
         "cache": survey.cache,
@@ -57,17 +60,17 @@ def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[st
         "exists": version is not None,
         "tiles": rows,
         "blocks": layout.blocks,
-        "pending_blocks": len(pending),
+        "pending_blocks": int(pending.sum()),
         "to_do": to_do,
         "kept": rows - to_do,
         "changes": survey.changes.count() if survey.changes else None,
-        "bytes_to_read": int(table.size[waiting & unknown].sum()),
+        "bytes_to_read": int(table.size[unknown].sum()),
         "cache_bytes": estimate_cache_bytes(rows, layout.width * len(layout.pooling)),
         "precision": provenance.precision,
         "image_size": provenance.image_size,
         "backbone": survey.recorded.backbone,
     }
-    blocks = f"{len(pending):,} of {count_blocks(layout.blocks)}"
+    blocks = f"{values['pending_blocks']:,} of {count_blocks(layout.blocks)}"
     lines = [
         *survey.notes,
         f"would embed {to_do:,} tiles at {provenance.image_size} px in {provenance.precision} and keep "
@@ -77,22 +80,3 @@ def _describe(config: ExtractConfig, survey: Survey) -> tuple[list[str], dict[st
         "dry run: nothing was written",
     ]
     return lines, values
-
-
-def _find_version(survey: Survey) -> Version | None:
-    """Open the version to fill, if it exists."""
-    try:
-        return CacheRoot(survey.cache, read_only=True).open_version(survey.version_id)
-    except CacheNotFoundError:
-        return None
-
-
-def _find_pending(version: Version | None, layout: Layout, *, retry: bool) -> list[int]:
-    """Find the blocks without a commit; with `retry`, also those that hold quarantined rows."""
-    if version is None:
-        return list(range(layout.blocks))
-    pending = ~version.committed()
-    if retry:
-        pending[np.flatnonzero(version.read_status() > Status.EMBEDDED) // layout.block_rows] = True
-    blocks: list[int] = np.flatnonzero(pending).tolist()
-    return blocks

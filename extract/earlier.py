@@ -72,7 +72,7 @@ class Changes:
         if self.removed > _LARGEST_LOSS * rows:
             raise RunError(
                 f"{self.removed:,} of the {rows:,} tiles of version {earlier.id} in {earlier.url} are gone from "
-                f"{tiles}: check TILES, or go on without them with ARGS=--yes"
+                f"{tiles}: check TILES, or continue without them with ARGS=--yes"
             )
 
 
@@ -102,7 +102,6 @@ def find_earlier(
     That is the version in use or, if its provenance differs, the sealed version that shares most rows.
 
     Args:
-        root: the cache.
         table, provenance: of the version to make.
         identity: what identifies the bytes in `table`, see `Recorded`.
 
@@ -122,12 +121,12 @@ def find_earlier(
         sealed = [version for version in _open(root, root.versions()) if fits(version) and version.sealed]
         candidates = [] if wanted in [version.id for version in sealed] else sealed
     compared = [
-        (version, compare_tables(earlier, table)) for version in candidates if (earlier := read_own_table(version))
+        (version, compare_tables(earlier, table)) for version in candidates if (earlier := _read_own_table(version))
     ]
     return max(compared, key=lambda pair: pair[1].kept + pair[1].relabelled, default=None)
 
 
-def read_own_table(version: Version) -> TileTable | None:
+def _read_own_table(version: Version) -> TileTable | None:
     """Read the table of a version; None if its id does not follow from it."""
     try:
         table = version.read_table()
@@ -191,10 +190,7 @@ class EarlierRows:
             known = self._read(number)
             if known is not None:
                 _copy_rows(known, offset[block == number], values, same[block == number])
-        return self._relabel(rows, values, ~self._changes.same_label[rows] & (values.status != Status.PENDING))
-
-    def _relabel(self, rows: slice, values: BlockValues, changed: BoolArray) -> LabelBatch:
-        here = np.flatnonzero(changed)
+        here = np.flatnonzero(~self._changes.same_label[rows] & (values.status != Status.PENDING))
         requests = make_requests(self._table, (rows.start + here).tolist())
         labels = read_labels(self._source, self._threads, requests)
         values.label_ids[here] = labels.label_ids

@@ -61,7 +61,6 @@ def finish(
     """Seal the version, move `current` and report; if rows are missing, return the plan to compute them again.
 
     Args:
-        config, plan, ranks: of the run.
         status: (N,) uint8, of all rows as they are stored.
         timings: of all ranks.
         elapsed: seconds since the run began.

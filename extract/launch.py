@@ -47,10 +47,8 @@ def _launch() -> None:
     from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
     from torch.distributed.run import config_from_args, parse_args, run
 
-    for name in ("torch.distributed.run", "torch.distributed.elastic"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
+    for name in ("torch.distributed.elastic", *logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.run", "torch.distributed.elastic")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     options = sys.argv[1:]
     if not any(option.startswith("--nproc") for option in options):
@@ -74,7 +72,7 @@ def _launch() -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            print(f"error: rank {rank} was ended by {_name_signal(-failure.exitcode)}", file=sys.stderr)
+            print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
@@ -147,10 +145,6 @@ def _open_store(config: "LaunchConfig") -> "Store":
     told = {"min_nodes": config.min_nodes, "max_nodes": config.max_nodes, **config.rdzv_configs}
     _, store = create_backend(RendezvousParameters("c10d", config.rdzv_endpoint, config.run_id, **told))
     return store
-
-
-def _name_signal(number: int) -> str:
-    return signal.Signals(number).name
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Plan an extraction: which version of the cache it fills, and which blocks of that version are missing."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from cache_schema import CacheRoot, Layout, Provenance, Recorded, Status, TileTable, Version, own_version
-from cache_schema.layout import BoolArray
+from cache_schema import CacheRoot, Provenance, Recorded, Status, TileTable, Version, own_version
 from extract.backbone.checkpoint import Checkpoint, find_checkpoint, follow_links
-from extract.backbone.precision import DTYPES, PrecisionChoice, choose_precision, multiplies_bf16
+from extract.backbone.precision import DTYPES, choose_precision, multiplies_bf16
 from extract.backbone.provenance import make_provenance, record_environment
 from extract.ranks.group import get_job_id
 from extract.tiles.listing import list_tiles
@@ -27,7 +25,6 @@ class Plan:
 
     Attributes:
         cache, version_id: the version to fill.
-        checkpoint: of the backbone.
         earlier_id: another version of the cache; where a tile is the same, its row is copied from there.
         pending: blocks without a commit when the run started.
         to_do: tiles in them that no earlier version holds.
@@ -51,7 +48,6 @@ class Survey:
 
     Attributes:
         cache: URL of the cache.
-        checkpoint: of the backbone.
         table, provenance, recorded: what the version is made from.
         earlier, changes: another version whose rows can be copied, and what changed since; both or none.
         all_tiles, notes: as of a `Plan`.
@@ -88,7 +84,7 @@ def make_survey(config: ExtractConfig, device: torch.device) -> Survey:
         notes.append(f"LIMIT={config.limit}: {len(table):,} of {len(listing.table):,} tiles, whole scenes")
     cache = config.cache_url(checkpoint.image_size)
     root = CacheRoot(cache, read_only=True)
-    provenance = choose_provenance(config.precision, config.pooled_arrays, checkpoint, root, table, device)
+    provenance = choose_provenance(config, checkpoint, root, table, device)
     recorded = record_environment(
         follow_links(config.backbone), source, config.batch_size, device, provenance.precision
     )
@@ -119,12 +115,13 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
     notes += [f"differs from the run that began this version: {d}" for d in version.recorded.differences(recorded)]
     if earlier and version.recorded.batch_size != earlier.recorded.batch_size:
         # This version was started before the earlier one was finished.
-        notes.append(f"nothing is taken over from {earlier.id}: a version may not mix sizes of batches")
+        notes.append(f"nothing is kept from {earlier.id}: a version may not mix sizes of batches")
         earlier, changes = None, None
     if config.retry_quarantined:
         notes.append(_reopen_quarantined(version, table))
     pending = tuple(np.flatnonzero(~version.committed()).tolist())
-    to_do = count_rows(version.layout, pending, ~changes.same_tile if changes else np.ones(len(table), bool))
+    unknown = ~changes.same_tile if changes else np.ones(len(table), bool)
+    to_do = sum(int(unknown[version.layout.block_slice(block)].sum()) for block in pending)
     if pending:
         precision = provenance.precision
         notes.append(f"{to_do:,} to do in {precision} -> {survey.cache} (version {version.id})")
@@ -135,31 +132,22 @@ def make_plan(config: ExtractConfig, device: torch.device, at_end: ExitStack) ->
 
 
 def choose_provenance(
-    precision: PrecisionChoice,
-    pooling: tuple[str, ...],
-    checkpoint: Checkpoint,
-    root: CacheRoot,
-    table: TileTable,
-    device: torch.device,
+    config: ExtractConfig, checkpoint: Checkpoint, root: CacheRoot, table: TileTable, device: torch.device
 ) -> Provenance:
     """Return the provenance of the version to fill.
 
     Precision `auto` keeps that of a version of this table, finished or begun, whatever the device; a new version takes
     that of the version in use, so that its rows can be kept.
     """
-    if precision != "auto":
-        return make_provenance(checkpoint, precision, pooling)
-    fastest = make_provenance(checkpoint, choose_precision(device), pooling)
+    precision = choose_precision(device) if config.precision == "auto" else config.precision
+    fastest = make_provenance(checkpoint, precision, config.pooled_arrays)
+    if config.precision != "auto":
+        return fastest
     there, digest = root.versions(), table.identity_digest()
     candidates = [fastest, *(replace(fastest, precision=other) for other in DTYPES)]
     in_use = open_in_use(root)
     kept = in_use.provenance if in_use and in_use.provenance in candidates else fastest
     return next((known for known in candidates if known.version_id(digest) in there), kept)
-
-
-def count_rows(layout: Layout, blocks: Sequence[int], mask: BoolArray) -> int:
-    """Count the rows of `blocks` that are in `mask`, (N,) bool."""
-    return sum(int(mask[layout.block_slice(block)].sum()) for block in blocks)
 
 
 def _reopen_quarantined(version: Version, table: TileTable) -> str:

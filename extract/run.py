@@ -59,7 +59,7 @@ def run_extraction(config: ExtractConfig) -> Finished | None:
             timing, tried = Timing(), Counter[int]()
             while True:
                 if plan.pending:
-                    timing.add(_embed(plan, ranks, config.tiles, config.workers, config.profile))
+                    timing.add(_embed(config, plan, ranks))
                     tried.update(plan.pending)
                 timings: list[Timing] = [timing] * ranks.world_size
                 torch.distributed.all_gather_object(timings, timing)
@@ -76,26 +76,18 @@ def run_extraction(config: ExtractConfig) -> Finished | None:
             raise
 
 
-def _embed(plan: Plan, ranks: Ranks, tiles: str, workers: int | None, profile: str | None) -> Timing:
-    """Embed and commit the pending blocks that this rank draws.
-
-    Args:
-        plan: which blocks, of which version.
-        ranks: they draw from the same counter.
-        tiles: URL of the tiles.
-        workers: feed processes of a rank, as asked.
-        profile: file for a profiler trace of the main rank.
-    """
+def _embed(config: ExtractConfig, plan: Plan, ranks: Ranks) -> Timing:
+    """Embed and commit the pending blocks that this rank draws from the counter of all ranks."""
     version = CacheRoot(plan.cache).open_version(plan.version_id, read_only=False)
-    source = open_source(tiles)
-    feed = TileFeed(source, workers=ranks.choose_workers(workers), pin_memory=ranks.device.type == "cuda")
+    source = open_source(config.tiles)
+    feed = TileFeed(source, workers=ranks.choose_workers(config.workers), pin_memory=ranks.device.type == "cuda")
     feed.start()
     embedder = _load_embedder(plan, version, ranks)
     timing, writer = Timing(), BlockWriter(version)
     blocks = BlockDraw(version, plan, source, writer, timing)
     draw, progress = ranks.make_counter("block"), _Progress(plan, ranks)
     with (
-        _profiler(profile if ranks.is_main else None) as note_step,
+        _profiler(config.profile if ranks.is_main else None) as note_step,
         progress.bar,
         Stopwatch(timing, writer) as stopwatch,
         ranks.stop_together(),  # a block that is being written counts, whichever rank writes it
@@ -122,7 +114,7 @@ def _load_embedder(plan: Plan, version: Version, ranks: Ranks) -> TileEmbedder:
 
 
 def _record_halved_batch(version: Version, plan: Plan, asked: int, fitting: int | None) -> None:
-    """Record the batch size that fits, or refuse to go on where none may be recorded."""
+    """Record the batch size that fits, or refuse to continue where none may be recorded."""
     if plan.earlier_id:
         raise RunError(
             f"a batch of {asked} tiles does not fit in memory, and the rows kept from version {plan.earlier_id} were "
@@ -136,7 +128,7 @@ def _record_halved_batch(version: Version, plan: Plan, asked: int, fitting: int 
             "set a smaller --batch-size or IMAGE_SIZE"
         )
     version.record_batch_size(fitting)
-    print(f"a batch of {asked} tiles does not fit in memory: going on with {fitting}", flush=True)
+    print(f"a batch of {asked} tiles does not fit in memory: continuing with {fitting}", flush=True)
 
 
 class _Progress:
@@ -175,4 +167,4 @@ def _describe_stop(stop: Stopped, plan: Plan | None) -> str:
     if plan:
         committed = CacheRoot(plan.cache).open_version(plan.version_id).committed()
         done = f"{int(committed.sum()):,} of {len(committed):,} blocks of {plan.cache} are committed"
-    return f"stopped by {stop}: {done}; the same command goes on from there"
+    return f"stopped by {stop}: {done}; the same command continues from there"

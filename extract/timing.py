@@ -144,7 +144,6 @@ def advise(timings: Sequence[Timing], workers: int, cores: int, *, on_cpu: bool 
     """Return one sentence: what this run waited for most, apart from the device, and what would help.
 
     Args:
-        timings: of all ranks.
         workers: feed processes a rank.
         cores: CPU cores a rank.
         on_cpu: the backbone runs on those cores, too.

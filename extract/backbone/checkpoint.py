@@ -49,8 +49,8 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        """Paths of model.safetensors, or of its shards in name order."""
-        return _weight_files(self.path)
+        """Return the files that transformers loads, in name order; an export's head may lie next to them."""
+        return sorted(self.path.glob("model*.safetensors"))
 
     def hash_weights(self) -> str:
         """Return the sha256 of the weight file; of several, the sha256 of their hex digests in name order."""
@@ -65,16 +65,16 @@ def find_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     """Locate `vitl16`, `vit7b16`, `demo`, a local directory or a hub id, and read its configuration.
 
     Args:
-        name: of the checkpoint.
         image_size: pixels a side; default 512 for the satellite backbones, else that of the checkpoint's processor.
 
     Raises:
         BackboneError: not found, gated, of no known family, no safetensors, or an image size it cannot take.
     """
-    path = _find_local(name) or download(_name_on_hub(name))
-    if not _weight_files(path):
+    path = _find_local(name) or download(_HUB_IDS.get(name, name))
+    checkpoint = _read_configuration(name, path, image_size)
+    if not checkpoint.weight_files:
         raise BackboneError(f"{path} has no model*.safetensors: save the checkpoint with safe serialization")
-    return _read_configuration(name, path, image_size)
+    return checkpoint
 
 
 def find_configuration(name: str, image_size: int | None = None) -> tuple[Checkpoint, int]:
@@ -86,10 +86,8 @@ def find_configuration(name: str, image_size: int | None = None) -> tuple[Checkp
     Raises:
         BackboneError: as `find_checkpoint`.
     """
-    if _find_local(name):
-        return find_checkpoint(name, image_size), 0
-    missing = measure_download(hub_id := _name_on_hub(name))
-    if not missing:
+    hub_id = _HUB_IDS.get(name, name)
+    if _find_local(name) or not (missing := measure_download(hub_id)):
         return find_checkpoint(name, image_size), 0
     return _read_configuration(name, download(hub_id, CONFIGURATION), image_size), missing
 
@@ -153,15 +151,6 @@ def _find_local(name: str) -> Path | None:
     if local.is_dir() or name.startswith((".", "/")) or (name.count("/") != 1 and name not in _HUB_IDS):
         raise no_checkpoint(name)
     return None
-
-
-def _name_on_hub(name: str) -> str:
-    return _HUB_IDS.get(name, name)
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """Find the files that transformers loads; other tensors, such as an export's head, may lie next to them."""
-    return sorted(path.glob("model*.safetensors"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -124,22 +124,21 @@ class Backbone(nn.Module):
             hidden = self.run_prefix(pixel_values)
         return self.run_suffix(hidden, pooling)
 
-    def run_prefix(self, pixel_values: Tensor) -> Tensor:
-        """Return the tokens (B, T, D) that enter the first trained layer, in the dtype of the frozen part."""
+    def run_prefix(self, pixel_values: Tensor, layers: int | None = None) -> Tensor:
+        """Return the tokens (B, T, D) that enter the first trained layer, in the dtype of the frozen part.
+
+        Args:
+            pixel_values: (B, 3, S, S).
+            layers: how many of the frozen layers to run; None for all.
+        """
         # Always the same memory layout: another selects another convolution, which rounds differently.
         pixel_values = pixel_values.to(self.dtype, memory_format=torch.contiguous_format)
         with torch.autocast(pixel_values.device.type, enabled=False):
             hidden: Tensor = self.vit.embeddings(pixel_values)
             rope = self.vit.rope_embeddings(pixel_values)
-            for layer in self.layers[: len(self.layers) - self.trained_layers]:
+            for layer in self.layers[: len(self.layers) - self.trained_layers][:layers]:
                 hidden = layer(hidden, position_embeddings=rope)
         return hidden
-
-    def run_one_layer(self, pixel_values: Tensor) -> Tensor:
-        """Return the tokens (B, T, D) after the first layer."""
-        hidden: Tensor = self.vit.embeddings(pixel_values)
-        rope = self.vit.rope_embeddings(pixel_values)
-        return self.layers[0](hidden, position_embeddings=rope)  # type: ignore[no-any-return]
 
     def run_suffix(self, hidden: Tensor, pooling: Sequence[str] = DEFAULT_POOLING) -> dict[str, Tensor]:
         """Turn the tokens (B, T, D) of `run_prefix` into pooled embeddings, with gradients if layers are trained."""
@@ -187,7 +186,6 @@ class Backbone(nn.Module):
         """Make the last `layers` transformer layers and the final norm trainable, as float32 master weights.
 
         Args:
-            layers: number of layers.
             checkpointing: keep only the input of each trained layer, and compute the rest again in the backward pass
                 (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
 
@@ -204,7 +202,7 @@ class Backbone(nn.Module):
         self.trained_layers, self.checkpointing = layers, checkpointing
         for layer in self.trained:
             unpack(layer)
-        enable_keeping_first(self.trained[-1])
+        _enable_keeping_first(self.trained[-1])
         for module in self.list_trained():
             module.float().requires_grad_(True)
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
@@ -236,7 +234,7 @@ class _KeepsFirst:
         return outputs
 
 
-def enable_keeping_first(layer: Any) -> None:
+def _enable_keeping_first(layer: Any) -> None:
     """Add the argument `keep` to a layer of transformers' `DINOv3ViTModel`, in place; see `_KeepsFirst`.
 
     Without it the layer computes what it did. It stays the same module, so hooks, such as those of FSDP, still run.

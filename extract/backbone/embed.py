@@ -59,9 +59,7 @@ class TileEmbedder:
         keeps nothing between layers."""
         size, backbone = self.transform.image_size, self.backbone
         try:
-            backbone.run_one_layer(
-                torch.zeros(self.batch_size, 3, size, size, device=backbone.device, dtype=backbone.dtype)
-            )
+            backbone.run_prefix(torch.zeros(self.batch_size, 3, size, size, device=backbone.device), layers=1)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return False

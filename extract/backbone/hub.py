@@ -52,12 +52,7 @@ def measure_download(hub_id: str) -> int:
 @contextmanager
 def _hub_errors(hub_id: str) -> Iterator[None]:
     """Turn an error of a request to the hub into one line."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         yield

@@ -71,6 +71,9 @@ class _Applied(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
 
+    def unpack(self) -> nn.Module:
+        return self.activation
+
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float, **_: Any
@@ -169,13 +172,8 @@ def unpack(layer: nn.Module) -> None:
     _set_attention(layer, SDPA)
     for module in list(layer.modules()):
         for name, child in module.named_children():
-            plain: Any = None
-            if isinstance(child, PackedLinear):
-                plain = child.unpack()
-            elif isinstance(child, _Applied):
-                plain = child.activation
-            if plain is not None:
-                setattr(module, name, plain)
+            if isinstance(child, PackedLinear | _Applied):
+                setattr(module, name, child.unpack())
 
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
@@ -187,7 +185,7 @@ _KEPT = 1 << 30
 def keep_freed_memory() -> None:
     """Make glibc's malloc reuse freed memory of up to 1 GiB; with another malloc, do nothing.
 
-    By default it maps every allocation above 32 MiB anew, such as the widest activations of a batch: on a virtual
+    By default it maps every allocation above 32 MiB again, such as the widest activations of a batch: on a virtual
     machine where a new page took 4 us, that was a tenth of a forward pass. The process grows by a few activations.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

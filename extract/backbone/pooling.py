@@ -26,17 +26,9 @@ class Pooling:
     reads: int | None = None
 
 
-def _take_cls(tokens: Tensor, first_patch: int) -> Tensor:
-    return tokens[:, 0]
-
-
-def _average_patches(tokens: Tensor, first_patch: int) -> Tensor:
-    return tokens[:, first_patch:].mean(dim=1)
-
-
 POOLINGS = {
-    "cls": Pooling(_take_cls, reads=1),
-    "patch_mean": Pooling(_average_patches),
+    "cls": Pooling(lambda tokens, first_patch: tokens[:, 0], reads=1),
+    "patch_mean": Pooling(lambda tokens, first_patch: tokens[:, first_patch:].mean(dim=1)),
 }
 
 DEFAULT_POOLING = ("cls", "patch_mean")

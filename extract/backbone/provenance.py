@@ -22,7 +22,6 @@ def make_provenance(checkpoint: Checkpoint, precision: Precision, pooling: tuple
     """Return what embeddings of this checkpoint depend on; reads and hashes the weight files.
 
     Args:
-        checkpoint, precision: of the backbone.
         pooling: names of the pooled arrays, of `POOLINGS`.
 
     Raises:
@@ -48,7 +47,6 @@ def find_cached_checkpoint(
     """Find the checkpoint that made a version.
 
     Args:
-        version: of a cache.
         backbone: name or directory where it is now; None for what the version recorded.
         remedy: for the message, what to do if another checkpoint is found there.
 

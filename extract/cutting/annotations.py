@@ -126,9 +126,9 @@ def _read_image_id(value: object) -> str:
 def _read_box(properties: dict[str, Any], artefacts: frozenset[int]) -> tuple[float, float, float, float, float]:
     type_id = properties.get("type_id")
     # In Python True is an int; in JSON 18.0 is an integer.
-    if not isinstance(type_id, (int, float)) or isinstance(type_id, bool) or not 0 <= type_id <= _MAX_ID:
+    if not isinstance(type_id, (int, float)) or isinstance(type_id, bool):
         raise _DefectError(Defect.NO_ID)
-    if type_id != int(type_id):
+    if not 0 <= type_id <= _MAX_ID or type_id != int(type_id):
         raise _DefectError(Defect.NO_ID)
     if type_id in artefacts:
         raise _DefectError(Defect.ARTEFACT)
@@ -158,7 +158,9 @@ def read_features(path: str | Path) -> Iterator[Any]:
             with tqdm(
                 total=size, unit="B", unit_scale=True, desc="labels", leave=False, disable=not shows_bars()
             ) as bar:
-                yield from _scan_collection(_Scanner(text), lambda: bar.update(file.tell() - bar.n))
+                for feature in _scan_collection(_Scanner(text)):
+                    yield feature
+                    bar.update(file.tell() - bar.n)
     except OSError as error:
         raise AnnotationError(f"cannot read {path}: {error.strerror}: LABELS is xView_train.geojson") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of thousands of digits
@@ -167,7 +169,7 @@ def read_features(path: str | Path) -> Iterator[Any]:
         ) from error
 
 
-def _scan_collection(scanner: "_Scanner", note_progress: Any) -> Iterator[Any]:
+def _scan_collection(scanner: "_Scanner") -> Iterator[Any]:
     """Yield the elements of the member `features` of the JSON object."""
     scanner.take("{")
     met = False
@@ -181,7 +183,6 @@ def _scan_collection(scanner: "_Scanner", note_progress: Any) -> Iterator[Any]:
             scanner.take("[")
             while not scanner.try_take("]"):
                 yield scanner.read_value()
-                note_progress()
                 scanner.try_take(",")
         scanner.try_take(",")
     if not met:

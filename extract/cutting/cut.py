@@ -10,10 +10,10 @@ images/ and labels/:
 
 import hashlib
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,13 +44,10 @@ class SceneJob:
     """A scene to cut.
 
     Attributes:
-        name: of the scene.
-        path: its raster.
         stat: size in bytes and modification time in ns of that file.
         boxes: (n, 5), see `Boxes`.
         labelled: whether to write label files. A scene without features may never have been annotated, so its tiles
             get no labels, not empty ones.
-        cutting: the settings.
         out: URL of the output.
         old: objects of an earlier cut, to remove first.
     """
@@ -96,7 +93,12 @@ class SceneCount:
     outside: int = 0
     over_edge: int = 0
     unseen: int = 0
-    raw_ids: dict[int, int] = field(default_factory=dict)
+    raw_ids: Counter[int] = field(default_factory=Counter)
+
+    def add(self, other: "SceneCount") -> None:
+        """Add the count of another scene."""
+        for name in (item.name for item in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 def list_windows(height: int, width: int, cutting: Cutting) -> Iterator[Window]:
@@ -149,19 +151,14 @@ def count_scene(job: SceneJob, height: int, width: int) -> SceneCount:
     count.small = count.tiles if min(height, width) < cutting.size else 0
     if not job.labelled:
         return count
-    seen, ids = np.zeros(len(boxes), bool), []
+    seen, count.empty = np.zeros(len(boxes), bool), count.tiles
     for window in list_windows(height, width, cutting) if len(boxes) else ():
         shares, rows, cut_off = clip_boxes(boxes, window, cutting.min_visibility)
         seen[rows] = True
-        ids.append(shares[:, 0])
+        count.raw_ids.update(shares[:, 0].astype(int).tolist())
         count.cut_off += cut_off
-        count.empty += not len(rows)
-    if not ids:
-        count.empty = count.tiles
-        return count
-    values, numbers = np.unique(np.concatenate(ids).astype(int), return_counts=True)
-    count.raw_ids = dict(zip(values.tolist(), numbers.tolist(), strict=True))
-    count.lines = sum(count.raw_ids.values())
+        count.empty -= len(rows) > 0
+    count.lines = count.raw_ids.total()
     count.unseen = int((inside & ~seen).sum())
     return count
 
@@ -230,17 +227,13 @@ def _write_all(
     is_stopped: Callable[[], bool],
 ) -> bool:
     """Encode and write every item in threads; return False if stopped before the last."""
-
-    def write(name: str, value: T) -> None:
-        place.write(name, encode(value))
-
     in_flight: deque[Future[None]] = deque()
     for name, value in items:
         if is_stopped():
             return False
         if len(in_flight) == _WRITES_IN_FLIGHT:
             in_flight.popleft().result()
-        in_flight.append(threads.submit(write, name, value))
+        in_flight.append(threads.submit(lambda name, value: place.write(name, encode(value)), name, value))
     for future in in_flight:
         future.result()
     return True

@@ -32,8 +32,8 @@ def open_place(url: str) -> Objects:
 def own_place(place: Objects) -> Iterator[None]:
     """Keep other processes from cutting tiles into a directory, and delete unfinished files of one that was killed.
 
-    The lock ends with the process. A file system without locks keeps nobody out. A bucket needs no lock: with the same
-    settings two processes write the same objects, and other settings are refused.
+    The lock ends with the process. On a file system without locks it has no effect. A bucket needs no lock: with the
+    same settings two processes write the same objects, and other settings are refused.
 
     Raises:
         PlaceError: another process cuts tiles into the directory.

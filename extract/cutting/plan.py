@@ -64,10 +64,8 @@ def make_plan(config: TileConfig, place: Objects) -> TilePlan:
     Raises:
         ConfigError: no directory, no scenes, two files of one scene, or labels that fit none of the scenes.
         AnnotationError: the labels cannot be read.
-        PlaceError: the output holds tiles cut with other settings, or not cut by this command.
     """
     files, other_files = _list_scenes(config.images)
-    check_settings(place, config.cutting)
     annotations = read_annotations(config.labels)
     missing = {name: len(boxes) for name, boxes in annotations.boxes.items() if name not in files}
     if len(missing) == len(annotations.boxes):
@@ -160,11 +158,9 @@ def _list_scenes(directory: str) -> tuple[dict[str, Path], int]:
 def _list_there(place: Objects) -> dict[str, set[str]]:
     """Return the objects of an earlier tiling by scene: marks, labels and images."""
     there: dict[str, set[str]] = defaultdict(set)
-    for name in place.list_dir(DONE):
-        there[name.rpartition(".")[0]].add(f"{DONE}/{name}")
-    for folder in ("labels", "images"):
+    for folder, numbers in ((DONE, 0), ("labels", 2), ("images", 2)):
         for name in place.list_dir(folder):
-            there[name.rpartition(".")[0].rsplit("_", 2)[0]].add(f"{folder}/{name}")
+            there[name.rpartition(".")[0].rsplit("_", numbers)[0]].add(f"{folder}/{name}")
     return there
 
 

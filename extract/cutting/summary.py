@@ -1,8 +1,6 @@
 """Describe a tiling to its user: scenes, features, boxes and labels, and what is left out and why."""
 
 import re
-from collections import Counter
-from dataclasses import fields
 
 from cache_schema.cli.text import show_first, show_name
 from cache_schema.taxonomy import Taxonomy
@@ -18,7 +16,9 @@ _INDENT = "\n" + " " * 10
 
 def describe_plan(config: TileConfig, plan: TilePlan) -> str:
     """Describe, in several lines, the raw data and the tiles it will give."""
-    total = _add([scene.count for scene in plan.scenes])
+    total = SceneCount()
+    for scene in plan.scenes:
+        total.add(scene.count)
     return "\n".join(
         f"{name:10}{_INDENT.join(lines)}"
         for name, lines in (
@@ -102,17 +102,6 @@ def _describe_tiles(config: TileConfig, plan: TilePlan, total: SceneCount) -> li
         ids = show_first([f"{label_id} ({number:,})" for label_id, number in unknown.items()])
         lines.append(f"{sum(unknown.values()):,} of the lines keep ids that are not xView types: {ids}")
     return lines
-
-
-def _add(counts: list[SceneCount]) -> SceneCount:
-    total = SceneCount()
-    ids: Counter[int] = Counter()
-    for count in counts:
-        ids.update(count.raw_ids)
-        for name in (item.name for item in fields(count) if item.name != "raw_ids"):
-            setattr(total, name, getattr(total, name) + getattr(count, name))
-    total.raw_ids = dict(ids)
-    return total
 
 
 def _name(scenes: list[str]) -> str:

@@ -28,7 +28,6 @@ def run_cutters(jobs: Sequence[SceneJob], workers: int) -> Generator[Outcome, No
     Close the iterator to stop: every process then finishes only its current tile.
 
     Args:
-        jobs: the scenes.
         workers: number of processes; 1 cuts in this process.
 
     Raises:

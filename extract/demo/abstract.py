@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .sprites import Colour, Part, Points, Sprite, ellipse, jitter_colour, rectangle, rotate, scale, shade
-from .vocabulary import Habitat, ObjectClass, Vocabulary
+from .vocabulary import ObjectClass, Vocabulary
 
 _PAINTS = [(222, 220, 214), (52, 54, 62), (176, 62, 50), (58, 92, 160), (208, 172, 62), (70, 140, 96)]
 _SIZES = [(8, 14), (12, 22), (18, 36)]
@@ -26,11 +26,7 @@ def _star(points: int, inner: float) -> Points:
 
 def _stencil(*outlines: Points) -> Draw:
     """Make a shape of one colour from outlines in units of its size."""
-
-    def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
-        return Sprite(tuple(Part(outline, paint) for outline in outlines), height=rng.uniform(0, 0.5))
-
-    return draw
+    return lambda paint, rng: Sprite(tuple(Part(outline, paint) for outline in outlines), rng.uniform(0, 0.5))
 
 
 def _two_tone(ground: Points, *marks: Points) -> Draw:
@@ -38,20 +34,15 @@ def _two_tone(ground: Points, *marks: Points) -> Draw:
 
     def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
         other = shade(paint, rng.choice([0.5, 0.65, 1.4]))
-        parts = (Part(ground, paint), *(Part(mark, other) for mark in marks))
-        return Sprite(parts, height=rng.uniform(0, 0.4))
+        return Sprite((Part(ground, paint), *(Part(mark, other) for mark in marks)), rng.uniform(0, 0.4))
 
     return draw
 
 
 def _cut(ground: Points, *holes: Points) -> Draw:
     """Make a shape of one colour with holes."""
-
-    def draw(paint: Colour, rng: np.random.Generator) -> Sprite:
-        parts = (Part(ground, paint), *(Part(hole, None) for hole in holes))
-        return Sprite(parts, height=rng.uniform(0, 0.3))
-
-    return draw
+    parts = [Part(hole, None) for hole in holes]
+    return lambda paint, rng: Sprite((Part(ground, paint), *parts), rng.uniform(0, 0.3))
 
 
 def _make_class(label_id: int, name: str, draw: Draw) -> ObjectClass:
@@ -69,7 +60,7 @@ def _make_class(label_id: int, name: str, draw: Draw) -> ObjectClass:
         stretch = (1.0, rng.uniform(0.8, 1.2))
         return Sprite(tuple(Part(part.points * stretch, part.colour) for part in sized.parts), sized.height)
 
-    return ObjectClass(label_id, name, draw_one, Habitat.ANYWHERE, rate=0.2, extra=0.4)
+    return ObjectClass(label_id, name, draw_one, "anywhere", rate=0.2, extra=0.4)
 
 
 _BAR = rectangle(1, 0.2)

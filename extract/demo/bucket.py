@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from PIL import Image
 
 from .classes import DEMO
-from .scenes import TILE_SIZE, Box, Scene, cut_tiles, draw_scene
+from .scenes import TILE_SIZE, Scene, cut_tiles, draw_scene
 
 TRAIN_SCENES = 112
 TEST_SCENES = 40
@@ -90,13 +90,11 @@ def _write_scene(part: Path, number: int) -> None:
 
 def format_labels(tile: Scene) -> str:
     """Format boxes as YOLO lines, `id cx cy w h` in shares of the tile's side."""
-    return "".join(f"{box.label_id} {_format_box(box)}\n" for box in tile.boxes)
-
-
-def _format_box(box: Box) -> str:
-    centre_x, centre_y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
-    values = (centre_x, centre_y, box.x1 - box.x0, box.y1 - box.y0)
-    return " ".join(f"{value / TILE_SIZE:.6f}" for value in values)
+    lines = []
+    for box in tile.boxes:
+        values = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2, box.x1 - box.x0, box.y1 - box.y0)
+        lines.append(" ".join([str(box.label_id), *(f"{value / TILE_SIZE:.6f}" for value in values)]) + "\n")
+    return "".join(lines)
 
 
 def _spoil(train: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .sprites import Colour, Part, Points, Sprite, ellipse, jitter_colour, rectangle, shade
-from .vocabulary import Habitat, ObjectClass, Vocabulary
+from .vocabulary import ObjectClass, Vocabulary
 
 _GREYS = [(225, 225, 222), (190, 192, 196), (60, 62, 68), (120, 122, 124)]
 _PAINTS = [*_GREYS, (150, 40, 38), (48, 70, 130), (200, 180, 60)]
@@ -196,15 +196,15 @@ DEMO = Vocabulary(
         ObjectClass(64, "Excavator", _draw_excavator, rate=0.070, extra=0.3),
         ObjectClass(71, "Hut/Tent", _draw_tent, rate=0.080, extra=1.5),
         ObjectClass(86, "Storage Tank", _draw_tank, rate=0.100, extra=1.2),
-        ObjectClass(45, "Barge", _draw_barge, Habitat.WATER, rate=0.18),
-        ObjectClass(42, "Sailboat", _draw_sailboat, Habitat.WATER, rate=0.25, extra=0.6),
-        ObjectClass(41, "Motorboat", _draw_motorboat, Habitat.WATER, rate=0.35, extra=0.8),
+        ObjectClass(45, "Barge", _draw_barge, "water", rate=0.18),
+        ObjectClass(42, "Sailboat", _draw_sailboat, "water", rate=0.25, extra=0.6),
+        ObjectClass(41, "Motorboat", _draw_motorboat, "water", rate=0.35, extra=0.8),
         ObjectClass(72, "Shed", _draw_shed, rate=0.16, extra=0.4),
         ObjectClass(91, "Shipping Container", _draw_container, rate=0.13, extra=1.5),
-        ObjectClass(19, "Bus", _draw_bus, Habitat.ROADSIDE, rate=0.16, extra=0.2),
-        ObjectClass(24, "Cargo Truck", _draw_cargo_truck, Habitat.ROADSIDE, rate=0.24, extra=0.5),
+        ObjectClass(19, "Bus", _draw_bus, "roadside", rate=0.16, extra=0.2),
+        ObjectClass(24, "Cargo Truck", _draw_cargo_truck, "roadside", rate=0.24, extra=0.5),
         ObjectClass(73, "Building", _draw_building, rate=0.78, extra=1.6),
-        ObjectClass(18, "Small Car", _draw_small_car, Habitat.ROADSIDE, rate=0.76, extra=3.0),
+        ObjectClass(18, "Small Car", _draw_small_car, "roadside", rate=0.76, extra=3.0),
     ),
 )
 """Label ids are xView type ids. `rate` is a share of the tiles, for boats of the tiles with water."""

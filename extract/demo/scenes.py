@@ -98,9 +98,8 @@ def _place_one(
     reach = max(float(np.abs(part.points).max()) for part in sprite.parts) + _GAP
     for _ in range(_ATTEMPTS):
         x, y, angle = _choose_spot(rng, terrain, wanted.habitat, left, top)
-        if not (reach <= x < size - reach and reach <= y < size - reach):
-            continue
-        if not _is_habitat(terrain, wanted.habitat, x, y):
+        inside = reach <= x < size - reach and reach <= y < size - reach
+        if not inside or not _is_habitat(terrain, wanted.habitat, x, y):
             continue
         rows = slice(int(y - reach) // _CELL, int(y + reach) // _CELL + 1)
         columns = slice(int(x - reach) // _CELL, int(x + reach) // _CELL + 1)
@@ -118,7 +117,7 @@ def _choose_spot(
     """Choose x, y and heading: for vehicles mostly along a road in the tile, for all others anywhere."""
     x, y = rng.uniform(left, left + TILE_SIZE), rng.uniform(top, top + TILE_SIZE)
     angle = rng.uniform(0, 2 * np.pi)
-    if habitat is Habitat.ROADSIDE and terrain.roads and rng.random() < 0.6:
+    if habitat == "roadside" and terrain.roads and rng.random() < 0.6:
         road = terrain.roads[rng.integers(len(terrain.roads))]
         lane = rng.choice([-1, 1]) * road.width / 4
         spot = road.start + rng.random() * (road.end - road.start)
@@ -130,8 +129,8 @@ def _choose_spot(
 
 def _is_habitat(terrain: Terrain, habitat: Habitat, x: float, y: float) -> bool:
     wet, paved = terrain.water[int(y), int(x)], terrain.paved[int(y), int(x)]
-    if habitat is Habitat.WATER:
+    if habitat == "water":
         return bool(wet)
-    if habitat is Habitat.LAND:
+    if habitat == "land":
         return not wet and not paved
-    return habitat is Habitat.ANYWHERE or not wet
+    return habitat == "anywhere" or not wet

@@ -19,7 +19,6 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -116,9 +115,8 @@ def serve_bucket(directory: Path | None, *, log: Path, bucket: str = DEMO_BUCKET
         ServerError: no binary for this platform, or the server did not start.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    if directory is None:
-        backend = ["-backend", "memory"]
-    else:
+    backend = ["-backend", "memory"]
+    if directory is not None:
         backend = ["-backend", "filesystem", "-filesystem-root", str(import_directory(directory, bucket, log=log))]
     with _run_server(backend, log, _READY_DEADLINE_S) as url:
         yield url
@@ -208,25 +206,20 @@ def _run_server(backend: list[str], log: Path, deadline_s: float) -> Iterator[st
         url = f"http://{address}"
         process = _start([*make_server_command(address), *backend], log)
         try:
-            _wait_until_ready(process, url, log, deadline_s)
-        except _PortTakenError:
+            try:
+                _wait_until_ready(process, url, log, deadline_s)
+            except _PortTakenError:
+                if attempt == _PORT_ATTEMPTS - 1:
+                    raise
+                continue
+            yield url
+            return
+        finally:
             _stop(process)
-            if attempt == _PORT_ATTEMPTS - 1:
-                raise
-        except BaseException:
-            _stop(process)
-            raise
-        else:
-            break
-    try:
-        yield url
-    finally:
-        _stop(process)
 
 
 def _find_free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -256,11 +249,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, dea
             raise kind(f"fake-gcs-server ended with status {process.returncode}: {tail}")
         if answered:  # and still running: a server whose port was taken by another one exits within milliseconds
             return
-        try:
-            with opener.open(f"{url}/storage/v1/b?project=tileprobe", timeout=1) as response:
-                answered = response.status == 200
-        except (urllib.error.URLError, OSError):
-            pass
+        with (
+            suppress(OSError),  # it does not listen yet
+            opener.open(f"{url}/storage/v1/b?project=tileprobe", timeout=1) as response,
+        ):
+            answered = response.status == 200
         time.sleep(0.03)
     raise ServerError(f"fake-gcs-server did not answer within {deadline_s:.0f} s; its log is {log}")
 
@@ -275,9 +268,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.stdin is not None:
         process.stdin.close()  # makes the shell terminate the server and reap its children
     try:
-        process.wait(_STOP_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        pass
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_DEADLINE_S)
     finally:
         with suppress(ProcessLookupError, PermissionError):  # the group is gone, or on macOS has only zombies
             os.killpg(process.pid, signal.SIGKILL)

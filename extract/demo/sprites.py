@@ -80,8 +80,6 @@ def stamp(
     """Draw an object and its shadow into `pixels`, in place and antialiased.
 
     Args:
-        pixels: the image.
-        sprite: the object.
         x, y: its centre in pixels.
         angle: its heading in radians.
         sun: the direction of shadows in radians.

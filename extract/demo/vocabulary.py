@@ -1,18 +1,12 @@
 """Define vocabularies: the classes of a set of scenes. The two that exist share neither a class nor a seed."""
 
 from dataclasses import dataclass
-from enum import Enum
+from typing import Literal
 
 from .sprites import DrawSprite
 
-
-class Habitat(Enum):
-    """Where objects of a class are found."""
-
-    LAND = "land"
-    WATER = "water"
-    ROADSIDE = "roadside"
-    ANYWHERE = "anywhere"
+Habitat = Literal["land", "water", "roadside", "anywhere"]
+"""Where objects of a class are found."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class ObjectClass:
     label_id: int
     name: str
     draw: DrawSprite
-    habitat: Habitat = Habitat.LAND
+    habitat: Habitat = "land"
     rate: float = 0.1
     extra: float = 0.0
 

@@ -89,9 +89,7 @@ def check_version(
     )
     if unknown:
         return Verdict(everything, f"{_count(there)} there; unknown whether one of them continues: {unknown}")
-    provenance = choose_provenance(
-        config.precision, config.pooled_arrays, weights.checkpoint, root, found.table, device.ranks.device
-    )
+    provenance = choose_provenance(config, weights.checkpoint, root, found.table, device.ranks.device)
     wanted = provenance.version_id(found.table.identity_digest())
     if wanted in there:
         return _describe_version(root, wanted, everything)

@@ -42,7 +42,6 @@ def check_backbone(name: str, image_size: int | None, device: Device | None) -> 
     """Read the configuration, and the headers of local weight files or the hub's permission; load no weights.
 
     Args:
-        name, image_size: as for an extraction.
         device: device that the weights must fit on, if known.
 
     Raises:

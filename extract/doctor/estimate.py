@@ -183,7 +183,6 @@ def check_estimate(
     """Estimate tiles, bytes, time and cost of the pending work.
 
     Args:
-        found, pending, speed: results of earlier checks.
         urls: of tiles and cache.
         price: of all machines together per hour, in any currency.
         arrays: number of pooled arrays in the cache.

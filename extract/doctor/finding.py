@@ -1,7 +1,7 @@
 """Represent findings, and run one check after another even if some fail."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from cache_schema import TileprobeError
@@ -28,9 +28,6 @@ class Finding:
     status: State
     detail: str
     remedy: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         line = f"{self.status:<8} {self.check}: {show_name(self.detail)}"
@@ -98,7 +95,6 @@ class Examination:
         """Run one check, whatever it raises, and return its result for later checks.
 
         Args:
-            name: of the check.
             look: performs it; the check is skipped if `look` gets a `Known` that has no value.
             needs: further checks that must have a result.
         """

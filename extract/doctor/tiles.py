@@ -18,7 +18,7 @@ from cache_schema.taxonomy import MAX_MEANINGLESS
 from extract.errors import TileGoneError
 from extract.tiles.batch import PendingBatch, TileBatch, make_requests
 from extract.tiles.scenes import MIN_SCENES, find_scenes
-from extract.tiles.source import CONCURRENT_READS, ListedPage, Source
+from extract.tiles.source import CONCURRENT_READS, Source
 
 from .finding import Concern, Verdict
 from .storage import Found
@@ -58,12 +58,8 @@ def check_sample(source: Source, found: Found, size: int, seed: int, max_quarant
         batch = PendingBatch(peeking, pool, requests).finish()
     embedded = np.flatnonzero(batch.status == Status.EMBEDDED).tolist()
     shapes = [tuple(batch.images[row].shape) for row in embedded]
-    sample = Sample(
-        batch,
-        batch.fetch_s / len(batch),
-        batch.decode_s / len(batch),
-        max((int(np.prod(shape)) for shape in shapes), default=0),
-    )
+    largest = max((int(np.prod(shape)) for shape in shapes), default=0)
+    sample = Sample(batch, batch.fetch_s / len(batch), batch.decode_s / len(batch), largest)
     sizes = Counter(f"{width} x {height}" for height, width, _ in shapes)
     detail = (
         f"{len(embedded)} of {len(batch)} tiles drawn (--seed {seed}) are images: {_count(sizes)} px; "
@@ -98,11 +94,9 @@ class _PeekingSource:
 
     def __init__(self, source: Source) -> None:
         self.url, self.identity = source.url, source.identity
+        self.list, self.read_checked = source.list, source.read_checked
         self._source = source
         self.kinds: Counter[str] = Counter()
-
-    def list(self, folder: str) -> Iterator[ListedPage]:
-        return self._source.list(folder)
 
     def read(self, name: str, generation: int) -> bytes:
         data = self._source.read(name, generation)
@@ -113,9 +107,6 @@ class _PeekingSource:
                 image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF"))
                 self.kinds[f"{image.format} {image.mode}"] += 1
         return data
-
-    def read_checked(self, name: str, generation: int) -> bytes:
-        return self._source.read_checked(name, generation)
 
 
 def _count(counts: Counter[str]) -> str:
@@ -190,11 +181,11 @@ def check_scenes(found: Found, scene_regex: str) -> Verdict[int]:
     examples = ", ".join(show_name(str(name)) for name in names[:3])
     detail = f"{found.at_least}{len(names):,} scenes of {sizes.min():,} to {sizes.max():,} tiles, such as {examples}"
     remedy = "give --scene-regex a pattern whose group (?P<scene>…) is the source image"
+    concerns = []
     if len(names) < MIN_SCENES:
         what = f"a split by scene needs {MIN_SCENES}"
-        status = Concern("fail" if found.whole else "warning", what, f"{remedy}, or train with a VAL_CACHE")
-        return Verdict(len(names), detail, [status])
-    if len(names) == len(found.table):
+        concerns = [Concern("fail" if found.whole else "warning", what, f"{remedy}, or train with a VAL_CACHE")]
+    elif len(names) == len(found.table):
         what = "every tile is its own scene: if tiles overlap, a split would leak"
-        return Verdict(len(names), detail, [Concern("warning", what, remedy)])
-    return Verdict(len(names), detail)
+        concerns = [Concern("warning", what, remedy)]
+    return Verdict(len(names), detail, concerns)

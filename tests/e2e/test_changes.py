@@ -352,8 +352,8 @@ def test_losing_more_than_a_tenth_needs_a_word(config: Any, checkpoint: Path, tm
     assert refused.status == 1
     assert refused.out == ""
     assert re.fullmatch(
-        rf"error: 4 of the 36 tiles of version {tenth} in a are gone from {place.url}: check TILES, or go on without "
-        r"them with ARGS=--yes\n",
+        rf"error: 4 of the 36 tiles of version {tenth} in a are gone from {place.url}: check TILES, or continue "
+        r"without them with ARGS=--yes\n",
         refused.err,
     )
     assert list_tree(tmp_path) == there

@@ -97,7 +97,7 @@ def test_ctrl_c_is_one_line_and_status_130_and_leaves_nobody(
         "extract": (
             (*LAUNCH, 1, "-m", *extracting, "--image-size", 512, "--precision", "float32", "--workers", 1),
             lambda place: bool(find_fork_servers(started["extract"].pid)),
-            r"stopped by SIGINT: \d of 2 blocks of c are committed; the same command goes on from there",
+            r"stopped by SIGINT: \d of 2 blocks of c are committed; the same command continues from there",
         ),
         "head": (
             ("train", "head", "--cache", cache, *many),

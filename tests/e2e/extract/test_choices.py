@@ -83,7 +83,7 @@ def test_malformed_labels_are_named(config: Any, tmp_path: Path, capsys: pytest.
 def test_too_many_quarantined_then_accepted_then_mended(
     config: Any, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file that is mended keeps size and time of change here, so it is the same version."""
+    """A repaired file keeps its size and modification time here, so it is the same version."""
     objects = draw_objects(np.random.default_rng(fresh_seed()), 20)
     good = objects["images/100_5.png"]
     objects["images/100_5.png"] = good[:60] + bytes(100) + good[160:]
@@ -118,10 +118,10 @@ def test_too_many_quarantined_then_accepted_then_mended(
     assert not open_cache("a").read_rows().embedded.all(), "not tried again unasked"
     run_extraction(config("tiles", cache="a", retry_quarantined=True))
     assert "1 quarantined tiles are tried again\n" in capsys.readouterr().out
-    mended = open_cache("a")
-    assert mended.id == accepted.id
-    assert mended.check_seal()
-    assert mended.read_rows().embedded.all()
+    fixed = open_cache("a")
+    assert fixed.id == accepted.id
+    assert fixed.check_seal()
+    assert fixed.read_rows().embedded.all()
     run_extraction(config("tiles", cache="a", retry_quarantined=True))
     assert "0 quarantined tiles are tried again\n0 to do" in capsys.readouterr().out
 
@@ -136,7 +136,7 @@ def test_a_batch_that_does_not_fit_is_halved_before_the_first_block(
     ):
         run_extraction(config("tiles", cache="a"))
     run_extraction(config("tiles", cache="b", batch_size=16))
-    assert "a batch of 16 tiles does not fit in memory: going on with 8\n" in capsys.readouterr().out
+    assert "a batch of 16 tiles does not fit in memory: continuing with 8\n" in capsys.readouterr().out
     assert open_cache("b").recorded.batch_size == 8
     run_extraction(config("tiles", cache="c", batch_size=8))
     assert_same_cache("b", "c")

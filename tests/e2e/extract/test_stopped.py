@@ -103,7 +103,7 @@ def test_told_to_stop_it_says_how_far_it_came(
     last = errors.strip().splitlines()[-1]
     assert last == (
         f"stopped by {signal.Signals(number).name}: {done} of {BLOCKS} blocks of vectors are committed; "
-        "the same command goes on from there"
+        "the same command continues from there"
     )
     version_id = CacheRoot(str(tmp_path / "vectors")).versions()[0]
     version = CacheRoot(str(tmp_path / "vectors")).open_version(version_id)

@@ -1,4 +1,4 @@
-"""Two tables beside each other, against a dict; which version's rows are taken over."""
+"""Compare two tables, checked against a dict; choose the version whose rows are kept."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_nothing_is_taken_over_from_something_else(tmp_path: Path) -> None:
 
 
 def test_a_finished_version_that_is_not_in_use_needs_no_rows(tmp_path: Path) -> None:
-    """Back to a model used before: what lies beside its version must not be held against it."""
+    """Back to a model used before: other versions next to its own do not matter."""
     url = str(tmp_path)
     fill_cache(url, 100)
     fill_cache(url, 20)

@@ -98,7 +98,7 @@ def test_hash_of_weights_is_that_of_the_files_bytes(copy: Path) -> None:
     assert find_checkpoint(str(copy)).hash_weights() == digest
     edit_json(copy / "config.json", transformers_version="0")  # not the weights' concern
     assert find_checkpoint(str(copy)).hash_weights() == digest
-    (copy / "head.safetensors").write_bytes(b"the head that an export lays beside it")
+    (copy / "head.safetensors").write_bytes(b"the head that an export puts next to it")
     assert find_checkpoint(str(copy)).hash_weights() == digest
     second = copy / "model-2.safetensors"
     second.write_bytes(first.read_bytes() + b"x")

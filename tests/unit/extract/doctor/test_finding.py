@@ -13,7 +13,7 @@ def test_a_check_that_fails_ends_no_other() -> None:
     def raise_(error: Exception) -> Verdict[int]:
         raise error
 
-    first = exam.check("first", lambda: raise_(ConfigError("it is wrong: mend it")))
+    first = exam.check("first", lambda: raise_(ConfigError("it is wrong: fix it")))
     second = exam.check("second", lambda: Verdict(first.get() + 1, "more"))
     third = exam.check("third", lambda: Verdict(1, "else"), second)
     crash = exam.check("crash", lambda: raise_(ZeroDivisionError("by zero")))
@@ -28,7 +28,7 @@ def test_a_check_that_fails_ends_no_other() -> None:
         ("zero", "ok"),
         ("last", "ok"),
     ]
-    assert (said[0].detail, said[0].remedy) == ("it is wrong", "mend it")
+    assert (said[0].detail, said[0].remedy) == ("it is wrong", "fix it")
     assert "`first`" in said[1].detail
     assert "`second`" in said[2].detail
     assert "ZeroDivisionError: by zero" in said[3].detail
@@ -37,7 +37,7 @@ def test_a_check_that_fails_ends_no_other() -> None:
 
 def test_the_gravest_concern_decides() -> None:
     exam = Examination(lambda finding: None)
-    light, grave = Concern("warning", "odd", "look"), Concern("fail", "broken", "mend")
+    light, grave = Concern("warning", "odd", "look"), Concern("fail", "broken", "fix")
     exam.check("both", lambda: Verdict(1, "seen", [light, grave, light]))
-    assert exam.findings == [Finding("both", "fail", "broken; odd; odd; seen", "mend; look")]
+    assert exam.findings == [Finding("both", "fail", "broken; odd; odd; seen", "fix; look")]
     assert "\x1b" not in str(Finding("x", "warning", "a\x1b[1mb", "c\x1b"))
