@@ -13,6 +13,7 @@ from extract.config import DeviceChoice, ExtractConfig
 from extract.tiles.scenes import DEFAULT_SCENE_REGEX
 from train.model.augment import MIN_CROP_SCALE, NO_AUGMENTATION, Augmentation, Views
 from train.model.loss import LossConfig, LossName
+from train.model.optimizer import scale_learning_rate
 
 from .errors import TrainError
 
@@ -246,6 +247,10 @@ class TrainConfig:
     def make_loss(self) -> LossConfig:
         """Return the loss with its parameters, to be called with logits and labels."""
         return LossConfig(self.loss, self.alpha, self.gamma, self.gamma_pos, self.gamma_neg, self.margin)
+
+    def scale_rates(self, step: int, steps: int) -> float:
+        """Return the factor of the peak learning rates at one of `steps` steps."""
+        return scale_learning_rate(step, steps, self.warmup)
 
     def make_augmentation(self) -> Augmentation:
         """Return how tiles of a training batch are augmented."""

@@ -21,7 +21,6 @@ from train.metrics.evaluation import score_epoch
 from train.metrics.figures import FIGURES
 from train.metrics.scores import average_rarest
 from train.model.classifier import Classifier
-from train.model.optimizer import scale_learning_rate
 from train.model.shards import gather_state, gather_tensors, load_tensors, send_state
 from train.runs.checkpoint import Begun, CheckpointMeta, LoadedCheckpoint, save_checkpoint, sync
 from train.runs.directory import RunDirectory
@@ -158,7 +157,7 @@ class Trainer:
             if taken == done or (config.save_steps and taken % config.save_steps == 0):
                 seed_dropout(config.seed, self._epoch, self._ranks.rank, taken)
             step = steps[taken]
-            result = self._step.run(batch, scale_learning_rate(step, self._schedule.steps, config.warmup))
+            result = self._step.run(batch, config.scale_rates(step, self._schedule.steps))
             total += result.summed
             clipped += result.clipped
             bar.update(batch.global_size)

@@ -21,7 +21,6 @@ from train.metrics.figures import KEY_FIGURES
 from train.metrics.intervals import score_resamples
 from train.metrics.scores import Float64Array
 from train.model.classifier import Head, draw_dropout, join_features
-from train.model.optimizer import scale_learning_rate
 
 from .grid import describe_loss
 from .ranking import CountArray, HeadResult, assign_folds, choose_epochs, score_counts
@@ -206,7 +205,7 @@ class SweepPass:
         hidden = max(stack.hidden for stack in self._stacks)
         batches = self._train.iterate_epoch(batch_size=config.batch_size, seed=config.seed, epoch=epoch)
         for step, batch in enumerate(batches, start=epoch * steps):
-            scale = scale_learning_rate(step, config.epochs * steps, config.warmup)
+            scale = config.scale_rates(step, config.epochs * steps)
             mask = None
             if hidden and config.dropout:
                 # The same draw as the dropout of a single head of that width.
