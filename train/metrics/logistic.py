@@ -47,7 +47,7 @@ def fit_logistic(
         labels: (n, C) bool; every class needs positives and negatives, or its bias has no optimum.
         strength: scikit-learn's `C`.
         tolerance: a class has converged when no entry of its gradient is larger, as in scikit-learn.
-        steps: most steps; the search then ends wherever it is.
+        steps: largest number of steps; the search stops there even if it has not converged.
     """
     found = torch.zeros(inputs.shape[1] + 1, labels.shape[1], device=inputs.device)
     where = torch.arange(labels.shape[1], device=inputs.device)
