@@ -24,7 +24,7 @@ from cache_schema import open_cache
 from tests.caches import plant_cache, rewrite_block
 from tests.proxy import Proxy
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 IN_TURN = Path(__file__).parents[1] / "in_turn.py"
 HEAD = ("--epochs", 2, "--batch-size", 8, "--dropout", 0, "--no-amp", "--device", "cpu")
 DROPPING = ("--epochs", 10, "--batch-size", 8, "--save-steps", 3, "--device", "cpu")
